@@ -1,0 +1,578 @@
+//! The contract between the pipeline and a stage: what a kind is, what a stage says of itself, what it is given to run.
+//!
+//! A stage *is* its parameters: one struct is one TOML table, one schema entry, one key. Its inputs are fields of type
+//! [`Input`], its files fields of type [`SourceFile`] or [`PlacedFile`]; nothing else declares a dependency. The pipeline
+//! sees kinds as plain values ([`Kind`]) that it is handed as a slice; it names none of them.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::marker::PhantomData;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::{Value, json};
+
+/// What an edge of the graph carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ArtifactType {
+    /// Parquet files with one row an instance or example, a file a split.
+    Dataset,
+    /// `tokenizer.json` and its companions.
+    Tokenizer,
+    /// Token ids, row offsets and loss masks, the rows they came from, and the task they belong to.
+    Tokens,
+    /// A Hugging Face model folder.
+    Checkpoint,
+    /// Every completion that a training stage sampled, with its rewards.
+    Rollouts,
+    /// One row an evaluated example, and the metrics over them.
+    Evaluation,
+    /// Whatever a `command` stage wrote.
+    Files,
+}
+
+impl fmt::Display for ArtifactType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Dataset => "dataset",
+            Self::Tokenizer => "tokenizer",
+            Self::Tokens => "tokens",
+            Self::Checkpoint => "checkpoint",
+            Self::Rollouts => "rollouts",
+            Self::Evaluation => "evaluation",
+            Self::Files => "files",
+        })
+    }
+}
+
+/// The type-level side of [`ArtifactType`]: what an [`Input`] wants.
+pub trait Artifact: 'static {
+    /// The type that an edge must carry; `None` takes any.
+    const WANTS: Option<ArtifactType>;
+}
+
+macro_rules! artifacts {
+    ($($(#[$doc:meta])* $name:ident = $wants:expr;)*) => {$(
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug)]
+        pub enum $name {}
+        impl Artifact for $name { const WANTS: Option<ArtifactType> = $wants; }
+    )*};
+}
+
+artifacts! {
+    /// Marks an input of type [`ArtifactType::Dataset`].
+    Dataset = Some(ArtifactType::Dataset);
+    /// Marks an input of type [`ArtifactType::Tokenizer`].
+    Tokenizer = Some(ArtifactType::Tokenizer);
+    /// Marks an input of type [`ArtifactType::Tokens`].
+    Tokens = Some(ArtifactType::Tokens);
+    /// Marks an input of type [`ArtifactType::Checkpoint`].
+    Checkpoint = Some(ArtifactType::Checkpoint);
+    /// Marks an input that takes an artifact of any type.
+    Any = None;
+}
+
+/// An edge of the graph: the name of a stage of the same pipeline, or `stage.output` for an output that is not its first.
+///
+/// It reads from a string and writes `{"$input": reference, "wants": type}`, so that one walk over a serialised stage
+/// finds every edge with its type.
+pub struct Input<A> {
+    /// As the user wrote it: `stage` or `stage.output`.
+    pub reference: String,
+    artifact: PhantomData<fn() -> A>,
+}
+
+impl<A> Clone for Input<A> {
+    fn clone(&self) -> Self {
+        Self { reference: self.reference.clone(), artifact: PhantomData }
+    }
+}
+
+impl<A> fmt::Debug for Input<A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Input({})", self.reference)
+    }
+}
+
+impl<A: Artifact> Input<A> {
+    /// An edge from `reference`.
+    pub fn new(reference: impl Into<String>) -> Self {
+        Self { reference: reference.into(), artifact: PhantomData }
+    }
+}
+
+impl<A: Artifact> Serialize for Input<A> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        json!({"$input": self.reference, "wants": A::WANTS}).serialize(serializer)
+    }
+}
+
+impl<'de, A: Artifact> Deserialize<'de> for Input<A> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        tagged_string(deserializer, "$input").map(|(reference, _)| Self::new(reference))
+    }
+}
+
+impl<A: Artifact> JsonSchema for Input<A> {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        A::WANTS.map_or_else(|| "AnyInput".into(), |wants| format!("Input_{wants}").into())
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        let wants = A::WANTS.map_or_else(|| "any".to_owned(), |wants| wants.to_string());
+        json_schema!({"type": "string", "x-input": wants})
+    }
+}
+
+/// A file or folder of the user's, known by its content alone.
+///
+/// It reads from a string, relative to the TOML file that names it, and writes `{"$file": absolute path}`.
+#[derive(Clone, Debug)]
+pub struct SourceFile {
+    /// Where it lies, absolute once the specification is read.
+    pub path: PathBuf,
+}
+
+/// A file or folder of the user's, known by its content and by the relative path at which it must stand.
+///
+/// It writes `{"$file": absolute path, "as": relative path}`.
+#[derive(Clone, Debug)]
+pub struct PlacedFile {
+    /// Where it lies, absolute once the specification is read.
+    pub path: PathBuf,
+    /// The relative path, as the user wrote it, at which the stage finds it.
+    pub placed: String,
+}
+
+impl Serialize for SourceFile {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        json!({"$file": self.path}).serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for SourceFile {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        tagged_string(deserializer, "$file").map(|(path, _)| Self { path: path.into() })
+    }
+}
+
+impl JsonSchema for SourceFile {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "SourceFile".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"type": "string", "x-file": "content"})
+    }
+}
+
+impl Serialize for PlacedFile {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        json!({"$file": self.path, "as": self.placed}).serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for PlacedFile {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let (path, placed) = tagged_string(deserializer, "$file")?;
+        Ok(Self { placed: placed.unwrap_or_else(|| path.clone()), path: path.into() })
+    }
+}
+
+impl JsonSchema for PlacedFile {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "PlacedFile".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"type": "string", "x-file": "placed"})
+    }
+}
+
+/// Reads a plain string, or the object that the types above write; gives the string and the object's `as`.
+fn tagged_string<'de, D: Deserializer<'de>>(deserializer: D, tag: &str) -> Result<(String, Option<String>), D::Error> {
+    use serde::de::Error as _;
+    match Value::deserialize(deserializer)? {
+        Value::String(text) => Ok((text, None)),
+        Value::Object(fields) => {
+            let text = fields.get(tag).and_then(Value::as_str);
+            let placed = fields.get("as").and_then(Value::as_str).map(str::to_owned);
+            text.map(|text| (text.to_owned(), placed)).ok_or_else(|| D::Error::custom(format!("expected `{tag}`")))
+        }
+        other => Err(D::Error::custom(format!("expected a string, found `{other}`"))),
+    }
+}
+
+/// A named output of a stage.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Output {
+    /// Its name: `stage.NAME` in an input; the first output may go without.
+    pub name: String,
+    /// What it carries.
+    #[serde(rename = "type")]
+    pub artifact: ArtifactType,
+}
+
+impl Output {
+    /// An output `name` that carries `artifact`.
+    pub fn new(name: impl Into<String>, artifact: ArtifactType) -> Self {
+        Self { name: name.into(), artifact }
+    }
+}
+
+/// A piece of code that a stage's result rests on, with its version: a task, a format, a reward, a shared module.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Part {
+    /// What it is, as `task.maze` or `reward.correct`.
+    pub name: String,
+    /// Raised when the piece would give another result.
+    pub version: u32,
+}
+
+impl Part {
+    /// The part `name` at `version`.
+    pub fn new(name: impl Into<String>, version: u32) -> Self {
+        Self { name: name.into(), version }
+    }
+}
+
+/// Something wrong in a stage's parameters that its schema cannot say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// The dotted path below the stage's table: `rewards.progress.expression`.
+    pub path: String,
+    /// What is wrong: lower case, literals in backticks, no full stop.
+    pub message: String,
+    /// What the user may do.
+    pub hint: Option<String>,
+}
+
+impl Problem {
+    /// A problem at `path` without a hint.
+    pub fn new(path: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { path: path.into(), message: message.into(), hint: None }
+    }
+
+    /// The same with a hint.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+/// The other stages of a trial by name, for checks that need to know what an input was made from.
+#[derive(Clone, Copy, Debug)]
+pub struct Upstream<'a> {
+    /// [`AnyStage::params`] of every stage that could be parsed.
+    pub stages: &'a BTreeMap<String, Value>,
+}
+
+impl<'a> Upstream<'a> {
+    /// The parameter `field` of the stage behind `reference`, or else of the nearest stage upstream that has it.
+    pub fn nearest(&self, reference: &str, field: &str) -> Option<&'a Value> {
+        let mut seen = std::collections::BTreeSet::new();
+        let mut layer = vec![reference.to_owned()];
+        while !layer.is_empty() {
+            let mut next = Vec::new();
+            for reference in layer {
+                let name = reference.split('.').next().unwrap_or_default().to_owned();
+                let Some(params) = self.stages.get(&name) else { continue };
+                if !seen.insert(name) {
+                    continue;
+                }
+                if let Some(value) = params.get(field).filter(|value| !value.is_null()) {
+                    return Some(value);
+                }
+                next.extend(references(params).into_iter().map(|(reference, _)| reference));
+            }
+            layer = next;
+        }
+        None
+    }
+}
+
+/// Every edge in serialised parameters: the reference and what it wants (`None` for any).
+pub fn references(params: &Value) -> Vec<(String, Option<ArtifactType>)> {
+    let mut found = Vec::new();
+    let mut stack = vec![params];
+    while let Some(value) = stack.pop() {
+        match value {
+            Value::Object(fields) => {
+                if let Some(Value::String(reference)) = fields.get("$input") {
+                    let wants = fields.get("wants").and_then(|wants| serde_json::from_value(wants.clone()).ok());
+                    found.push((reference.clone(), wants));
+                } else {
+                    stack.extend(fields.values());
+                }
+            }
+            Value::Array(items) => stack.extend(items),
+            _ => {}
+        }
+    }
+    found.sort();
+    found.dedup();
+    found
+}
+
+/// Where stages of a kind run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Place {
+    /// In the driver's own process, on one of its threads.
+    InProcess,
+    /// In a `pipe-worker` child process, the only program that links libtorch.
+    Worker,
+}
+
+/// A stage: its parameters, and what the pipeline must know of them.
+pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'static {
+    /// The name by which TOML files call the kind.
+    const KIND: &'static str;
+    /// Raised when the same parameters and inputs would give another result.
+    const VERSION: u32;
+    /// Where it runs.
+    const PLACE: Place = Place::InProcess;
+
+    /// The named outputs, the default one first; never empty.
+    fn outputs(&self) -> Vec<Output>;
+
+    /// The versions of the pieces that the result rests on besides the kind itself.
+    fn parts(&self) -> Vec<Part> {
+        Vec::new()
+    }
+
+    /// What is wrong with the parameters beyond their schema; `upstream` shows the stages that this one rests on.
+    fn check(&self, _upstream: &Upstream<'_>) -> Vec<Problem> {
+        Vec::new()
+    }
+
+    /// Runs the stage in process; kinds placed in the worker are run there and never here.
+    fn run(&self, _context: &mut StageContext) -> anyhow::Result<()> {
+        anyhow::bail!("a `{}` stage runs in `pipe-worker`", Self::KIND)
+    }
+}
+
+/// The object-safe side of [`Stage`].
+pub trait AnyStage: Send + Sync {
+    /// See [`Stage::outputs`].
+    fn outputs(&self) -> Vec<Output>;
+    /// See [`Stage::parts`].
+    fn parts(&self) -> Vec<Part>;
+    /// See [`Stage::check`].
+    fn check(&self, upstream: &Upstream<'_>) -> Vec<Problem>;
+    /// See [`Stage::run`].
+    fn run(&self, context: &mut StageContext) -> anyhow::Result<()>;
+    /// Every parameter with its default written out; edges and files as their tagged objects.
+    fn params(&self) -> Value;
+}
+
+impl<S: Stage> AnyStage for S {
+    fn outputs(&self) -> Vec<Output> {
+        Stage::outputs(self)
+    }
+    fn parts(&self) -> Vec<Part> {
+        Stage::parts(self)
+    }
+    fn check(&self, upstream: &Upstream<'_>) -> Vec<Problem> {
+        Stage::check(self, upstream)
+    }
+    fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
+        Stage::run(self, context)
+    }
+    fn params(&self) -> Value {
+        serde_json::to_value(self).expect("a stage's parameters are plain data")
+    }
+}
+
+/// What the pipeline knows of a kind: a plain value of names and function pointers.
+#[derive(Clone, Copy)]
+pub struct Kind {
+    /// The name by which TOML files call it.
+    pub name: &'static str,
+    /// See [`Stage::VERSION`].
+    pub version: u32,
+    /// See [`Stage::PLACE`].
+    pub place: Place,
+    /// Makes a stage from its parameters (without `kind` and `run`); an error names the field by its path.
+    pub parse: fn(Value) -> Result<Arc<dyn AnyStage>, Problem>,
+    /// The JSON Schema of the parameters, without `kind` and `run`.
+    pub schema: fn(&mut SchemaGenerator) -> Schema,
+}
+
+impl Kind {
+    /// The kind of the stages `S`.
+    pub const fn of<S: Stage>() -> Self {
+        Self {
+            name: S::KIND,
+            version: S::VERSION,
+            place: S::PLACE,
+            parse: |params| {
+                serde_path_to_error::deserialize::<_, S>(params)
+                    .map(|stage| Arc::new(stage) as Arc<dyn AnyStage>)
+                    .map_err(|error| Problem::new(error.path().to_string(), error.inner().to_string()))
+            },
+            schema: |generator| S::json_schema(generator),
+        }
+    }
+}
+
+impl fmt::Debug for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Kind({} v{})", self.name, self.version)
+    }
+}
+
+/// The options of a stage's `run` table: how it runs, never what it computes. They enter no key.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RunOptions {
+    /// Cores that the stage takes; 0 (the default) is one for light kinds and every core for libtorch kinds.
+    pub cpus: usize,
+    /// The device of libtorch kinds: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
+    pub device: String,
+    /// How often a training stage saves its state, as `30s`, `5m` or `1h`.
+    pub save_every: String,
+}
+
+impl Default for RunOptions {
+    fn default() -> Self {
+        Self { cpus: 0, device: "auto".to_owned(), save_every: "60s".to_owned() }
+    }
+}
+
+/// An input as a running stage finds it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct InputArtifact {
+    /// The folder, read-only.
+    pub path: PathBuf,
+    /// The digest of its content.
+    pub digest: String,
+    /// What it carries.
+    #[serde(rename = "type")]
+    pub artifact: ArtifactType,
+}
+
+/// The machine's share of a running stage. Nothing of it may change a result except as DESIGN allows (threads, device).
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Resources {
+    /// `cpu` or `cuda:0` (the scheduler maps the physical device).
+    pub device: String,
+    /// Threads for computation, fixed at the first attempt of a key.
+    pub threads: usize,
+    /// How often to save a training state.
+    pub save_every: Duration,
+}
+
+/// What a stage tells while it runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum StageEvent {
+    /// It is `done` of `total` units (`rows`, `steps`, ...) along.
+    Progress {
+        /// Units done, of this attempt and those before it.
+        done: u64,
+        /// Units in all.
+        total: u64,
+        /// What is counted.
+        unit: String,
+    },
+    /// It goes on from saved work instead of beginning.
+    Resumed {
+        /// Units done before.
+        done: u64,
+    },
+    /// The newest values of some metrics, for people who watch.
+    Metrics {
+        /// Name to value.
+        values: BTreeMap<String, f64>,
+    },
+    /// Something a person should know.
+    Note {
+        /// One sentence without a full stop.
+        text: String,
+    },
+}
+
+/// The error with which a stage ends after it was asked to stop and has saved its work.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("interrupted")]
+pub struct Interrupted;
+
+/// Everything that a running stage is given.
+pub struct StageContext {
+    /// Inputs by reference, as the stage's [`Input`] fields name them.
+    pub inputs: BTreeMap<String, InputArtifact>,
+    /// The folder that holds one empty folder per output. Only what lies here is kept as the result.
+    pub out: PathBuf,
+    /// A folder that survives a kill and belongs to this key alone: training states lie here.
+    pub work: PathBuf,
+    /// Logs of this key: metrics, event files, text; never part of the result.
+    pub logs: PathBuf,
+    /// Device, threads and the like.
+    pub resources: Resources,
+    /// Set when the stage should save and stop.
+    pub interrupt: Arc<AtomicBool>,
+    /// Where events go.
+    pub events: Box<dyn FnMut(StageEvent) + Send>,
+}
+
+impl StageContext {
+    /// The folder of an input.
+    pub fn input<A: Artifact>(&self, input: &Input<A>) -> anyhow::Result<&Path> {
+        self.inputs
+            .get(&input.reference)
+            .map(|artifact| artifact.path.as_path())
+            .with_context(|| format!("the input `{}` was not handed to the stage", input.reference))
+    }
+
+    /// The folder of the output `name`.
+    pub fn output(&self, name: &str) -> PathBuf {
+        self.out.join(name)
+    }
+
+    /// Tells an event.
+    pub fn tell(&mut self, event: StageEvent) {
+        (self.events)(event);
+    }
+
+    /// Tells how far the stage is.
+    pub fn progress(&mut self, done: u64, total: u64, unit: &str) {
+        self.tell(StageEvent::Progress { done, total, unit: unit.to_owned() });
+    }
+
+    /// Tells a note.
+    pub fn note(&mut self, text: impl Into<String>) {
+        self.tell(StageEvent::Note { text: text.into() });
+    }
+
+    /// Whether the stage was asked to save and stop.
+    pub fn interrupted(&self) -> bool {
+        self.interrupt.load(Ordering::Relaxed)
+    }
+
+    /// Ends a stage that has nothing to save when it was asked to stop.
+    pub fn stop_if_interrupted(&self) -> Result<(), Interrupted> {
+        if self.interrupted() { Err(Interrupted) } else { Ok(()) }
+    }
+}

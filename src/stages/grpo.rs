@@ -1,0 +1,217 @@
+//! `grpo`: group relative policy optimisation against verifiable rewards. It runs in `pipe-worker`.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::pipeline::stage::{ArtifactType, Checkpoint, Input, Output, Part, Place, Problem, Stage, Tokens, Upstream};
+use crate::rewards::RewardSpec;
+use crate::stages::training::{Optimizer, Schedule, Validate, versions};
+
+/// What a group's rewards are divided by after their mean is taken away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Scale {
+    /// The group's standard deviation plus `epsilon` (GRPO, Shao et al. 2024).
+    GroupStd,
+    /// Nothing (Dr. GRPO, Liu et al. 2025).
+    None,
+}
+
+/// How rewards become advantages.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Advantage {
+    /// The divisor.
+    pub scale: Scale,
+    /// Added to the standard deviation.
+    #[schemars(range(min = 0.0))]
+    pub epsilon: f64,
+    /// Delta degrees of freedom of the standard deviation: 0 or 1.
+    #[schemars(range(min = 0, max = 1))]
+    pub ddof: u64,
+}
+
+impl Default for Advantage {
+    fn default() -> Self {
+        Self { scale: Scale::GroupStd, epsilon: 1e-4, ddof: 1 }
+    }
+}
+
+/// The range within which the probability ratio earns a gradient (PPO's clip, with DAPO's higher upper bound).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Clip {
+    /// The ratio is clipped below at 1 - low.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub low: f64,
+    /// The ratio is clipped above at 1 + high.
+    #[schemars(range(min = 0.0))]
+    pub high: f64,
+}
+
+impl Default for Clip {
+    fn default() -> Self {
+        Self { low: 0.2, high: 0.28 }
+    }
+}
+
+/// Dynamic sampling (DAPO): groups whose rewards are all equal carry no gradient and are replaced by further prompts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct DynamicSampling {
+    /// Whether such groups are dropped.
+    pub enabled: bool,
+    /// Rounds of generation in a step, at most, to fill the batch with informative groups.
+    #[schemars(range(min = 1))]
+    pub max_rounds: u64,
+}
+
+impl Default for DynamicSampling {
+    fn default() -> Self {
+        Self { enabled: true, max_rounds: 2 }
+    }
+}
+
+/// Improve a model by its own graded attempts: groups of completions a prompt, token-mean policy-gradient loss.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Grpo {
+    /// The model to start from.
+    pub model: Input<Checkpoint>,
+    /// The prompts, with their task.
+    pub prompts: Input<Tokens>,
+    /// The split of `prompts`: instances that supervised training has not seen.
+    #[serde(default = "Grpo::default_split")]
+    pub split: String,
+    /// Optimizer steps times `updates_per_step`: one step is one batch of rollouts.
+    #[schemars(range(min = 1))]
+    pub steps: u64,
+    /// Groups in a step.
+    #[serde(default = "Grpo::default_prompts_per_step")]
+    #[schemars(range(min = 1))]
+    pub prompts_per_step: u64,
+    /// Completions in a group.
+    #[serde(default = "Grpo::default_group_size")]
+    #[schemars(range(min = 2))]
+    pub group_size: u64,
+    /// Optimizer updates in a step: the batch is split into this many minibatches of whole groups.
+    #[serde(default = "Grpo::default_updates_per_step")]
+    #[schemars(range(min = 1))]
+    pub updates_per_step: u64,
+    /// Rows in a forward and backward pass; 0 takes the whole minibatch at once. The gradient does not depend on it.
+    #[serde(default)]
+    pub micro_batch_size: u64,
+    /// Groups generated at once: the unit of commit and of restart.
+    #[serde(default = "Grpo::default_generation_chunk")]
+    #[schemars(range(min = 1))]
+    pub generation_chunk: u64,
+    /// Tokens in a completion, at most.
+    #[schemars(range(min = 1))]
+    pub max_new_tokens: u64,
+    /// The sampling temperature; the training half uses the same.
+    #[serde(default = "Grpo::default_temperature")]
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
+    pub temperature: f64,
+    /// The rewards by name, each with its weight.
+    pub rewards: BTreeMap<String, RewardSpec>,
+    /// How rewards become advantages.
+    #[serde(default)]
+    pub advantage: Advantage,
+    /// The ratio's clip range.
+    #[serde(default)]
+    pub clip: Clip,
+    /// Replacement of groups without a gradient.
+    #[serde(default)]
+    pub dynamic_sampling: DynamicSampling,
+    /// Peak learning rate.
+    #[serde(default = "Grpo::default_learning_rate")]
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
+    pub learning_rate: f64,
+    /// How the learning rate moves.
+    #[serde(default = "Schedule::constant")]
+    pub schedule: Schedule,
+    /// AdamW and clipping.
+    #[serde(default)]
+    pub optimizer: Optimizer,
+    /// Validation on the way; without it `best` equals `last`.
+    #[serde(default)]
+    pub validate: Option<Validate>,
+    /// Decides the order of prompts and every sampled token.
+    #[serde(default)]
+    pub seed: u64,
+}
+
+impl Grpo {
+    fn default_split() -> String {
+        "rl".to_owned()
+    }
+    fn default_prompts_per_step() -> u64 {
+        32
+    }
+    fn default_group_size() -> u64 {
+        8
+    }
+    fn default_updates_per_step() -> u64 {
+        1
+    }
+    fn default_generation_chunk() -> u64 {
+        32
+    }
+    fn default_temperature() -> f64 {
+        1.0
+    }
+    fn default_learning_rate() -> f64 {
+        1e-4
+    }
+}
+
+impl Stage for Grpo {
+    const KIND: &'static str = "grpo";
+    const VERSION: u32 = 1;
+    const PLACE: Place = Place::Worker;
+
+    fn outputs(&self) -> Vec<Output> {
+        vec![
+            Output::new("last", ArtifactType::Checkpoint),
+            Output::new("best", ArtifactType::Checkpoint),
+            Output::new("rollouts", ArtifactType::Rollouts),
+        ]
+    }
+
+    fn parts(&self) -> Vec<Part> {
+        let mut parts = vec![
+            Part::new("learn.model", versions::MODEL),
+            Part::new("learn.generate", versions::GENERATE),
+            Part::new("learn.loss", versions::LOSS),
+            Part::new("learn.optimizer", versions::OPTIMIZER),
+        ];
+        parts.extend(self.rewards.values().map(|reward| Part::new(reward.part().0, reward.part().1)));
+        parts.sort();
+        parts.dedup();
+        parts
+    }
+
+    fn check(&self, _upstream: &Upstream<'_>) -> Vec<Problem> {
+        let rows = self.prompts_per_step * self.group_size / self.updates_per_step.max(1);
+        let mut problems = crate::stages::training::check(self.micro_batch_size, rows, self.validate.as_ref());
+        if self.rewards.is_empty() {
+            let problem = Problem::new("rewards", "no reward is given");
+            problems
+                .push(problem.hint("add a table such as `[stages.NAME.rewards.correct]` with `kind = \"correct\"`"));
+        }
+        if self.prompts_per_step % self.updates_per_step != 0 {
+            let message = format!(
+                "`updates_per_step` {} does not divide the {} groups of a step",
+                self.updates_per_step, self.prompts_per_step
+            );
+            problems.push(Problem::new("updates_per_step", message));
+        }
+        if self.split == "test" {
+            let problem = Problem::new("split", "the split `test` may not be trained on");
+            problems.push(problem.hint("train on `rl`; `test` is for `evaluate`"));
+        }
+        problems
+    }
+}

@@ -1,0 +1,81 @@
+//! `sft`: supervised fine-tuning of a model on tokenized examples. It runs in `pipe-worker`.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::pipeline::stage::{ArtifactType, Checkpoint, Input, Output, Part, Place, Problem, Stage, Tokens, Upstream};
+use crate::stages::training::{Optimizer, Schedule, Validate, versions};
+
+/// Fine-tune a model on tokenized examples with a token-mean cross-entropy over the tokens that the mask marks.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Sft {
+    /// The model to start from.
+    pub model: Input<Checkpoint>,
+    /// The tokenized examples.
+    pub data: Input<Tokens>,
+    /// The split of `data` to train on.
+    #[serde(default = "Sft::default_split")]
+    pub split: String,
+    /// Optimizer steps.
+    #[schemars(range(min = 1))]
+    pub steps: u64,
+    /// Rows in a step.
+    #[serde(default = "Sft::default_batch_size")]
+    #[schemars(range(min = 1))]
+    pub batch_size: u64,
+    /// Rows in a forward and backward pass; 0 takes the whole batch at once. The gradient is that of the whole batch.
+    #[serde(default)]
+    pub micro_batch_size: u64,
+    /// Peak learning rate.
+    #[serde(default = "Sft::default_learning_rate")]
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
+    pub learning_rate: f64,
+    /// How the learning rate moves.
+    #[serde(default)]
+    pub schedule: Schedule,
+    /// AdamW and clipping.
+    #[serde(default)]
+    pub optimizer: Optimizer,
+    /// Validation on the way; without it `best` equals `last`.
+    #[serde(default)]
+    pub validate: Option<Validate>,
+    /// Decides the order of rows.
+    #[serde(default)]
+    pub seed: u64,
+}
+
+impl Sft {
+    fn default_split() -> String {
+        "train".to_owned()
+    }
+    fn default_batch_size() -> u64 {
+        64
+    }
+    fn default_learning_rate() -> f64 {
+        1e-3
+    }
+}
+
+impl Stage for Sft {
+    const KIND: &'static str = "sft";
+    const VERSION: u32 = 1;
+    const PLACE: Place = Place::Worker;
+
+    fn outputs(&self) -> Vec<Output> {
+        vec![Output::new("last", ArtifactType::Checkpoint), Output::new("best", ArtifactType::Checkpoint)]
+    }
+
+    fn parts(&self) -> Vec<Part> {
+        vec![
+            Part::new("learn.model", versions::MODEL),
+            Part::new("learn.generate", versions::GENERATE),
+            Part::new("learn.loss", versions::LOSS),
+            Part::new("learn.optimizer", versions::OPTIMIZER),
+        ]
+    }
+
+    fn check(&self, _: &Upstream<'_>) -> Vec<Problem> {
+        crate::stages::training::check(self.micro_batch_size, self.batch_size, self.validate.as_ref())
+    }
+}

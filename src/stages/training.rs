@@ -1,0 +1,129 @@
+//! Parameters that the training kinds share: optimizer, learning-rate schedule, validation on the way.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::pipeline::stage::Problem;
+
+/// AdamW and gradient clipping (Loshchilov and Hutter 2019, decoupled weight decay).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Optimizer {
+    /// Decay of the first moment, per step.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub beta1: f64,
+    /// Decay of the second moment, per step.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    #[schemars(extend("exclusiveMinimum" = 0.0))]
+    pub epsilon: f64,
+    /// Decoupled weight decay on matrices (embeddings, norms and biases have none), times the learning rate.
+    #[schemars(range(min = 0.0))]
+    pub weight_decay: f64,
+    /// The gradient's global norm is clipped to this; 0 turns clipping off.
+    #[schemars(range(min = 0.0))]
+    pub max_gradient_norm: f64,
+}
+
+impl Default for Optimizer {
+    fn default() -> Self {
+        Self { beta1: 0.9, beta2: 0.98, epsilon: 1e-8, weight_decay: 0.0, max_gradient_norm: 1.0 }
+    }
+}
+
+/// How the learning rate falls after warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Decay {
+    /// Along half a cosine to `final_ratio`.
+    Cosine,
+    /// Along a line to `final_ratio`.
+    Linear,
+    /// Not at all.
+    Constant,
+}
+
+/// The learning-rate schedule: linear warm-up, then decay.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Schedule {
+    /// The shape after warm-up.
+    pub decay: Decay,
+    /// The share of all steps over which the rate rises from 0 to its peak.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub warmup_ratio: f64,
+    /// The rate at the last step, as a share of the peak.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub final_ratio: f64,
+}
+
+impl Default for Schedule {
+    fn default() -> Self {
+        Self { decay: Decay::Cosine, warmup_ratio: 0.05, final_ratio: 0.1 }
+    }
+}
+
+impl Schedule {
+    /// Warm-up over a twentieth of the steps, then a constant rate: what reinforcement learning starts from.
+    pub fn constant() -> Self {
+        Self { decay: Decay::Constant, ..Self::default() }
+    }
+}
+
+/// Validation on the way: generation on held-out instances, and which state becomes the output `best`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Validate {
+    /// Steps between two validations; the last step is always validated.
+    #[schemars(range(min = 1))]
+    pub every: u64,
+    /// Instances of the validation split, from its beginning.
+    #[schemars(range(min = 1))]
+    pub samples: u64,
+    /// The measurement whose highest mean selects `best` (the earliest wins a tie).
+    #[serde(default = "Validate::default_select")]
+    pub select: String,
+    /// The split to validate on; the test split selects nothing.
+    #[serde(default = "Validate::default_split")]
+    pub split: String,
+    /// The sampling temperature; 0 is greedy.
+    #[serde(default)]
+    #[schemars(range(min = 0.0))]
+    pub temperature: f64,
+}
+
+impl Validate {
+    fn default_select() -> String {
+        "solved".to_owned()
+    }
+    fn default_split() -> String {
+        "validation".to_owned()
+    }
+}
+
+/// The versions of the shared learning modules; each is raised when its results move.
+pub mod versions {
+    /// The transformer's forward pass and its weights' names.
+    pub const MODEL: u32 = 1;
+    /// Batched generation and the sampler.
+    pub const GENERATE: u32 = 1;
+    /// AdamW, clipping and schedules.
+    pub const OPTIMIZER: u32 = 1;
+    /// Losses and advantages.
+    pub const LOSS: u32 = 1;
+}
+
+/// What the shared parameters may not say together.
+pub fn check(micro_batch_size: u64, batch_size: u64, validate: Option<&Validate>) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    if micro_batch_size > batch_size {
+        let message = format!("`micro_batch_size` {micro_batch_size} is larger than the batch of {batch_size} rows");
+        problems.push(Problem::new("micro_batch_size", message).hint("leave it out to take the whole batch at once"));
+    }
+    if validate.is_some_and(|validate| validate.split == "test") {
+        let problem = Problem::new("validate.split", "the split `test` may not select a checkpoint");
+        problems.push(problem.hint("validate on `validation`; `test` is for `evaluate`"));
+    }
+    problems
+}
