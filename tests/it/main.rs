@@ -1,1 +1,3 @@
+//! The one integration binary: what holds for the whole tree rather than for a module.
 
+mod architecture;
