@@ -2,4 +2,5 @@
 
 mod architecture;
 mod engine;
+mod learning;
 mod sandbox;
