@@ -18,9 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::pipeline::plan::NodeName;
-use crate::pipeline::stage::{
-    ArtifactType, InputArtifact, Interrupted, Output, Resources, StageContext, StageEvent,
-};
+use crate::pipeline::stage::{ArtifactType, InputArtifact, Interrupted, Output, Resources, StageContext, StageEvent};
 use crate::pipeline::store::{
     Attempts, Digest, DraftOutput, KeyLock, KeyParts, Lookup, Manifest, ManifestDraft, Store, StoreError,
     link_tensorboard,
@@ -124,7 +122,8 @@ pub fn attempt(
     mut events: Box<dyn FnMut(StageEvent) + Send>,
 ) -> Result<Manifest, AttemptError> {
     if request.protocol != PROTOCOL {
-        let message = "the request has protocol `{}`, and this program speaks `{}`; build both programs from one source";
+        let message =
+            "the request has protocol `{}`, and this program speaks `{}`; build both programs from one source";
         let message = message.replacen("{}", &request.protocol.to_string(), 1).replacen("{}", &PROTOCOL.to_string(), 1);
         return Err(AttemptError::Failed(anyhow!(message)));
     }
