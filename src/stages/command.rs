@@ -259,3 +259,252 @@ fn take(folder: &Path, name: &str, output: &Path) -> anyhow::Result<()> {
     }
     std::fs::rename(&made, output.join(name)).with_context(|| format!("cannot move the output `{}`", made.display()))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::{Duration, Instant};
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::pipeline::stage::{InputArtifact, Resources};
+
+    /// A place for one run of a command.
+    struct Bench {
+        place: tempfile::TempDir,
+        context: StageContext,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let place = tempfile::tempdir().unwrap();
+            let at = |name: &str| place.path().join(name);
+            for folder in ["out/out", "out/second", "logs", "work", "input"] {
+                std::fs::create_dir_all(at(folder)).unwrap();
+            }
+            std::fs::write(at("input/out"), "b\na\n").unwrap();
+            let input = InputArtifact { path: at("input"), digest: "d".into(), artifact: ArtifactType::Files };
+            let resources = Resources { device: "cpu".into(), threads: 1, save_every: Duration::from_secs(1) };
+            let context = StageContext {
+                inputs: BTreeMap::from([("stage".to_owned(), input)]),
+                out: at("out"),
+                work: at("work"),
+                logs: at("logs"),
+                resources,
+                interrupt: Arc::default(),
+                events: Box::new(|_| ()),
+            };
+            Self { place, context }
+        }
+
+        fn run(&mut self, command: &Command) -> anyhow::Result<()> {
+            assert_eq!(problems(command), Vec::<Problem>::new());
+            command.run(&mut self.context)
+        }
+
+        fn read(&self, path: &str) -> String {
+            std::fs::read_to_string(self.place.path().join(path)).unwrap()
+        }
+    }
+
+    fn shell(script: &str) -> Command {
+        serde_json::from_value(json!({"command": ["sh", "-c", script], "outputs": ["out"]})).unwrap()
+    }
+
+    fn problems(command: &Command) -> Vec<Problem> {
+        command.check(&Upstream { stages: &BTreeMap::new() })
+    }
+
+    fn error(script: &str) -> String {
+        format!("{:#}", Bench::new().run(&shell(script)).unwrap_err())
+    }
+
+    #[test]
+    fn a_program_sorts_an_input_into_an_output() {
+        let mut bench = Bench::new();
+        let mut command = shell("sort {inputs.a}/out > out; echo ${HOME:-none}} {inputs.}");
+        command.inputs.insert("a".into(), Input::new("stage"));
+        bench.run(&command).unwrap();
+        assert_eq!(bench.read("out/out/out"), "a\nb\n");
+        assert!(bench.read("logs/log.txt").ends_with("} {inputs.}\n"), "other braces are the program's");
+    }
+
+    #[test]
+    fn outputs_are_files_or_folders_under_their_names() {
+        let mut bench = Bench::new();
+        let mut command = shell("mkdir -p second/deep; echo x > second/deep/file; echo y > out; chmod 555 second");
+        command.outputs.push("second".into());
+        bench.run(&command).unwrap();
+        assert_eq!(
+            (bench.read("out/out/out"), bench.read("out/second/second/deep/file")),
+            ("y\n".into(), "x\n".into())
+        );
+    }
+
+    #[test]
+    fn the_environment_is_three_variables_and_the_table() {
+        let mut bench = Bench::new();
+        let mut command = shell("env > out");
+        command.env.insert("LANG".into(), "C".into());
+        command.env.insert("MINE".into(), "a b=c".into());
+        bench.run(&command).unwrap();
+        let out = bench.read("out/out/out");
+        // The shell itself adds these.
+        let own = ["PWD", "SHLVL", "_", "OLDPWD"];
+        let mut names: Vec<&str> = out.lines().filter_map(|line| line.split('=').next()).collect();
+        names.retain(|name| !own.contains(name) && *name != "HOME");
+        names.sort_unstable();
+        assert_eq!(names, ["LANG", "MINE", "PATH"]);
+        assert!(out.contains("LANG=C\n") && out.contains("MINE=a b=c\n"));
+    }
+
+    #[test]
+    fn files_stand_at_their_relative_paths_and_run() {
+        let mut bench = Bench::new();
+        let at = bench.place.path().join("users");
+        std::fs::create_dir_all(at.join("data/deep")).unwrap();
+        std::fs::write(at.join("data/deep/x"), "content").unwrap();
+        std::fs::write(at.join("tool"), "#!/bin/sh\ncat data/deep/x > out\n").unwrap();
+        std::fs::set_permissions(at.join("tool"), Permissions::from_mode(0o500)).unwrap();
+        let mut command = shell("");
+        command.command = vec!["./bin/tool".into()];
+        command.files = vec![
+            PlacedFile { path: at.join("tool"), placed: "./bin/tool".into() },
+            PlacedFile { path: at.join("data"), placed: "data".into() },
+        ];
+        bench.run(&command).unwrap();
+        assert_eq!(bench.read("out/out/out"), "content");
+    }
+
+    #[test]
+    fn failures_name_the_status_the_signal_and_the_last_words() {
+        let long = error("for i in $(seq 30); do echo line $i; done; echo the end >&2; exit 3");
+        assert!(long.starts_with("`sh` ended with exit status 3:\nline 12\n") && long.ends_with("\nthe end"), "{long}");
+        assert_eq!(error("exit 1"), "`sh` ended with exit status 1; it wrote nothing");
+        assert!(error("kill -SEGV $$").contains("was ended by SIGSEGV"));
+        assert!(error("touch other").contains("left no `out` in its folder; there is `other`"));
+        let mut command = shell("");
+        command.command = vec!["no-such-program".into()];
+        let error = format!("{:#}", Bench::new().run(&command).unwrap_err());
+        assert!(error.contains("cannot start `no-such-program`: no such program is found in `PATH`"), "{error}");
+    }
+
+    #[test]
+    fn no_descriptor_of_the_driver_is_inherited() {
+        let mut bench = Bench::new();
+        let lock = std::fs::File::create(bench.place.path().join("lock")).unwrap();
+        lock.lock().unwrap();
+        bench.run(&shell("ls -l /proc/$$/fd | grep -o '[0-9]* ->.*' > out")).unwrap();
+        let found = bench.read("out/out/out");
+        assert!(["0 -> /dev/null", "1 -> ", "2 -> "].iter().all(|line| found.contains(line)), "{found}");
+        assert!(!found.contains("/lock"), "{found}");
+    }
+
+    #[test]
+    fn an_interrupt_ends_the_whole_group() {
+        let mut bench = Bench::new();
+        let interrupt = Arc::new(AtomicBool::new(false));
+        bench.context.interrupt = interrupt.clone();
+        let pids = bench.place.path().join("pids");
+        let script = format!("sleep 60 & echo $! > {0}.new; mv {0}.new {0}; wait", pids.display());
+        let begun = Instant::now();
+        std::thread::scope(|scope| {
+            let running = scope.spawn(|| bench.run(&shell(&script)));
+            while !pids.exists() {
+                assert!(begun.elapsed() < Duration::from_secs(20));
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            interrupt.store(true, Ordering::Relaxed);
+            let error = running.join().unwrap().unwrap_err();
+            assert!(error.is::<Interrupted>(), "{error:#}");
+        });
+        assert!(begun.elapsed() < Duration::from_secs(20));
+        assert_gone(&std::fs::read_to_string(&pids).unwrap());
+    }
+
+    #[test]
+    fn nothing_that_the_program_started_outlives_it() {
+        let mut bench = Bench::new();
+        bench.run(&shell("sleep 60 & echo $! > out")).unwrap();
+        assert_gone(&bench.read("out/out/out"));
+    }
+
+    /// The test runs itself as a driver, kills that, and looks whether the driver's program is gone too.
+    #[test]
+    fn a_program_does_not_outlive_a_killed_driver() {
+        const PIDS: &str = "PIPE_TEST_COMMAND_PIDS";
+        if let Some(pids) = std::env::var_os(PIDS) {
+            let pids = pids.into_string().unwrap();
+            let script = format!("sleep 60 & echo $$ $! > {pids}.new; mv {pids}.new {pids}; wait");
+            // The second program must not hold the watchdog's pipe open.
+            Bench::new().run(&shell("echo > out")).unwrap();
+            Bench::new().run(&shell(&script)).unwrap();
+            return;
+        }
+        let place = tempfile::tempdir().unwrap();
+        let pids = place.path().join("pids");
+        let mut driver = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "stages::command::tests::a_program_does_not_outlive_a_killed_driver"])
+            .env(PIDS, &pids)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let begun = Instant::now();
+        while !pids.exists() {
+            assert!(begun.elapsed() < Duration::from_secs(20), "the driver did not start its program");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        driver.kill().unwrap();
+        driver.wait().unwrap();
+        assert_gone(&std::fs::read_to_string(&pids).unwrap());
+    }
+
+    /// Holds that these processes end soon; one that waits to be reaped has ended.
+    fn assert_gone(pids: &str) {
+        let begun = Instant::now();
+        for pid in pids.split_whitespace() {
+            let alive = || {
+                let status = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+                status.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with(['Z', 'X']))
+            };
+            while alive() {
+                assert!(begun.elapsed() < Duration::from_secs(20), "process {pid} still runs");
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        }
+    }
+
+    #[test]
+    fn a_trivial_program_costs_little_beyond_its_start() {
+        let mut bench = Bench::new();
+        bench.run(&shell("echo x > out")).unwrap();
+        let begun = Instant::now();
+        for _ in 0..10 {
+            Bench::new().run(&shell("echo x > out")).unwrap();
+        }
+        // The bar is 3 ms on a quiet machine; this one catches only a change of kind, as a wait in steps of a clock.
+        assert!(begun.elapsed() < Duration::from_secs(2), "{:?} each", begun.elapsed() / 10);
+    }
+
+    #[test]
+    fn mistakes_are_found_before_anything_runs() {
+        let command: Command = serde_json::from_value(json!({
+            "command": ["sh", "{inputs.a} {inputs.b} {inputs.b c}"],
+            "inputs": {"a": "stage"},
+            "files": ["../x", "/etc/passwd", "a/./b", "a/b", "."],
+            "outputs": ["out", ".hidden", "a/b", "out"],
+            "env": {"A=B": "x"},
+        }))
+        .unwrap();
+        let found: Vec<String> = problems(&command).into_iter().map(|problem| problem.path).collect();
+        let expected =
+            ["command.1", "outputs.1", "outputs.2", "outputs.3", "files.0", "files.1", "files.3", "files.4", "env.A=B"];
+        assert_eq!(found, expected);
+        let nothing: Command = serde_json::from_value(json!({"command": [], "outputs": []})).unwrap();
+        assert_eq!(problems(&nothing).len(), 2);
+        assert!(serde_json::from_value::<Command>(json!({"command": ["x"], "outputs": ["o"], "input": {}})).is_err());
+    }
+}
