@@ -1,0 +1,319 @@
+//! Reading results back: a hit, a miss, or damage; and putting damaged things aside so that the next run rebuilds them.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::digest::{digest_folder, is_executable, stat_of};
+use super::error::At as _;
+use super::{Digest, Manifest, Store, StoreError, StoredFile, StoredOutput, create_folder, sealed, write_atomically};
+
+/// What the store knows of a key.
+#[derive(Clone, Debug)]
+pub enum Lookup {
+    /// The result is there and whole.
+    Hit(Arc<Manifest>),
+    /// There is no result.
+    Miss,
+    /// There is a result, and it is not what was stored.
+    Damaged {
+        /// What is wrong, naming the file.
+        what: String,
+    },
+}
+
+impl Store {
+    /// What the store has for `key`. Files whose stat is not as recorded are hashed; nothing is written.
+    pub fn lookup(&self, key: &Digest) -> Result<Lookup, StoreError> {
+        let manifest = match self.manifest(key)? {
+            None => return Ok(Lookup::Miss),
+            Some(Err(what)) => return Ok(Lookup::Damaged { what }),
+            Some(Ok(manifest)) => manifest,
+        };
+        for output in &manifest.outputs {
+            let object = self.object(&output.digest);
+            for file in &output.files {
+                if let Some(what) = self.damage_of(&object.join(&file.path), file)? {
+                    return Ok(Lookup::Damaged { what });
+                }
+            }
+        }
+        Ok(Lookup::Hit(Arc::new(manifest)))
+    }
+
+    /// The manifest of `key`: `None` where there is none, `Some(Err)` where it is damaged. Objects are not looked at.
+    pub(super) fn manifest(&self, key: &Digest) -> Result<Option<Result<Manifest, String>>, StoreError> {
+        let path = self.manifest_path(key);
+        let bytes =
+            match std::fs::read(&path) {
+                Ok(bytes) => bytes,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+                Err(error) => {
+                    let error = Err(error).at("read", &path);
+                    return error.or_else(|error: StoreError| {
+                        if error.means_damage() { Ok(Some(Err(error.to_string()))) } else { Err(error) }
+                    });
+                }
+            };
+        let damaged = |problem: &str| Ok(Some(Err(format!("the manifest `{}` {problem}", path.display()))));
+        let Some(body) = sealed::open(&bytes) else { return damaged("does not have the digest that it carries") };
+        match serde_json::from_slice::<Manifest>(&body) {
+            Ok(manifest) if manifest.key == *key => Ok(Some(Ok(manifest))),
+            Ok(_) => damaged("is that of another key"),
+            Err(error) => damaged(&format!("cannot be understood: {error}")),
+        }
+    }
+
+    /// What is wrong with one stored file, if anything.
+    fn damage_of(&self, path: &Path, file: &StoredFile) -> Result<Option<String>, StoreError> {
+        let damage = |problem: &str| Ok(Some(format!("`{}` {problem}", path.display())));
+        let metadata = match std::fs::symlink_metadata(path) {
+            Ok(metadata) => metadata,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return damage("is missing"),
+            Err(error) => {
+                let error = StoreError::Io { action: "read", path: path.to_owned(), cause: error };
+                return if error.means_damage() { Ok(Some(error.to_string())) } else { Err(error) };
+            }
+        };
+        if stat_of(&metadata) == file.stat && is_executable(&metadata) == file.executable {
+            return Ok(None);
+        }
+        if !metadata.is_file() {
+            return damage("is no longer a file");
+        }
+        if metadata.len() != file.size {
+            return damage(&format!("has {} bytes instead of {}", metadata.len(), file.size));
+        }
+        if is_executable(&metadata) != file.executable {
+            return damage("has another executable bit");
+        }
+        match self.cache.hash_file(path) {
+            Ok(hashed) if hashed.digest == file.digest => Ok(None),
+            Ok(_) => damage("does not have the content that was stored"),
+            Err(error) if error.means_damage() => Ok(Some(error.to_string())),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Hashes every byte of an output's object; the inner error says what is damaged.
+    pub fn verify_object(&self, output: &StoredOutput) -> Result<Result<(), String>, StoreError> {
+        self.verify_digest(&output.digest)
+    }
+
+    /// Hashes every byte of an object; the inner error says what is damaged.
+    pub fn verify_digest(&self, digest: &Digest) -> Result<Result<(), String>, StoreError> {
+        let object = self.object(digest);
+        match digest_folder(&object) {
+            Ok((found, _)) if found == *digest => Ok(Ok(())),
+            Ok(_) => Ok(Err(format!("`{}` does not have the content that was stored", object.display()))),
+            Err(error) if error.means_damage() => Ok(Err(error.to_string())),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Puts aside what is damaged of the result of `key`, so that the next run rebuilds it. `what` is kept beside it.
+    ///
+    /// Everything is checked once more: what another process has rebuilt meanwhile stays. The manifest goes first, so
+    /// that a kill in between leaves a miss.
+    pub fn quarantine(&self, key: &Digest, what: &str) -> Result<(), StoreError> {
+        let mut bad_objects = Vec::new();
+        match self.manifest(key)? {
+            None => return Ok(()),
+            Some(Err(_)) => {}
+            Some(Ok(manifest)) => {
+                for output in &manifest.outputs {
+                    if self.verify_object(output)?.is_err() {
+                        bad_objects.push(output.digest.clone());
+                    }
+                }
+                if bad_objects.is_empty() {
+                    return Ok(());
+                }
+            }
+        }
+        let aside = self.put_aside(key, what)?;
+        move_if_there(&self.manifest_path(key), &aside.join("manifest.json"))?;
+        bad_objects.dedup();
+        for digest in bad_objects {
+            move_if_there(&self.object(&digest), &aside.join(&digest.0))?;
+        }
+        Ok(())
+    }
+
+    /// Puts a damaged object aside, whichever results it belongs to. It does nothing to one that is whole.
+    pub fn quarantine_object(&self, digest: &Digest, what: &str) -> Result<(), StoreError> {
+        let object = self.object(digest);
+        if std::fs::symlink_metadata(&object).is_err() || self.verify_digest(digest)?.is_ok() {
+            return Ok(());
+        }
+        move_if_there(&object, &self.put_aside(digest, what)?.join(&digest.0))
+    }
+
+    /// A new folder of `quarantine/` with a note of the reason.
+    fn put_aside(&self, digest: &Digest, what: &str) -> Result<PathBuf, StoreError> {
+        let quarantine = self.folder("quarantine");
+        create_folder(&quarantine)?;
+        let when = jiff::Timestamp::now().strftime("%Y-%m-%dT%H-%M-%SZ").to_string();
+        let prefix = format!("{when}-{}-", digest.short());
+        let aside = tempfile::Builder::new().prefix(&prefix).tempdir_in(&quarantine).at("write", &quarantine)?.keep();
+        write_atomically(&aside.join("why.txt"), format!("{what}\n").as_bytes(), false)?;
+        Ok(aside)
+    }
+}
+
+/// Renames a file or a folder; one that is not there is no error, because another process may have been quicker.
+fn move_if_there(from: &Path, to: &Path) -> Result<(), StoreError> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let Ok(metadata) = std::fs::symlink_metadata(from) else { return Ok(()) };
+    if metadata.is_dir() {
+        // A folder that may not be written cannot change its parent.
+        let _ = std::fs::set_permissions(from, std::fs::Permissions::from_mode(0o755));
+    }
+    match std::fs::rename(from, to) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other.at("put aside", from),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixture::{Sandbox, key};
+    use super::*;
+
+    /// Changes one byte of a stored file and sets its mtime back.
+    fn flip_a_byte(path: &Path) {
+        use std::os::unix::fs::PermissionsExt as _;
+        let (modified, mut bytes) =
+            (std::fs::metadata(path).unwrap().modified().unwrap(), std::fs::read(path).unwrap());
+        bytes[0] ^= 1;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644)).unwrap();
+        std::fs::write(path, bytes).unwrap();
+        std::fs::File::options().write(true).open(path).unwrap().set_modified(modified).unwrap();
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o444)).unwrap();
+    }
+
+    fn damage(sandbox: &Sandbox, key: &Digest) -> String {
+        match sandbox.store.lookup(key).unwrap() {
+            Lookup::Damaged { what } => what,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_is_published_is_found_with_its_exact_bytes() {
+        let sandbox = Sandbox::new();
+        assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Miss));
+        let published = sandbox.publish(1, &[("a/b.txt", "one"), ("run", "two")]);
+        let Lookup::Hit(found) = sandbox.store.lookup(&key(1)).unwrap() else { panic!("no hit") };
+        assert_eq!(serde_json::to_value(&*found).unwrap(), serde_json::to_value(&published).unwrap());
+        let object = sandbox.store.object(&found.outputs[0].digest);
+        assert_eq!(std::fs::read_to_string(object.join("a/b.txt")).unwrap(), "one");
+        assert!(sandbox.store.verify_object(&found.outputs[0]).unwrap().is_ok());
+    }
+
+    #[test]
+    fn a_flipped_byte_is_found_put_aside_and_rebuilt() {
+        let sandbox = Sandbox::new();
+        let manifest = sandbox.publish(1, &[("data", "one")]);
+        let object = sandbox.store.object(&manifest.outputs[0].digest);
+        flip_a_byte(&object.join("data"));
+        let what = damage(&sandbox, &key(1));
+        assert!(what.contains("/data` does not have the content"), "{what}");
+        assert!(sandbox.store.verify_object(&manifest.outputs[0]).unwrap().is_err());
+        sandbox.store.quarantine(&key(1), &what).unwrap();
+        assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Miss));
+        assert!(!object.exists());
+        let aside = std::fs::read_dir(sandbox.store.root().join("quarantine")).unwrap().next().unwrap().unwrap().path();
+        assert_eq!(std::fs::read_to_string(aside.join("why.txt")).unwrap().trim(), what);
+        assert!(aside.join(&manifest.outputs[0].digest.0).join("data").exists());
+        sandbox.publish(1, &[("data", "one")]);
+        assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Hit(_)));
+    }
+
+    #[test]
+    fn every_sort_of_damage_has_its_words() {
+        use std::os::unix::fs::PermissionsExt as _;
+        type Harm = fn(&Store, &Path);
+        let harms: [(&str, Harm); 5] = [
+            ("is missing", |_, file| std::fs::remove_file(file).unwrap()),
+            ("has 1 bytes instead of 3", |_, file| {
+                std::fs::remove_file(file).unwrap();
+                std::fs::write(file, "x").unwrap();
+            }),
+            ("another executable bit", |_, file| {
+                std::fs::set_permissions(file, std::fs::Permissions::from_mode(0o555)).unwrap();
+            }),
+            ("is no longer a file", |_, file| {
+                std::fs::remove_file(file).unwrap();
+                std::os::unix::fs::symlink("/etc/hostname", file).unwrap();
+            }),
+            ("does not have the digest that it carries", |store, _| {
+                let path = store.manifest_path(&key(1));
+                let text = std::fs::read_to_string(&path).unwrap().replace("\"attempts\":1", "\"attempts\":2");
+                std::fs::write(&path, text).unwrap();
+            }),
+        ];
+        for (words, harm) in harms {
+            let sandbox = Sandbox::new();
+            let manifest = sandbox.publish(1, &[("data", "one")]);
+            let object = sandbox.store.object(&manifest.outputs[0].digest);
+            std::fs::set_permissions(&object, std::fs::Permissions::from_mode(0o755)).unwrap();
+            harm(&sandbox.store, &object.join("data"));
+            let what = damage(&sandbox, &key(1));
+            assert!(what.contains(words), "{what}");
+            sandbox.store.quarantine(&key(1), &what).unwrap();
+            sandbox.publish(1, &[("data", "one")]);
+            assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Hit(_)), "{words}");
+        }
+    }
+
+    #[test]
+    fn a_touched_or_copied_object_is_hashed_and_still_a_hit() {
+        let sandbox = Sandbox::new();
+        let manifest = sandbox.publish(1, &[("data", "one")]);
+        let file = sandbox.store.object(&manifest.outputs[0].digest).join("data");
+        let later = std::time::SystemTime::now() + std::time::Duration::from_secs(5);
+        std::fs::File::open(&file).unwrap().set_modified(later).unwrap();
+        assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Hit(_)));
+    }
+
+    #[test]
+    fn what_is_whole_is_never_put_aside() {
+        let sandbox = Sandbox::new();
+        let manifest = sandbox.publish(1, &[("data", "one")]);
+        sandbox.store.quarantine(&key(1), "a false alarm").unwrap();
+        sandbox.store.quarantine(&key(2), "not there at all").unwrap();
+        sandbox.store.quarantine_object(&manifest.outputs[0].digest, "a false alarm").unwrap();
+        assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Hit(_)));
+        assert_eq!(std::fs::read_dir(sandbox.store.root().join("quarantine")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn verification_reads_everything_and_repair_makes_misses() {
+        let sandbox = Sandbox::new();
+        sandbox.publish(1, &[("data", "one")]);
+        sandbox.publish(2, &[("data", "one")]);
+        sandbox.publish(3, &[("data", "three")]);
+        let four = sandbox.publish(4, &[("data", "four")]);
+        let mut last = (0, 0);
+        let report = sandbox.store.verify(None, &mut |done, total| last = (done, total)).unwrap();
+        assert_eq!((report.manifests, report.objects, report.bytes, last), (4, 3, 12, (12, 12)));
+        assert!(report.is_sound() && report.orphans.is_empty());
+        let object = |content: &str| {
+            let (digest, _) = sandbox.digest(&[("data", content)]);
+            sandbox.store.object(&digest)
+        };
+        flip_a_byte(&object("one").join("data"));
+        std::fs::rename(object("three"), sandbox.store.root().join("elsewhere")).unwrap();
+        std::fs::remove_file(sandbox.store.manifest_path(&key(4))).unwrap();
+        let report = sandbox.store.verify(None, &mut |_, _| ()).unwrap();
+        let keys = |damages: &[super::super::Damage]| damages.iter().map(|one| one.key.clone()).collect::<Vec<_>>();
+        assert_eq!((keys(&report.damaged), keys(&report.missing)), (vec![key(1), key(2)], vec![key(3)]));
+        assert_eq!(report.orphans, [sandbox.store.object(&four.outputs[0].digest)]);
+        assert_eq!(sandbox.store.repair(&report).unwrap(), 3);
+        for number in 1..=4 {
+            assert!(matches!(sandbox.store.lookup(&key(number)).unwrap(), Lookup::Miss), "{number}");
+        }
+        let asked = sandbox.store.verify(Some(&[key(1)]), &mut |_, _| ()).unwrap();
+        assert_eq!(keys(&asked.missing), [key(1)]);
+    }
+}
