@@ -1,6 +1,8 @@
 //! Running a plan: a pure scheduler, backends that start stages, and one closed stream of events to everyone else.
 
 pub mod event;
+pub mod scheduler;
+pub mod slots;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
