@@ -2,6 +2,8 @@
 
 pub mod attempt;
 pub mod event;
+pub mod scheduler;
+pub mod slots;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
