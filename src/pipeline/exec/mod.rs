@@ -1,6 +1,9 @@
 //! Running a plan: a pure scheduler, backends that start stages, and one closed stream of events to everyone else.
 
+pub mod attempt;
 pub mod event;
+pub mod scheduler;
+pub mod slots;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;

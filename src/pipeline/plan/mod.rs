@@ -1,11 +1,19 @@
 //! The plan: every node of every trial, merged by recipe, and what a run would do with it. Planning changes nothing.
 
-use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+mod assess;
+mod graph;
+pub mod key;
+pub mod reason;
 
-use crate::pipeline::spec::StageSpec;
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::pipeline::spec::{Experiment, StageSpec};
 use crate::pipeline::stage::ArtifactType;
-use crate::pipeline::store::Digest;
+use crate::pipeline::store::{Digest, KeyParts, Store, StoreError, source_digest};
 
 /// What a run would do with a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,4 +94,166 @@ pub struct Plan {
     pub nodes: Vec<Node>,
     /// In the order of the files.
     pub trials: Vec<PlannedTrial>,
+}
+
+/// Why no plan can be made.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// Two experiments would take each other's place in the store.
+    #[error("two experiments are named `{name}`: `{}` and `{}`; the name is the stem of the file", first.display(), second.display())]
+    SameName {
+        /// The name.
+        name: String,
+        /// One file.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+    },
+    /// A stage cannot be planned.
+    #[error("{place}: stage `{stage}`: {problem}")]
+    Stage {
+        /// `file:line:column`.
+        place: String,
+        /// The stage.
+        stage: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The store refused.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl PlanError {
+    fn stage(spec: &StageSpec, problem: impl ToString) -> Self {
+        let origin = &spec.origin;
+        Self::Stage {
+            place: format!("{}:{}:{}", origin.file.display(), origin.line, origin.column),
+            stage: spec.name.clone(),
+            problem: problem.to_string(),
+        }
+    }
+}
+
+impl Node {
+    /// The name by which it is shown.
+    pub fn name(&self) -> &NodeName {
+        &self.names[0]
+    }
+
+    /// The parts of its key, with `digest` giving the content digest of each edge's output.
+    pub fn parts(&self, params: &Value, digest: &dyn Fn(&Edge) -> Value) -> KeyParts {
+        let input =
+            |reference: &str| self.edges.iter().find(|edge| edge.reference == reference).map_or(Value::Null, digest);
+        let file = |path: &str| self.files.get(path).map_or(Value::Null, |digest| Value::String(digest.0.clone()));
+        key::parts(&self.spec, params, &input, &file)
+    }
+}
+
+impl Plan {
+    /// Merges the stages of all experiments, and looks up what the store has. Without a store everything would run.
+    pub fn new(experiments: &[Experiment], store: Option<&Store>) -> Result<Self, PlanError> {
+        let mut files: BTreeMap<&str, &Path> = BTreeMap::new();
+        let mut merge =
+            Merge { store, nodes: Vec::new(), params: Vec::new(), known: HashMap::new(), files: HashMap::new() };
+        let mut trials = Vec::new();
+        for experiment in experiments {
+            if let Some(first) = files.insert(&experiment.name, &experiment.path) {
+                let (first, second) = (first.to_owned(), experiment.path.clone());
+                return Err(PlanError::SameName { name: experiment.name.clone(), first, second });
+            }
+            for trial in &experiment.trials {
+                let mut stages = BTreeMap::new();
+                for placed in graph::order(trial)? {
+                    let name = NodeName {
+                        experiment: experiment.name.clone(),
+                        trial: trial.name.clone(),
+                        stage: placed.name.to_owned(),
+                    };
+                    let stage = name.stage.clone();
+                    let node = merge.add(placed, &stages, name)?;
+                    stages.insert(stage, node);
+                }
+                trials.push(PlannedTrial { experiment: experiment.name.clone(), trial: trial.name.clone(), stages });
+            }
+        }
+        let Merge { mut nodes, params, .. } = merge;
+        assess::assess(&mut nodes, &params, store)?;
+        Ok(Self { nodes, trials })
+    }
+}
+
+/// The nodes so far.
+struct Merge<'a> {
+    store: Option<&'a Store>,
+    nodes: Vec<Node>,
+    /// Serialised parameters of each node.
+    params: Vec<Value>,
+    /// Recipe to node.
+    known: HashMap<Digest, usize>,
+    /// Digests of the user's files by path, each hashed once.
+    files: HashMap<String, Digest>,
+}
+
+impl Merge<'_> {
+    /// Adds a stage whose producers are in `stages`, or finds the node that has its recipe.
+    fn add(
+        &mut self,
+        placed: graph::Placed<'_>,
+        stages: &BTreeMap<String, usize>,
+        name: NodeName,
+    ) -> Result<usize, PlanError> {
+        let graph::Placed { spec, params, edges, .. } = placed;
+        let mut files = BTreeMap::new();
+        for path in key::files(&params) {
+            files.insert(path.to_owned(), self.file_digest(spec, path)?);
+        }
+        let edges: Vec<Edge> = edges
+            .into_iter()
+            .map(|edge| Edge {
+                from: stages[edge.from],
+                reference: edge.reference,
+                output: edge.output,
+                artifact: edge.artifact,
+            })
+            .collect();
+        let input = |reference: &str| {
+            let edge = edges.iter().find(|edge| edge.reference == reference);
+            edge.map_or(Value::Null, |edge| key::made_by(&self.nodes[edge.from].recipe, &edge.output))
+        };
+        let file = |path: &str| files.get(path).map_or(Value::Null, |digest| Value::String(digest.0.clone()));
+        let parts = key::parts(spec, &params, &input, &file);
+        let recipe = key::recipe(&parts).map_err(|error| PlanError::stage(spec, error))?;
+        if let Some(&node) = self.known.get(&recipe) {
+            self.nodes[node].names.push(name);
+            return Ok(node);
+        }
+        let node = self.nodes.len();
+        self.known.insert(recipe.clone(), node);
+        self.nodes.push(Node {
+            recipe,
+            key: None,
+            spec: spec.clone(),
+            names: vec![name],
+            edges,
+            files,
+            state: State::Run,
+            reasons: Vec::new(),
+        });
+        self.params.push(params);
+        Ok(node)
+    }
+
+    fn file_digest(&mut self, spec: &StageSpec, path: &str) -> Result<Digest, PlanError> {
+        if let Some(digest) = self.files.get(path) {
+            return Ok(digest.clone());
+        }
+        let digest = match self.store {
+            Some(store) => store.file_digest(Path::new(path)),
+            None => source_digest(Path::new(path)),
+        };
+        let digest = digest.map_err(|error| PlanError::stage(spec, error))?;
+        self.files.insert(path.to_owned(), digest.clone());
+        Ok(digest)
+    }
 }

@@ -1,12 +1,57 @@
 //! The content-addressed store under `artifacts/`: objects, manifests, locks, work folders; the commit protocol.
+//!
+//! ```text
+//! FORMAT                       the layout's version
+//! objects/ab/<digest>/         folders named by their content, read-only, never changed
+//! manifests/ab/<key>.json      one per finished stage; its rename into place is the only commit point
+//! locks/<key>                  held by whoever works on the key; never removed
+//! work/<key>/                  survives a kill: training states, the files of a failed attempt
+//! logs/<key>/                  log.txt, metrics.jsonl, tensorboard/: never part of a result
+//! runs/, tensorboard/          views by people's names, which can be rebuilt
+//! quarantine/                  what was found damaged
+//! cache/                       what spares hashing unchanged files again
+//! ```
+//!
+//! Nothing else in the project writes there, except a running stage into the folders that it is handed. The store knows
+//! no kind: a draft goes in, a manifest comes out.
+
+mod cache;
+pub mod digest;
+mod error;
+mod fault;
+mod lock;
+mod lookup;
+mod publish;
+mod record;
+mod verify;
+mod work;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::pipeline::stage::{ArtifactType, Part};
+pub use digest::{digest_folder, hash_json, source_digest};
+use error::At as _;
+pub use error::StoreError;
+pub use lock::KeyLock;
+pub use lookup::Lookup;
+pub use publish::{DraftOutput, ManifestDraft};
+pub use record::{RunRecord, link_tensorboard};
+pub use verify::{Damage, VerifyReport};
+pub use work::Attempts;
+
+/// The layout that this program reads and writes.
+const FORMAT: &str = "1";
+
+/// The folders of a store.
+const FOLDERS: [&str; 9] =
+    ["objects", "manifests", "locks", "work", "logs", "runs", "tensorboard", "quarantine", "cache"];
 
 /// A BLAKE3 digest as 64 hexadecimal digits: of a folder object, a recipe or a key.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -102,5 +147,265 @@ pub struct StoredFile {
     /// BLAKE3 of its content.
     pub digest: Digest,
     /// (device, inode, size, mtime in ns, ctime in ns).
-    pub stat: (u64, u64, u64, i128, i128),
+    pub stat: FileStat,
+}
+
+/// (device, inode, size, mtime in ns, ctime in ns): by it a file is known to be unchanged.
+pub type FileStat = (u64, u64, u64, i128, i128);
+
+/// An open store. It may be shared by threads; processes share its folder.
+#[derive(Debug)]
+pub struct Store {
+    root: PathBuf,
+    cache: cache::StatCache,
+    faults: fault::Faults,
+}
+
+impl Store {
+    /// Opens the store at `root` for writing, and makes it where there is nothing yet.
+    pub fn open(root: &Path) -> Result<Self, StoreError> {
+        std::fs::create_dir_all(root).at("create the store", root)?;
+        let root = &std::path::absolute(root).at("find", root)?;
+        // Asked outright, because a store that has every folder already would only refuse the first result.
+        rustix::fs::access(root, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK)
+            .at("write to the store", root)?;
+        if !is_store(root)? {
+            write_atomically(&root.join("FORMAT"), format!("{FORMAT}\n").as_bytes(), true)?;
+        }
+        for folder in FOLDERS {
+            let folder = root.join(folder);
+            if let Err(error) = std::fs::create_dir(&folder) {
+                if error.kind() != std::io::ErrorKind::AlreadyExists || !folder.is_dir() {
+                    return Err(error).at("create the folder", &folder);
+                }
+            }
+        }
+        Ok(Self::at(root, true))
+    }
+
+    /// Opens the store at `root` for reading, where there is one. Nothing is ever written through it, caches included.
+    pub fn open_existing(root: &Path) -> Result<Option<Self>, StoreError> {
+        match std::fs::metadata(root) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).at("open the store", root),
+            Ok(metadata) if !metadata.is_dir() => {
+                return Err(std::io::Error::from(std::io::ErrorKind::NotADirectory)).at("open the store", root);
+            }
+            Ok(_) => {}
+        }
+        let root = std::path::absolute(root).at("find", root)?;
+        Ok(is_store(&root)?.then(|| Self::at(&root, false)))
+    }
+
+    fn at(root: &Path, writable: bool) -> Self {
+        let cache = cache::StatCache::new(root.join("cache/stat.json"), writable);
+        Self { root: root.to_owned(), cache, faults: fault::Faults::default() }
+    }
+
+    /// Its folder, absolute.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The folder of an object, whether or not it is there.
+    pub fn object(&self, digest: &Digest) -> PathBuf {
+        sharded(&self.folder("objects"), digest).join(&digest.0)
+    }
+
+    /// The folder that survives a kill of whoever works on `key`.
+    pub fn work(&self, key: &Digest) -> PathBuf {
+        self.folder("work").join(&key.0)
+    }
+
+    /// The folder of the training states of `key`, inside its work folder.
+    pub fn state(&self, key: &Digest) -> PathBuf {
+        self.work(key).join("state")
+    }
+
+    /// The folder of the logs of `key`.
+    pub fn logs(&self, key: &Digest) -> PathBuf {
+        self.folder("logs").join(&key.0)
+    }
+
+    /// Whether a training state of `key` lies there, from which its stage would go on.
+    pub fn has_saved_work(&self, key: &Digest) -> bool {
+        std::fs::read_dir(self.state(key)).is_ok_and(|mut entries| entries.next().is_some())
+    }
+
+    /// The digest of a user's file or folder (see [`source_digest`]). A file whose stat is known is not read again.
+    pub fn file_digest(&self, path: &Path) -> Result<Digest, StoreError> {
+        digest::source_digest_by(path, &|path| self.cache.hash_file(path))
+    }
+
+    /// Keeps what was hashed for the next process; dropping a store does the same. It is only ever a matter of time saved.
+    pub fn save_cache(&self) -> Result<(), StoreError> {
+        self.cache.save()
+    }
+
+    fn folder(&self, name: &str) -> PathBuf {
+        self.root.join(name)
+    }
+
+    fn manifest_path(&self, key: &Digest) -> PathBuf {
+        sharded(&self.folder("manifests"), key).join(format!("{key}.json"))
+    }
+}
+
+/// The subfolder by a digest's first two digits: one folder of 100,000 entries is slow in many tools.
+fn sharded(folder: &Path, digest: &Digest) -> PathBuf {
+    folder.join(digest.0.get(..2).unwrap_or("__"))
+}
+
+/// Whether `root` is a store of this format; `false` where it is empty. Anything else is an error.
+fn is_store(root: &Path) -> Result<bool, StoreError> {
+    let unusable = |problem: String| StoreError::Unusable { root: root.to_owned(), problem };
+    match std::fs::read_to_string(root.join("FORMAT")) {
+        Ok(format) if format.trim() == FORMAT => Ok(true),
+        Ok(format) => Err(unusable(format!(
+            "has format `{}`, and this program reads format `{FORMAT}`; use the program that made it or name another folder",
+            format.trim().chars().take(20).collect::<String>()
+        ))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            for entry in std::fs::read_dir(root).at("list", root)? {
+                let name = entry.at("list", root)?.file_name();
+                // Hidden files may be a `.gitignore`, or what a kill in the middle of making the store left.
+                if !name.as_encoded_bytes().starts_with(b".") {
+                    return Err(unusable(format!(
+                        "is a folder with other files (`{}`) and no `FORMAT`; name a new or empty folder",
+                        name.display()
+                    )));
+                }
+            }
+            Ok(false)
+        }
+        Err(error) => Err(error).at("read", &root.join("FORMAT")),
+    }
+}
+
+/// Replaces a file as a whole: readers see the old or the new one. `durable` survives a power cut as well.
+fn write_atomically(path: &Path, bytes: &[u8], durable: bool) -> Result<(), StoreError> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let mode = std::fs::Permissions::from_mode(0o644);
+    let file = tempfile::Builder::new().prefix(".new-").permissions(mode).tempfile_in(folder);
+    let mut file = file.at("write", path)?;
+    file.write_all(bytes).at("write", path)?;
+    if durable {
+        file.as_file().sync_all().at("write", path)?;
+    }
+    file.persist(path).map_err(|error| error.error).at("write", path)?;
+    if durable { sync_folder(folder) } else { Ok(()) }
+}
+
+/// Makes the entries of a folder survive a power cut.
+fn sync_folder(folder: &Path) -> Result<(), StoreError> {
+    std::fs::File::open(folder).and_then(|folder| folder.sync_all()).at("write", folder)
+}
+
+/// Makes a folder and those above it, and makes new ones survive a power cut.
+fn create_folder(folder: &Path) -> Result<(), StoreError> {
+    match std::fs::create_dir(folder) {
+        Ok(()) => folder.parent().map_or(Ok(()), sync_folder),
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && folder.is_dir() => Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            folder.parent().map_or(Ok(()), create_folder)?;
+            std::fs::create_dir(folder).at("create the folder", folder)
+        }
+        Err(error) => Err(error).at("create the folder", folder),
+    }
+}
+
+/// Removes a folder with everything in it, also what a program has made read-only. It may be gone already.
+fn remove_tree(folder: &Path) -> Result<(), StoreError> {
+    match std::fs::remove_dir_all(folder) {
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+            let mut open = vec![folder.to_owned()];
+            while let Some(folder) = open.pop() {
+                let mode = std::fs::Permissions::from_mode(0o755);
+                std::fs::set_permissions(&folder, mode).at("change the mode of", &folder)?;
+                for entry in std::fs::read_dir(&folder).at("list", &folder)? {
+                    let entry = entry.at("list", &folder)?;
+                    if entry.file_type().at("read", &entry.path())?.is_dir() {
+                        open.push(entry.path());
+                    }
+                }
+            }
+            std::fs::remove_dir_all(folder).at("remove", folder)
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other.at("remove", folder),
+    }
+}
+
+/// Bytes that carry their own digest: a JSON object whose first field is the BLAKE3 of the rest.
+mod sealed {
+    const OPEN: &[u8] = b"{\"digest\":\"";
+    const CLOSE: &[u8] = b"\",";
+
+    /// Seals a JSON object that is not empty.
+    pub(super) fn seal(body: &[u8]) -> Vec<u8> {
+        let digest = blake3::hash(body).to_hex();
+        [OPEN, digest.as_bytes(), CLOSE, &body[1..], b"\n"].concat()
+    }
+
+    /// The JSON object that was sealed, or `None` where any byte differs.
+    pub(super) fn open(bytes: &[u8]) -> Option<Vec<u8>> {
+        let (digest, rest) = bytes.strip_prefix(OPEN)?.split_at_checked(64)?;
+        let body = [b"{", rest.strip_prefix(CLOSE)?.strip_suffix(b"\n")?].concat();
+        (blake3::hash(&body).to_hex().as_bytes() == digest).then_some(body)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_is_made_once_and_found_again() {
+        let place = tempfile::tempdir().unwrap();
+        let root = place.path().join("deep/artifacts");
+        assert!(Store::open_existing(&root).unwrap().is_none());
+        assert!(!root.exists(), "looking makes nothing");
+        Store::open(&root).unwrap();
+        Store::open(&root).unwrap();
+        assert!(Store::open_existing(&root).unwrap().is_some());
+        assert_eq!(std::fs::read_to_string(root.join("FORMAT")).unwrap(), "1\n");
+    }
+
+    #[test]
+    fn folders_that_are_no_store_are_refused_with_the_reason() {
+        let place = tempfile::tempdir().unwrap();
+        let refused = |root: &Path| {
+            let error = Store::open(root).unwrap_err().to_string();
+            assert!(Store::open_existing(root).is_err(), "{error}");
+            error
+        };
+        let file = place.path().join("file");
+        std::fs::write(&file, "x").unwrap();
+        assert!(refused(&file).contains("file`"));
+        assert!(refused(place.path()).contains("other files (`file`)"));
+        std::fs::write(place.path().join("FORMAT"), "7\n").unwrap();
+        assert!(refused(place.path()).contains("has format `7`"));
+        assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 2, "nothing was made");
+    }
+
+    #[test]
+    fn a_store_that_cannot_be_made_says_where() {
+        // `/proc` refuses every folder, whoever asks.
+        let error = Store::open(Path::new("/proc/artifacts")).unwrap_err().to_string();
+        assert!(error.contains("cannot create the store `/proc/artifacts`"), "{error}");
+    }
+
+    #[test]
+    fn a_seal_breaks_with_any_byte() {
+        let sealed = sealed::seal(br#"{"a":1}"#);
+        let value: Value = serde_json::from_slice(&sealed).unwrap();
+        assert_eq!(value["a"], 1);
+        assert_eq!(sealed::open(&sealed).unwrap(), br#"{"a":1}"#);
+        for index in 0..sealed.len() {
+            let mut broken = sealed.clone();
+            broken[index] ^= 1;
+            assert!(sealed::open(&broken).is_none(), "byte {index}");
+            assert!(sealed::open(&sealed[..index]).is_none(), "cut at {index}");
+        }
+    }
 }

@@ -1,0 +1,871 @@
+//! The scheduler: what happened goes in, what to do comes out. No thread, no clock, no file: every order of events can
+//! be tested.
+//!
+//! ```text
+//! pending -> finding -> ok | follows (same key here) | elsewhere (same key in another process) | queued -> running
+//! running -> ok | failed | interrupted      and, without having run: blocked | skipped | interrupted
+//! ```
+//! Only `running` holds a share of the machine. It never knows what a key is made of: whoever performs
+//! [`Action::Find`] says which key a node has and whether its result is there.
+
+use std::collections::{BTreeSet, HashMap};
+
+use crate::pipeline::exec::slots::{Grant, Limits, Need, Slots};
+use crate::pipeline::store::Digest;
+
+/// How often a result is made again because a consumer found it damaged. More than this means a broken disk.
+pub const REBUILDS: u32 = 2;
+
+/// A node as the scheduler sees it.
+#[derive(Clone, Debug)]
+pub struct Shape {
+    /// The nodes whose results it needs; all of them have a smaller index.
+    pub inputs: Vec<usize>,
+    /// What it takes while it runs.
+    pub need: Need,
+    /// Whether this run wants it; its inputs must be wanted too.
+    pub wanted: bool,
+    /// Whether it runs even where its result is there.
+    pub again: bool,
+}
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Input {
+    /// The run begins.
+    Begin,
+    /// The answer to [`Action::Find`].
+    Found {
+        /// The node.
+        node: usize,
+        /// Its key.
+        key: Digest,
+        /// Whether the store has the result.
+        cached: bool,
+    },
+    /// A node that was to start did not: another process holds its key.
+    Elsewhere(usize),
+    /// The other process let go of the node's key.
+    Freed(usize),
+    /// A running node waits for another process and needs no share of the machine until it ends.
+    Waiting(usize),
+    /// A running node published its result.
+    Done(usize),
+    /// A running node failed.
+    Failed(usize),
+    /// A running node saved its work and stopped.
+    Interrupted(usize),
+    /// A running node ended because the result of `producer`, one of its inputs, is damaged.
+    Damaged {
+        /// The node.
+        node: usize,
+        /// The input's node.
+        producer: usize,
+    },
+    /// The user wants the run to stop.
+    Interrupt,
+}
+
+/// Something to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Work out the node's key, look for its result, answer with [`Input::Found`].
+    Find(usize),
+    /// Start the node.
+    Start(usize, Grant),
+    /// Ask the running node to save and stop.
+    Stop(usize),
+    /// Say that the node's result was in the store.
+    Cached(usize),
+    /// The node takes the result that the other node (of the same key) has just made.
+    Share(usize, usize),
+    /// The node fails because the other node (of the same key) did.
+    FailLike(usize, usize),
+    /// The node fails: its input was rebuilt too often.
+    GiveUp(usize),
+    /// Say that the node waits for another process.
+    Waits(usize),
+    /// Say that the node cannot run.
+    Blocked(usize),
+}
+
+/// Where a node stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Not part of this run.
+    Unwanted,
+    /// An input is not there yet.
+    Pending,
+    /// Its key is being worked out.
+    Finding,
+    /// It waits for the node of the same key.
+    Follows(usize),
+    /// It waits for another process.
+    Elsewhere,
+    /// It waits for its share of the machine.
+    Queued,
+    /// It runs.
+    Running,
+    /// Its result was there.
+    Cached,
+    /// It has run.
+    Done,
+    /// It failed.
+    Failed,
+    /// An input failed.
+    Blocked,
+    /// Saved and stopped, or never begun, because of an interrupt.
+    Interrupted,
+    /// Never begun, because the run stops at the first failure.
+    Skipped,
+}
+
+impl Phase {
+    /// Whether its result can be used.
+    pub fn is_ok(self) -> bool {
+        matches!(self, Self::Cached | Self::Done)
+    }
+
+    /// Whether it has not begun.
+    fn waits(self) -> bool {
+        matches!(self, Self::Pending | Self::Finding | Self::Follows(_) | Self::Elsewhere | Self::Queued)
+    }
+}
+
+/// How the run ends before everything is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    Failure,
+    Interrupt,
+}
+
+#[derive(Debug)]
+struct Node {
+    shape: Shape,
+    consumers: Vec<usize>,
+    phase: Phase,
+    /// How many of its inputs are not there.
+    missing: usize,
+    key: Option<Digest>,
+    grant: Option<Grant>,
+    rebuilds: u32,
+}
+
+/// The state of a run.
+#[derive(Debug)]
+pub struct Scheduler {
+    nodes: Vec<Node>,
+    slots: Slots,
+    keep_going: bool,
+    ending: Option<Ending>,
+    /// The node that works on a key, and those that wait for it.
+    leaders: HashMap<Digest, (usize, Vec<usize>)>,
+    /// Keys whose result was made in this run.
+    made: HashMap<Digest, usize>,
+    /// Nodes in finding, elsewhere, queued or running: when there are none, the run is over.
+    active: usize,
+    running: BTreeSet<usize>,
+}
+
+impl Scheduler {
+    /// A run of `shapes` within `limits`.
+    pub fn new(shapes: Vec<Shape>, limits: Limits, keep_going: bool) -> Self {
+        let mut nodes: Vec<Node> = Vec::with_capacity(shapes.len());
+        for (index, mut shape) in shapes.into_iter().enumerate() {
+            shape.inputs.sort_unstable();
+            shape.inputs.dedup();
+            for &input in &shape.inputs {
+                nodes[input].consumers.push(index);
+            }
+            let phase = if shape.wanted { Phase::Pending } else { Phase::Unwanted };
+            let missing = shape.inputs.len();
+            nodes.push(Node { shape, consumers: Vec::new(), phase, missing, key: None, grant: None, rebuilds: 0 });
+        }
+        Self {
+            nodes,
+            slots: Slots::new(limits),
+            keep_going,
+            ending: None,
+            leaders: HashMap::new(),
+            made: HashMap::new(),
+            active: 0,
+            running: BTreeSet::new(),
+        }
+    }
+
+    /// Where the node stands.
+    pub fn phase(&self, node: usize) -> Phase {
+        self.nodes[node].phase
+    }
+
+    /// Whether nothing more will happen.
+    pub fn is_finished(&self) -> bool {
+        self.active == 0
+    }
+
+    /// Takes in what happened; says what to do.
+    pub fn on(&mut self, input: Input) -> Vec<Action> {
+        let mut actions = Vec::new();
+        match input {
+            Input::Begin => {
+                for node in 0..self.nodes.len() {
+                    self.find_if_ready(node, &mut actions);
+                }
+            }
+            Input::Found { node, key, cached } => self.found(node, key, cached, &mut actions),
+            Input::Elsewhere(node) => self.elsewhere(node, &mut actions),
+            Input::Freed(node) => {
+                if self.nodes[node].phase == Phase::Elsewhere {
+                    self.step_back(node, &mut actions);
+                    self.find_if_ready(node, &mut actions);
+                }
+            }
+            Input::Waiting(node) => {
+                self.release(node);
+                actions.push(Action::Waits(node));
+            }
+            Input::Done(node) => self.done(node, &mut actions),
+            Input::Failed(node) => {
+                self.leave_running(node);
+                self.failed(node, &mut actions);
+            }
+            Input::Interrupted(node) => self.interrupted(node),
+            Input::Damaged { node, producer } => self.damaged(node, producer, &mut actions),
+            Input::Interrupt => self.interrupt(&mut actions),
+        }
+        if self.ending.is_none() {
+            while let Some((node, grant)) = self.slots.next() {
+                self.nodes[node].phase = Phase::Running;
+                self.nodes[node].grant = Some(grant);
+                self.running.insert(node);
+                actions.push(Action::Start(node, grant));
+            }
+        }
+        actions
+    }
+
+    fn find_if_ready(&mut self, node: usize, actions: &mut Vec<Action>) {
+        let state = &mut self.nodes[node];
+        if self.ending.is_none() && state.phase == Phase::Pending && state.missing == 0 {
+            state.phase = Phase::Finding;
+            self.active += 1;
+            actions.push(Action::Find(node));
+        }
+    }
+
+    fn found(&mut self, node: usize, key: Digest, cached: bool, actions: &mut Vec<Action>) {
+        if self.nodes[node].phase != Phase::Finding {
+            return;
+        }
+        self.nodes[node].key = Some(key.clone());
+        if let Some((leader, followers)) = self.leaders.get_mut(&key) {
+            followers.push(node);
+            self.nodes[node].phase = Phase::Follows(*leader);
+            self.active -= 1;
+        } else if let Some(&maker) = self.made.get(&key).filter(|maker| **maker != node) {
+            self.active -= 1;
+            actions.push(Action::Share(node, maker));
+            self.settle_ok(node, Phase::Cached, actions);
+        } else if cached && !self.nodes[node].shape.again {
+            self.active -= 1;
+            actions.push(Action::Cached(node));
+            self.settle_ok(node, Phase::Cached, actions);
+        } else {
+            self.leaders.insert(key, (node, Vec::new()));
+            self.nodes[node].phase = Phase::Queued;
+            self.slots.push(node, self.nodes[node].shape.need);
+        }
+    }
+
+    fn settle_ok(&mut self, node: usize, phase: Phase, actions: &mut Vec<Action>) {
+        self.nodes[node].phase = phase;
+        for position in 0..self.nodes[node].consumers.len() {
+            let consumer = self.nodes[node].consumers[position];
+            self.nodes[consumer].missing -= 1;
+            self.find_if_ready(consumer, actions);
+        }
+    }
+
+    fn release(&mut self, node: usize) {
+        if let Some(grant) = self.nodes[node].grant.take() {
+            self.slots.release(grant);
+        }
+    }
+
+    fn leave_running(&mut self, node: usize) {
+        self.release(node);
+        self.running.remove(&node);
+        self.active -= 1;
+    }
+
+    fn elsewhere(&mut self, node: usize, actions: &mut Vec<Action>) {
+        self.release(node);
+        self.running.remove(&node);
+        match self.ending {
+            None => {
+                self.nodes[node].phase = Phase::Elsewhere;
+                actions.push(Action::Waits(node));
+            }
+            Some(ending) => {
+                self.active -= 1;
+                for follower in self.take_followers(node) {
+                    self.close(follower, ending);
+                }
+                self.close(node, ending);
+            }
+        }
+    }
+
+    fn done(&mut self, node: usize, actions: &mut Vec<Action>) {
+        self.leave_running(node);
+        // Forced once is enough: a rebuild after damage is decided by what the store has.
+        self.nodes[node].shape.again = false;
+        let key = self.nodes[node].key.clone();
+        let followers = self.take_followers(node);
+        if let Some(key) = key {
+            self.made.insert(key, node);
+        }
+        self.settle_ok(node, Phase::Done, actions);
+        for follower in followers {
+            actions.push(Action::Share(follower, node));
+            self.settle_ok(follower, Phase::Cached, actions);
+        }
+    }
+
+    /// Ends the node's leadership; gives those that still wait for it.
+    fn take_followers(&mut self, node: usize) -> Vec<usize> {
+        let key = self.nodes[node].key.as_ref();
+        let Some(key) = key.filter(|key| self.leaders.get(*key).is_some_and(|(leader, _)| *leader == node)) else {
+            return Vec::new();
+        };
+        let (_, mut followers) = self.leaders.remove(key).unwrap_or_default();
+        followers.retain(|follower| self.nodes[*follower].phase == Phase::Follows(node));
+        followers
+    }
+
+    fn failed(&mut self, node: usize, actions: &mut Vec<Action>) {
+        let followers = self.take_followers(node);
+        self.nodes[node].phase = Phase::Failed;
+        for &follower in &followers {
+            self.nodes[follower].phase = Phase::Failed;
+            actions.push(Action::FailLike(follower, node));
+        }
+        let roots = std::iter::once(node).chain(followers);
+        self.close_consumers(roots.collect(), Phase::Blocked, actions);
+        if !self.keep_going && self.ending.is_none() {
+            self.end(Ending::Failure);
+        }
+    }
+
+    fn interrupted(&mut self, node: usize) {
+        self.leave_running(node);
+        let followers = self.take_followers(node);
+        for &node in std::iter::once(&node).chain(&followers) {
+            self.nodes[node].phase = Phase::Interrupted;
+        }
+        let roots = std::iter::once(node).chain(followers);
+        self.close_consumers(roots.collect(), Phase::Interrupted, &mut Vec::new());
+    }
+
+    /// Settles everything that rests on `roots` and has not begun.
+    fn close_consumers(&mut self, roots: Vec<usize>, phase: Phase, actions: &mut Vec<Action>) {
+        let mut stack = roots;
+        while let Some(node) = stack.pop() {
+            for position in 0..self.nodes[node].consumers.len() {
+                let consumer = self.nodes[node].consumers[position];
+                // An input can be unmade by a rebuild that fails; what was started or finished before keeps its end.
+                let open = match self.nodes[consumer].phase {
+                    Phase::Pending => true,
+                    Phase::Skipped => phase == Phase::Blocked,
+                    _ => false,
+                };
+                if open {
+                    self.nodes[consumer].phase = phase;
+                    if phase == Phase::Blocked {
+                        actions.push(Action::Blocked(consumer));
+                    }
+                    stack.push(consumer);
+                }
+            }
+        }
+    }
+
+    fn damaged(&mut self, node: usize, producer: usize, actions: &mut Vec<Action>) {
+        self.leave_running(node);
+        if let Some(ending) = self.ending {
+            for follower in self.take_followers(node) {
+                self.close(follower, ending);
+            }
+            return self.close(node, ending);
+        }
+        if self.nodes[producer].phase.is_ok() {
+            if self.nodes[producer].rebuilds >= REBUILDS {
+                actions.push(Action::GiveUp(node));
+                return self.failed(node, actions);
+            }
+            self.nodes[producer].rebuilds += 1;
+            self.unmake(producer, actions);
+        }
+        let followers = self.take_followers(node);
+        for waiting in followers.into_iter().chain([node]) {
+            self.nodes[waiting].phase = Phase::Pending;
+            self.find_if_ready(waiting, actions);
+        }
+        self.find_if_ready(producer, actions);
+        // The producer may have failed while this node was reading what it had made before.
+        if let Phase::Failed | Phase::Blocked | Phase::Interrupted = self.nodes[producer].phase {
+            let phase =
+                if self.nodes[producer].phase == Phase::Interrupted { Phase::Interrupted } else { Phase::Blocked };
+            self.close_consumers(vec![producer], phase, actions);
+        }
+    }
+
+    /// Takes back a result that proved damaged, and with it the keys of those that were about to use it.
+    fn unmake(&mut self, producer: usize, actions: &mut Vec<Action>) {
+        self.nodes[producer].phase = Phase::Pending;
+        if let Some(key) = self.nodes[producer].key.take() {
+            self.made.remove(&key);
+        }
+        for position in 0..self.nodes[producer].consumers.len() {
+            let consumer = self.nodes[producer].consumers[position];
+            self.nodes[consumer].missing += 1;
+            self.step_back(consumer, actions);
+        }
+    }
+
+    /// Returns a node that has a key but has not begun to `pending`; those that followed it look for themselves.
+    fn step_back(&mut self, node: usize, actions: &mut Vec<Action>) {
+        match self.nodes[node].phase {
+            Phase::Queued => self.slots.remove(node, self.nodes[node].shape.need),
+            Phase::Finding | Phase::Follows(_) | Phase::Elsewhere => {}
+            _ => return,
+        }
+        if !matches!(self.nodes[node].phase, Phase::Follows(_)) {
+            self.active -= 1;
+        }
+        let followers = self.take_followers(node);
+        self.nodes[node].phase = Phase::Pending;
+        for follower in followers {
+            self.nodes[follower].phase = Phase::Pending;
+            self.find_if_ready(follower, actions);
+        }
+    }
+
+    fn interrupt(&mut self, actions: &mut Vec<Action>) {
+        if self.ending == Some(Ending::Interrupt) {
+            return;
+        }
+        self.end(Ending::Interrupt);
+        actions.extend(self.running.iter().map(|node| Action::Stop(*node)));
+    }
+
+    /// From here on nothing starts: whatever has not begun is closed, unless the node it follows is running.
+    fn end(&mut self, ending: Ending) {
+        self.ending = Some(ending);
+        for node in 0..self.nodes.len() {
+            let phase = self.nodes[node].phase;
+            if let Phase::Follows(leader) = phase
+                && self.running.contains(&leader)
+            {
+                continue;
+            }
+            if phase.waits() {
+                if phase == Phase::Queued {
+                    self.slots.remove(node, self.nodes[node].shape.need);
+                }
+                if matches!(phase, Phase::Finding | Phase::Elsewhere | Phase::Queued) {
+                    self.active -= 1;
+                }
+                self.close(node, ending);
+            }
+        }
+    }
+
+    fn close(&mut self, node: usize, ending: Ending) {
+        self.nodes[node].phase = match ending {
+            Ending::Failure => Phase::Skipped,
+            Ending::Interrupt => Phase::Interrupted,
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::pipeline::exec::slots::Gpu;
+
+    const LIMITS: Limits = Limits { cpus: 3, gpus: 2, jobs: 3 };
+
+    fn shape(inputs: &[usize]) -> Shape {
+        Shape { inputs: inputs.to_vec(), need: Need { cpus: 1, gpu: Gpu::None }, wanted: true, again: false }
+    }
+
+    fn key(text: &str) -> Digest {
+        Digest(text.to_owned())
+    }
+
+    fn found(node: usize, text: &str, cached: bool) -> Input {
+        Input::Found { node, key: key(text), cached }
+    }
+
+    const ONE: Grant = Grant { cpus: 1, gpu: None };
+
+    #[test]
+    fn a_chain_runs_in_order_and_ends() {
+        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[0])], LIMITS, false);
+        assert_eq!(scheduler.on(Input::Begin), [Action::Find(0)]);
+        assert_eq!(scheduler.on(found(0, "a", false)), [Action::Start(0, ONE)]);
+        assert_eq!(scheduler.on(Input::Done(0)), [Action::Find(1)]);
+        assert_eq!(scheduler.on(found(1, "b", true)), [Action::Cached(1)]);
+        assert!(scheduler.is_finished());
+    }
+
+    #[test]
+    fn nodes_that_meet_in_a_key_run_once() {
+        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[]), shape(&[1])], LIMITS, false);
+        scheduler.on(Input::Begin);
+        scheduler.on(found(0, "same", false));
+        assert_eq!(scheduler.on(found(1, "same", false)), []);
+        assert_eq!(scheduler.phase(1), Phase::Follows(0));
+        assert_eq!(scheduler.on(Input::Done(0)), [Action::Share(1, 0), Action::Find(2)]);
+    }
+
+    #[test]
+    fn the_follower_of_a_failure_fails_too_and_its_consumers_are_blocked() {
+        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[]), shape(&[1])], LIMITS, true);
+        scheduler.on(Input::Begin);
+        scheduler.on(found(0, "same", false));
+        scheduler.on(found(1, "same", false));
+        assert_eq!(scheduler.on(Input::Failed(0)), [Action::FailLike(1, 0), Action::Blocked(2)]);
+        assert!(scheduler.is_finished());
+    }
+
+    #[test]
+    fn a_first_failure_stops_starts_but_running_nodes_end_normally() {
+        let limits = Limits { cpus: 2, gpus: 0, jobs: 2 };
+        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[]), shape(&[]), shape(&[1])], limits, false);
+        scheduler.on(Input::Begin);
+        for (node, text) in ["a", "b", "c"].iter().enumerate() {
+            scheduler.on(found(node, text, false));
+        }
+        assert_eq!(scheduler.on(Input::Failed(0)), []);
+        assert!(!scheduler.is_finished());
+        assert_eq!(scheduler.on(Input::Done(1)), []);
+        assert!(scheduler.is_finished());
+        assert_eq!(
+            [0, 1, 2, 3].map(|node| scheduler.phase(node)),
+            [Phase::Failed, Phase::Done, Phase::Skipped, Phase::Skipped]
+        );
+    }
+
+    #[test]
+    fn an_interrupt_stops_what_runs_and_closes_the_rest() {
+        let limits = Limits { cpus: 1, gpus: 0, jobs: 1 };
+        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[]), shape(&[0])], limits, false);
+        scheduler.on(Input::Begin);
+        scheduler.on(found(0, "a", false));
+        scheduler.on(found(1, "b", false));
+        assert_eq!(scheduler.on(Input::Interrupt), [Action::Stop(0)]);
+        assert_eq!(scheduler.on(Input::Interrupt), []);
+        assert_eq!(scheduler.on(Input::Interrupted(0)), []);
+        assert!(scheduler.is_finished());
+        assert!((0..3).all(|node| scheduler.phase(node) == Phase::Interrupted));
+    }
+
+    #[test]
+    fn a_damaged_input_is_made_again_and_no_more_than_twice() {
+        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[0])], LIMITS, false);
+        scheduler.on(Input::Begin);
+        assert_eq!(scheduler.on(found(0, "a", true)), [Action::Cached(0), Action::Find(1)]);
+        for _ in 0..REBUILDS {
+            assert_eq!(scheduler.on(found(1, "b", false)), [Action::Start(1, ONE)]);
+            assert_eq!(scheduler.on(Input::Damaged { node: 1, producer: 0 }), [Action::Find(0)]);
+            assert_eq!(scheduler.on(found(0, "a", false)), [Action::Start(0, ONE)]);
+            assert_eq!(scheduler.on(Input::Done(0)), [Action::Find(1)]);
+        }
+        scheduler.on(found(1, "b", false));
+        assert_eq!(scheduler.on(Input::Damaged { node: 1, producer: 0 }), [Action::GiveUp(1)]);
+        assert!(scheduler.is_finished());
+        assert_eq!((scheduler.phase(0), scheduler.phase(1)), (Phase::Done, Phase::Failed));
+    }
+
+    #[test]
+    fn a_key_that_another_process_holds_takes_no_share() {
+        let limits = Limits { cpus: 1, gpus: 0, jobs: 1 };
+        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[])], limits, false);
+        scheduler.on(Input::Begin);
+        assert_eq!(scheduler.on(found(0, "a", false)), [Action::Start(0, ONE)]);
+        scheduler.on(found(1, "b", false));
+        assert_eq!(scheduler.on(Input::Elsewhere(0)), [Action::Waits(0), Action::Start(1, ONE)]);
+        assert_eq!(scheduler.on(Input::Waiting(1)), [Action::Waits(1)]);
+        assert_eq!(scheduler.on(Input::Freed(0)), [Action::Find(0)]);
+        assert_eq!(scheduler.on(found(0, "a", true)), [Action::Cached(0)]);
+        assert_eq!(scheduler.on(Input::Done(1)), []);
+        assert!(scheduler.is_finished());
+    }
+
+    #[test]
+    fn a_hundred_thousand_nodes_take_a_moment() {
+        let count = 100_000;
+        let chain: Vec<Shape> = (0..count).map(|node| shape(&[node.max(1) - 1][..node.min(1)])).collect();
+        let fan: Vec<Shape> = (0..count).map(|node| shape(&[0][..node.min(1)])).collect();
+        for shapes in [chain, fan] {
+            let began = std::time::Instant::now();
+            let mut scheduler = Scheduler::new(shapes, LIMITS, false);
+            let mut work = scheduler.on(Input::Begin);
+            while let Some(action) = work.pop() {
+                match action {
+                    Action::Find(node) => work.extend(scheduler.on(found(node, &node.to_string(), false))),
+                    Action::Start(node, _) => work.extend(scheduler.on(Input::Done(node))),
+                    other => panic!("{other:?}"),
+                }
+            }
+            assert!(scheduler.is_finished() && (0..count).all(|node| scheduler.phase(node) == Phase::Done));
+            assert!(began.elapsed().as_secs() < 5, "{:?}", began.elapsed());
+        }
+    }
+
+    /// A made-up project: what each node is, and what the outside world will do.
+    #[derive(Clone, Debug)]
+    struct World {
+        shapes: Vec<Shape>,
+        /// Stands for a node's own parameters; nodes of one label and equal inputs meet in one key.
+        labels: Vec<u8>,
+        keep_going: bool,
+        /// Damage and other processes take part.
+        trouble: bool,
+        interrupt_after: Option<usize>,
+        choices: Vec<u16>,
+    }
+
+    fn hash(text: &str) -> u8 {
+        blake3::hash(text.as_bytes()).as_bytes()[0]
+    }
+
+    impl World {
+        fn key(&self, node: usize, outputs: &[Option<String>]) -> String {
+            let inputs = self.shapes[node].inputs.iter();
+            let inputs: Vec<&str> =
+                inputs.map(|input| outputs[*input].as_deref().expect("the input is there")).collect();
+            format!("{}({})", self.labels[node], inputs.join(","))
+        }
+
+        /// Odd labels give the same output whatever their inputs: the early cutoff.
+        fn output(&self, node: usize, key: &str) -> String {
+            if self.labels[node] % 2 == 1 { format!("constant{}", self.labels[node]) } else { format!("<{key}>") }
+        }
+
+        fn fails(key: &str) -> bool {
+            hash(&format!("fails {key}")) < 30
+        }
+
+        fn stored(key: &str) -> bool {
+            hash(&format!("stored {key}")) < 80
+        }
+
+        /// The naive answer: one node after the other. Gives each node's end and the keys that ran.
+        fn oracle(&self) -> (Vec<Phase>, HashSet<String>) {
+            let mut outputs = vec![None; self.shapes.len()];
+            let mut ends = Vec::new();
+            let mut ran = HashSet::new();
+            for (node, shape) in self.shapes.iter().enumerate() {
+                ends.push(if !shape.wanted {
+                    Phase::Unwanted
+                } else if shape.inputs.iter().any(|input| outputs[*input].is_none()) {
+                    Phase::Blocked
+                } else {
+                    let key = self.key(node, &outputs);
+                    let runs = shape.again || !Self::stored(&key);
+                    if runs && Self::fails(&key) {
+                        ran.insert(key);
+                        Phase::Failed
+                    } else {
+                        outputs[node] = Some(self.output(node, &key));
+                        if runs {
+                            ran.insert(key);
+                        }
+                        Phase::Done
+                    }
+                });
+            }
+            (ends, ran)
+        }
+    }
+
+    fn worlds() -> impl Strategy<Value = World> {
+        let node = (any::<u16>(), 0..6_u8, 0..5_usize, 0..4_usize, 0..8_u8, any::<bool>());
+        let nodes = prop::collection::vec(node, 1..14);
+        let choices = prop::collection::vec(any::<u16>(), 64);
+        (nodes, any::<bool>(), any::<bool>(), prop::option::weighted(0.3, 0..12_usize), choices).prop_map(
+            |(nodes, keep_going, trouble, interrupt_after, choices)| {
+                let labels = nodes.iter().map(|node| node.1).collect();
+                let mut shapes: Vec<Shape> = Vec::new();
+                for (index, (bits, _, cpus, gpu, again, wanted)) in nodes.into_iter().enumerate() {
+                    let inputs = (0..index).filter(|input| bits & (bits >> 3) & (1 << input) != 0).collect();
+                    let gpu = [Gpu::None, Gpu::Any, Gpu::Index(1), Gpu::Index(7)][gpu];
+                    shapes.push(Shape { inputs, need: Need { cpus, gpu }, wanted, again: again == 0 });
+                }
+                for node in (0..shapes.len()).rev().filter(|node| shapes[*node].wanted).collect::<Vec<_>>() {
+                    let mut stack = vec![node];
+                    while let Some(node) = stack.pop() {
+                        shapes[node].wanted = true;
+                        stack.extend(shapes[node].inputs.clone());
+                    }
+                }
+                World { shapes, labels, keep_going, trouble, interrupt_after, choices }
+            },
+        )
+    }
+
+    /// Lets the scheduler run in the world; panics where it breaks a rule. Gives it back with the keys that ran.
+    fn simulate(world: &World) -> (Scheduler, Vec<String>) {
+        let count = world.shapes.len();
+        let mut scheduler = Scheduler::new(world.shapes.clone(), LIMITS, world.keep_going);
+        let mut outputs: Vec<Option<String>> = vec![None; count];
+        let mut keys = vec![String::new(); count];
+        let mut stored: HashSet<String> = HashSet::new();
+        let mut lost: HashSet<String> = HashSet::new();
+        let mut running: Vec<(usize, Option<Grant>)> = Vec::new();
+        let mut elsewhere: Vec<usize> = Vec::new();
+        let mut ran = Vec::new();
+        let (mut may_start, mut interrupted) = (true, false);
+        let mut steps = 0;
+        let mut choices = world.choices.iter().cycle();
+        let mut choose = |bound: usize| usize::from(*choices.next().expect("a cycle")) % bound;
+        let mut inbox = std::collections::VecDeque::from([Input::Begin]);
+        loop {
+            while let Some(input) = inbox.pop_front() {
+                for action in scheduler.on(input) {
+                    match action {
+                        Action::Find(node) => {
+                            keys[node] = world.key(node, &outputs);
+                            let text = &keys[node];
+                            let cached = stored.contains(text) || World::stored(text) && !lost.contains(text);
+                            inbox.push_back(Input::Found { node, key: key(text), cached });
+                        }
+                        Action::Start(node, grant) => {
+                            assert!(may_start, "nothing starts after the end was called");
+                            assert!(running.iter().all(|(other, _)| *other != node), "a node runs once at a time");
+                            assert!(running.iter().all(|(other, _)| keys[*other] != keys[node]), "so does a key");
+                            if world.trouble && choose(4) == 0 {
+                                elsewhere.push(node);
+                                inbox.push_back(Input::Elsewhere(node));
+                                continue;
+                            }
+                            running.push((node, Some(grant)));
+                            let grants: Vec<Grant> = running.iter().filter_map(|(_, grant)| *grant).collect();
+                            assert!(grants.iter().map(|grant| grant.cpus).sum::<usize>() <= LIMITS.cpus);
+                            assert!(grants.len() <= LIMITS.jobs);
+                            let gpus: Vec<usize> = grants.iter().filter_map(|grant| grant.gpu).collect();
+                            assert_eq!(gpus.iter().collect::<HashSet<_>>().len(), gpus.len(), "a GPU has one user");
+                            assert!(gpus.iter().all(|gpu| *gpu < LIMITS.gpus));
+                        }
+                        Action::Cached(node) => outputs[node] = Some(world.output(node, &keys[node])),
+                        Action::Share(node, maker) => {
+                            assert_eq!(keys[node], keys[maker]);
+                            outputs[node] = Some(world.output(node, &keys[node]));
+                        }
+                        Action::FailLike(node, other) => assert_eq!(keys[node], keys[other]),
+                        Action::Stop(node) => assert!(
+                            running.iter().any(|(other, _)| *other == node) || elsewhere.contains(&node),
+                            "only what runs can be stopped"
+                        ),
+                        Action::Waits(_) | Action::Blocked(_) | Action::GiveUp(_) => {}
+                    }
+                }
+            }
+            if scheduler.is_finished() {
+                assert!(running.is_empty());
+                return (scheduler, ran);
+            }
+            steps += 1;
+            assert!(steps < 1_000, "it does not end");
+            if world.interrupt_after == Some(steps) {
+                (may_start, interrupted) = (false, true);
+                inbox.push_back(Input::Interrupt);
+                continue;
+            }
+            assert!(running.len() + elsewhere.len() > 0, "it is stuck");
+            let pick = choose(running.len() + elsewhere.len());
+            let Some((node, grant)) = running.get_mut(pick) else {
+                let node = elsewhere.remove(pick - running.len());
+                inbox.push_back(Input::Freed(node));
+                continue;
+            };
+            let node = *node;
+            let inputs = &world.shapes[node].inputs;
+            if world.trouble && grant.is_some() && choose(5) == 0 {
+                *grant = None;
+                inbox.push_back(Input::Waiting(node));
+                continue;
+            }
+            running.remove(pick);
+            if interrupted && choose(2) == 0 {
+                inbox.push_back(Input::Interrupted(node));
+            } else if world.trouble && !inputs.is_empty() && choose(6) == 0 {
+                let producer = inputs[choose(inputs.len())];
+                stored.remove(&keys[producer]);
+                lost.insert(keys[producer].clone());
+                inbox.push_back(Input::Damaged { node, producer });
+            } else {
+                ran.push(keys[node].clone());
+                if World::fails(&keys[node]) {
+                    may_start &= world.keep_going;
+                    inbox.push_back(Input::Failed(node));
+                } else {
+                    stored.insert(keys[node].clone());
+                    outputs[node] = Some(world.output(node, &keys[node]));
+                    inbox.push_back(Input::Done(node));
+                }
+            }
+        }
+    }
+
+    fn same(got: Phase, expected: Phase) -> bool {
+        got == expected || got.is_ok() && expected.is_ok()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 2_000, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Left alone, the scheduler comes to the naive answer, in whatever order things end, and runs each key once.
+        #[test]
+        fn it_agrees_with_the_naive_answer(world in worlds()) {
+            let world = World { keep_going: true, trouble: false, interrupt_after: None, ..world };
+            let (ends, expected) = world.oracle();
+            let (scheduler, ran) = simulate(&world);
+            for (node, end) in ends.iter().enumerate() {
+                prop_assert!(same(scheduler.phase(node), *end), "{node}: {:?}, not {end:?}", scheduler.phase(node));
+            }
+            prop_assert_eq!(ran.len(), ran.iter().collect::<HashSet<_>>().len());
+            prop_assert_eq!(ran.into_iter().collect::<HashSet<_>>(), expected);
+        }
+
+        /// Whatever happens, the run ends, every wanted node has an end, and no result is used that the naive answer
+        /// would not have.
+        #[test]
+        fn it_ends_whatever_happens(world in worlds()) {
+            let (ends, _) = world.oracle();
+            let (scheduler, _) = simulate(&world);
+            for (node, end) in ends.iter().enumerate() {
+                let phase = scheduler.phase(node);
+                prop_assert!(!phase.waits() && phase != Phase::Running, "{node} is left {phase:?}");
+                prop_assert_eq!(phase == Phase::Unwanted, *end == Phase::Unwanted);
+                // Damage makes a stored result run again, which may fail where the naive answer took it from the store.
+                if phase.is_ok() {
+                    prop_assert!(end.is_ok());
+                }
+                if phase == Phase::Skipped {
+                    prop_assert!(!world.keep_going);
+                }
+                if phase == Phase::Interrupted {
+                    prop_assert!(world.interrupt_after.is_some());
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! What a run would do with each node, and why: keys as far as they can be known, and a look at the store for each.
+//!
+//! It must never change the store, and looks no key up twice.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use crate::pipeline::plan::reason::{InputNow, Now, Reason};
+use crate::pipeline::plan::{Edge, Node, NodeName, PlanError, State, key};
+use crate::pipeline::store::{Digest, KeyParts, Lookup, Manifest, Store, StoreError};
+
+/// Gives every node its key, state and reasons.
+pub(super) fn assess(nodes: &mut [Node], params: &[Value], store: Option<&Store>) -> Result<(), PlanError> {
+    let mut results: Vec<Option<Arc<Manifest>>> = vec![None; nodes.len()];
+    let mut found: HashMap<Digest, Lookup> = HashMap::new();
+    let mut last = LastRuns { store, manifests: HashMap::new() };
+    for at in 0..nodes.len() {
+        let (before, rest) = nodes.split_at_mut(at);
+        let (node, params) = (&mut rest[0], &params[at]);
+        let edges = &node.edges;
+        let input = |edge: &Edge| match (&results[edge.from], before[edge.from].state) {
+            (Some(manifest), _) => match manifest.outputs.iter().find(|output| output.name == edge.output) {
+                Some(output) => InputNow::Is(output.digest.clone()),
+                None => InputNow::Runs,
+            },
+            (None, State::Maybe) => InputNow::MayRun,
+            (None, _) => InputNow::Runs,
+        };
+        let parts = node.parts(params, &|edge| match input(edge) {
+            InputNow::Is(digest) => Value::String(digest.0),
+            InputNow::Runs | InputNow::MayRun => Value::Null,
+        });
+        let ready = edges.iter().all(|edge| matches!(input(edge), InputNow::Is(_)));
+        let key = ready.then(|| key::key(&parts)).transpose().map_err(|error| PlanError::stage(&node.spec, error))?;
+        let lookup = match (&key, store) {
+            (Some(key), Some(store)) => match found.get(key) {
+                Some(lookup) => lookup.clone(),
+                None => {
+                    let lookup = store.lookup(key)?;
+                    found.insert(key.clone(), lookup.clone());
+                    lookup
+                }
+            },
+            _ => Lookup::Miss,
+        };
+        let (state, reasons) = if let Lookup::Hit(manifest) = lookup {
+            results[at] = Some(manifest);
+            (State::Cached, Vec::new())
+        } else {
+            let by_reference =
+                |reference: &str| edges.iter().find(|edge| edge.reference == reference).map_or(InputNow::Runs, input);
+            let file = |path: &str| node.files.get(path).cloned();
+            let now = Now { parts: &parts, params, input: &by_reference, file: &file };
+            let saved = match (&key, store) {
+                (Some(key), Some(store)) => store.has_saved_work(key),
+                _ => false,
+            };
+            let damage = if let Lookup::Damaged { what } = lookup { Some(what) } else { None };
+            judge(&now, damage, saved, key.is_some(), last.of(&node.names)?.as_ref())
+        };
+        node.reasons = reasons.iter().map(ToString::to_string).collect();
+        (node.key, node.state) = (key, state);
+    }
+    Ok(())
+}
+
+/// What a run would do with a node that has no result, and why.
+fn judge(
+    now: &Now<'_>,
+    damage: Option<String>,
+    saved: bool,
+    has_key: bool,
+    last: Option<&LastRun>,
+) -> (State, Vec<Reason>) {
+    if let Some(what) = damage {
+        return (if saved { State::Resume } else { State::Run }, vec![Reason::Damaged { what }]);
+    }
+    let mut reasons = if saved { vec![Reason::Interrupted] } else { Vec::new() };
+    let differences = match last {
+        None => Vec::new(),
+        Some(LastRun::Gone) => std::iter::once(Reason::Gone).chain(now.pending_inputs()).collect(),
+        Some(LastRun::Parts(parts)) => now.differences(parts),
+    };
+    // Only one who has run before can be spared by an input that comes out as it was.
+    let may_be_spared = matches!(last, Some(LastRun::Parts(_))) && differences.iter().all(Reason::rests_on_a_run);
+    reasons.extend(differences);
+    if reasons.is_empty() {
+        reasons.push(if last.is_none() { Reason::NeverRun } else { Reason::Gone });
+    }
+    let state = match (has_key, saved) {
+        (true, true) => State::Resume,
+        (false, _) if may_be_spared => State::Maybe,
+        _ => State::Run,
+    };
+    (state, reasons)
+}
+
+/// What is left of the last recorded run of a name.
+enum LastRun {
+    /// The record stands and its result does not.
+    Gone,
+    /// What its key was made of.
+    Parts(KeyParts),
+}
+
+/// The last recorded runs by name.
+struct LastRuns<'a> {
+    store: Option<&'a Store>,
+    manifests: HashMap<Digest, Option<KeyParts>>,
+}
+
+impl LastRuns<'_> {
+    /// The last run of the first name that has one.
+    fn of(&mut self, names: &[NodeName]) -> Result<Option<LastRun>, StoreError> {
+        let Some(store) = self.store else { return Ok(None) };
+        for name in names {
+            let Some(record) = store.recorded(&name.experiment, &name.trial, &name.stage)? else { continue };
+            if !self.manifests.contains_key(&record.key) {
+                let parts = match store.lookup(&record.key)? {
+                    Lookup::Hit(manifest) => Some(manifest.parts.clone()),
+                    Lookup::Miss | Lookup::Damaged { .. } => None,
+                };
+                self.manifests.insert(record.key.clone(), parts);
+            }
+            return Ok(Some(self.manifests[&record.key].clone().map_or(LastRun::Gone, LastRun::Parts)));
+        }
+        Ok(None)
+    }
+}

@@ -1,0 +1,195 @@
+//! The stat cache: the digest of a file that has the (device, inode, size, mtime, ctime) of when it was hashed.
+//!
+//! ctime is in it because a program may set mtime back but not ctime. A file that was changed so shortly before it was
+//! hashed that a later change could bear the same times is not remembered (git's racy rule).
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use super::digest::{HashedFile, hash_content, is_executable, stat_of};
+use super::error::At as _;
+use super::{Digest, FileStat, StoreError, sealed, write_atomically};
+
+/// A change within this many nanoseconds before hashing may be followed by one with the same times. Two seconds is the
+/// coarsest clock of any file system in use.
+const RACY: i128 = 2_000_000_000;
+
+/// Entries that are kept, at most; beyond, only those that this process has met.
+const MOST: usize = 200_000;
+
+/// Times that a file is hashed again because it changed under the reader.
+const TRIES: usize = 3;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct StatCache {
+    path: PathBuf,
+    writable: bool,
+    known: Mutex<Known>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    loaded: bool,
+    /// From earlier processes.
+    old: HashMap<FileStat, Digest>,
+    /// Met by this process.
+    met: HashMap<FileStat, Digest>,
+    changed: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+struct OnDisk {
+    files: Vec<(FileStat, Digest)>,
+}
+
+impl StatCache {
+    /// The cache that lies at `path`; it is read at the first question, and never written unless `writable`.
+    pub(super) fn new(path: PathBuf, writable: bool) -> Self {
+        Self { path, writable, known: Mutex::default() }
+    }
+
+    /// The digest of a file's content, read only where it may have changed.
+    pub(super) fn hash_file(&self, path: &Path) -> Result<HashedFile, StoreError> {
+        for _ in 0..TRIES {
+            let mut file = File::open(path).at("read", path)?;
+            let metadata = file.metadata().at("read", path)?;
+            let (stat, executable) = (stat_of(&metadata), is_executable(&metadata));
+            if let Some(digest) = self.find(&stat) {
+                return Ok(HashedFile { digest, stat, executable });
+            }
+            let begun = now();
+            let digest = hash_content(&mut file, metadata.len()).at("read", path)?;
+            if stat_of(&file.metadata().at("read", path)?) == stat {
+                self.remember(stat, &digest, begun);
+                return Ok(HashedFile { digest, stat, executable });
+            }
+        }
+        Err(StoreError::unfit(path, "keeps changing while it is read"))
+    }
+
+    fn find(&self, stat: &FileStat) -> Option<Digest> {
+        let mut known = self.known();
+        if let Some(digest) = known.met.get(stat) {
+            return Some(digest.clone());
+        }
+        let digest = known.old.get(stat)?.clone();
+        known.met.insert(*stat, digest.clone());
+        Some(digest)
+    }
+
+    /// Keeps a digest unless the file's last change is too near to `begun` (ns since 1970), when it was hashed.
+    fn remember(&self, stat: FileStat, digest: &Digest, begun: i128) {
+        if stat.4 + RACY < begun {
+            let mut known = self.known();
+            known.met.insert(stat, digest.clone());
+            known.changed = true;
+        }
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if !known.loaded {
+            known.loaded = true;
+            known.old = load(&self.path);
+        }
+        known
+    }
+
+    /// Writes what is new, together with what other processes wrote meanwhile.
+    pub(super) fn save(&self) -> Result<(), StoreError> {
+        if !self.writable {
+            return Ok(());
+        }
+        let mut known = self.known();
+        if !known.changed {
+            return Ok(());
+        }
+        let mut all = load(&self.path);
+        if all.len() + known.met.len() > MOST {
+            all.clear();
+        }
+        all.extend(known.met.iter().map(|(stat, digest)| (*stat, digest.clone())));
+        let mut files: Vec<_> = all.into_iter().collect();
+        files.sort();
+        let body = serde_json::to_vec(&OnDisk { files }).expect("plain data has a JSON form");
+        write_atomically(&self.path, &sealed::seal(&body), false)?;
+        known.changed = false;
+        Ok(())
+    }
+}
+
+impl Drop for StatCache {
+    fn drop(&mut self) {
+        if let Err(error) = self.save() {
+            tracing::debug!(%error, "the stat cache is not saved; files will be hashed again");
+        }
+    }
+}
+
+/// What the file holds; nothing where it is missing or damaged, because it only saves time.
+fn load(path: &Path) -> HashMap<FileStat, Digest> {
+    let body = std::fs::read(path).ok().and_then(|bytes| sealed::open(&bytes));
+    let on_disk = body.and_then(|body| serde_json::from_slice::<OnDisk>(&body).ok());
+    on_disk.map(|on_disk| on_disk.files.into_iter().collect()).unwrap_or_default()
+}
+
+fn now() -> i128 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i128::try_from(since.as_nanos()).expect("a clock this side of the year 10^22")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn digest(text: &str) -> Digest {
+        blake3::hash(text.as_bytes()).into()
+    }
+
+    #[test]
+    fn a_file_changed_just_before_hashing_is_not_remembered() {
+        let cache = StatCache::new("/nowhere/stat.json".into(), false);
+        let stat = |changed| (1, 2, 3, 4, changed);
+        cache.remember(stat(10 * RACY), &digest("racy"), 11 * RACY);
+        cache.remember(stat(5 * RACY), &digest("old"), 11 * RACY);
+        assert_eq!(cache.find(&stat(10 * RACY)), None);
+        assert_eq!(cache.find(&stat(5 * RACY)), Some(digest("old")));
+    }
+
+    #[test]
+    fn an_edit_of_equal_size_with_times_set_back_is_seen() {
+        let place = tempfile::tempdir().unwrap();
+        let (path, cache) = (place.path().join("data"), StatCache::new(place.path().join("stat.json"), true));
+        std::fs::write(&path, "one").unwrap();
+        let modified = std::fs::metadata(&path).unwrap().modified().unwrap();
+        assert_eq!(cache.hash_file(&path).unwrap().digest, digest("one"));
+        std::fs::write(&path, "two").unwrap();
+        File::options().write(true).open(&path).unwrap().set_modified(modified).unwrap();
+        assert_eq!(cache.hash_file(&path).unwrap().digest, digest("two"));
+    }
+
+    #[test]
+    fn what_is_saved_is_found_by_the_next_process_and_damage_is_forgotten() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("stat.json");
+        let (one, two) = ((1, 1, 1, 1, 1), (2, 2, 2, 2, 2));
+        let first = StatCache::new(path.clone(), true);
+        let second = StatCache::new(path.clone(), true);
+        first.remember(one, &digest("one"), now());
+        second.remember(two, &digest("two"), now());
+        drop((first, second));
+        let third = StatCache::new(path.clone(), false);
+        assert_eq!((third.find(&one), third.find(&two)), (Some(digest("one")), Some(digest("two"))));
+        let mut bytes = std::fs::read(&path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        assert_eq!(StatCache::new(path, false).find(&one), None);
+    }
+}

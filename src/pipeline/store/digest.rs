@@ -1,0 +1,318 @@
+//! From bytes to digests: canonical JSON, files, folders. It reads and never writes, and knows no store.
+//!
+//! A folder is the sorted list of its files as (path, executable bit, size, BLAKE3); its digest is that of the list. So
+//! empty folders, times, owners and other mode bits are not part of a content.
+
+use std::fs::{File, Metadata};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use rayon::iter::{IntoParallelRefIterator as _, ParallelIterator as _};
+use serde_json::{Value, json};
+
+use super::error::At as _;
+use super::{Digest, FileStat, StoreError, StoredFile};
+
+/// Integers beyond this have no exact number in canonical JSON, which knows doubles only.
+const EXACT: u64 = 1 << 53;
+
+/// Bytes from which on a file is read in pieces while other threads hash.
+const LARGE: u64 = 1 << 20;
+
+/// Bytes of a piece of a large file.
+const PIECE: usize = 1 << 22;
+
+impl From<blake3::Hash> for Digest {
+    fn from(hash: blake3::Hash) -> Self {
+        Self(hash.to_hex().to_string())
+    }
+}
+
+/// The BLAKE3 digest of `value` as canonical JSON (RFC 8785), apart from equal values of another `domain`.
+///
+/// Integers beyond 2^53 are refused with their place: the canonical form would merge neighbours.
+pub fn hash_json(domain: &str, value: &Value) -> Result<Digest, StoreError> {
+    let unhashable = |problem: String| StoreError::Unhashable { domain: domain.to_owned(), problem };
+    if let Some((place, number)) = inexact(value) {
+        return Err(unhashable(format!("the integer `{number}` at `{place}` is beyond 2^53; write it as a string")));
+    }
+    let text = serde_json_canonicalizer::to_vec(value).map_err(|error| unhashable(error.to_string()))?;
+    let mut hasher = blake3::Hasher::new_derive_key(&format!("pipe v1 {domain}"));
+    hasher.update(&text);
+    Ok(hasher.finalize().into())
+}
+
+/// The place and text of an integer that a double cannot hold apart from its neighbours.
+fn inexact(value: &Value) -> Option<(String, String)> {
+    match value {
+        Value::Number(number) => {
+            let large = number.as_u64().or_else(|| number.as_i64().map(i64::unsigned_abs));
+            large.filter(|size| *size > EXACT).map(|_| (String::new(), number.to_string()))
+        }
+        Value::Array(items) => items.iter().enumerate().find_map(|(index, item)| within(&index.to_string(), item)),
+        Value::Object(fields) => fields.iter().find_map(|(name, item)| within(name, item)),
+        Value::Null | Value::Bool(_) | Value::String(_) => None,
+    }
+}
+
+fn within(step: &str, value: &Value) -> Option<(String, String)> {
+    inexact(value).map(|(rest, number)| {
+        let place = if rest.is_empty() { step.to_owned() } else { format!("{step}.{rest}") };
+        (place, number)
+    })
+}
+
+/// The digest of a folder's content and its sorted files. Symbolic links and special files are errors that name them.
+pub fn digest_folder(folder: &Path) -> Result<(Digest, Vec<StoredFile>), StoreError> {
+    let listed = list(folder, Links::Refuse)?;
+    let files = hash_listed(&listed, &|path| hash_file(path))?;
+    Ok((digest_list(&files)?, files))
+}
+
+/// The digest of a user's file or folder, without any cache. Symbolic links count as what they point at.
+///
+/// A plain file's digest is the BLAKE3 of its content; an executable one differs, because a program may be run.
+pub fn source_digest(path: &Path) -> Result<Digest, StoreError> {
+    source_digest_by(path, &|path| hash_file(path))
+}
+
+/// How one file is hashed: as it is, or through a cache.
+pub(super) type HashOne<'a> = &'a (dyn Fn(&Path) -> Result<HashedFile, StoreError> + Sync);
+
+/// [`source_digest`] with a way to hash one file.
+pub(super) fn source_digest_by(path: &Path, hash: HashOne<'_>) -> Result<Digest, StoreError> {
+    let metadata = std::fs::metadata(path).at("read", path)?;
+    if metadata.is_dir() {
+        return digest_list(&hash_listed(&list(path, Links::Follow)?, hash)?);
+    }
+    if !metadata.is_file() {
+        return Err(StoreError::unfit(path, "is neither a file nor a folder"));
+    }
+    let hashed = hash(path)?;
+    if hashed.executable { hash_json("executable file", &json!(hashed.digest)) } else { Ok(hashed.digest) }
+}
+
+fn digest_list(files: &[StoredFile]) -> Result<Digest, StoreError> {
+    let rows = files.iter().map(|file| json!([file.path, file.executable, file.size, file.digest])).collect();
+    hash_json("folder", &Value::Array(rows))
+}
+
+/// What to do with symbolic links.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Links {
+    /// They are errors.
+    Refuse,
+    /// They stand for what they point at.
+    Follow,
+}
+
+/// A file below a folder.
+pub(super) struct Listed {
+    /// Its path below the folder, with `/`.
+    pub(super) relative: String,
+    /// Its path.
+    pub(super) path: PathBuf,
+    /// Its size when it was listed, in bytes.
+    pub(super) size: u64,
+}
+
+/// Every file below `folder`, sorted by path.
+pub(super) fn list(folder: &Path, links: Links) -> Result<Vec<Listed>, StoreError> {
+    let mut found = Vec::new();
+    let mut open = vec![(folder.to_owned(), String::new(), Vec::new())];
+    while let Some((folder, prefix, mut above)) = open.pop() {
+        if links == Links::Follow {
+            let metadata = std::fs::metadata(&folder).at("read", &folder)?;
+            let identity = (metadata.dev(), metadata.ino());
+            if above.contains(&identity) {
+                return Err(StoreError::unfit(&folder, "is a symbolic link to a folder that holds it"));
+            }
+            above.push(identity);
+        }
+        for entry in std::fs::read_dir(&folder).at("list", &folder)? {
+            let entry = entry.at("list", &folder)?;
+            let path = entry.path();
+            let Ok(name) = entry.file_name().into_string() else {
+                return Err(StoreError::unfit(&path, "has a name that is not UTF-8"));
+            };
+            let relative = if prefix.is_empty() { name } else { format!("{prefix}/{name}") };
+            let metadata = match links {
+                Links::Refuse => entry.metadata(),
+                Links::Follow => std::fs::metadata(&path),
+            }
+            .at("read", &path)?;
+            if metadata.is_dir() {
+                open.push((path, relative, above.clone()));
+            } else if metadata.is_file() {
+                found.push(Listed { relative, path, size: metadata.len() });
+            } else {
+                let sort = if metadata.is_symlink() { "a symbolic link" } else { "a special file" };
+                return Err(StoreError::unfit(&path, format!("is {sort}; only files and folders can be kept")));
+            }
+        }
+    }
+    found.sort_by(|a, b| a.relative.cmp(&b.relative));
+    Ok(found)
+}
+
+fn hash_listed(listed: &[Listed], hash: HashOne<'_>) -> Result<Vec<StoredFile>, StoreError> {
+    let one = |file: &Listed| {
+        let hashed = hash(&file.path)?;
+        let HashedFile { digest, stat, executable } = hashed;
+        Ok(StoredFile { path: file.relative.clone(), executable, size: stat.2, digest, stat })
+    };
+    // Waking other threads costs more than hashing a few small files.
+    if listed.len() < 2 || listed.iter().map(|file| file.size).sum::<u64>() < LARGE && listed.len() < 64 {
+        return listed.iter().map(one).collect();
+    }
+    listed.par_iter().map(one).collect()
+}
+
+/// A file's content by digest, with the stat from before its bytes were read.
+pub(super) struct HashedFile {
+    /// BLAKE3 of the content.
+    pub(super) digest: Digest,
+    /// As [`StoredFile::stat`].
+    pub(super) stat: FileStat,
+    /// Whether anyone may execute it.
+    pub(super) executable: bool,
+}
+
+/// The stat by which a file is known to be unchanged.
+pub(super) fn stat_of(metadata: &Metadata) -> FileStat {
+    let nanoseconds = |seconds: i64, rest: i64| i128::from(seconds) * 1_000_000_000 + i128::from(rest);
+    let modified = nanoseconds(metadata.mtime(), metadata.mtime_nsec());
+    let changed = nanoseconds(metadata.ctime(), metadata.ctime_nsec());
+    (metadata.dev(), metadata.ino(), metadata.len(), modified, changed)
+}
+
+/// Whether a file may be executed by anyone.
+pub(super) fn is_executable(metadata: &Metadata) -> bool {
+    metadata.mode() & 0o111 != 0
+}
+
+/// Reads and hashes a file.
+pub(super) fn hash_file(path: &Path) -> Result<HashedFile, StoreError> {
+    let mut file = File::open(path).at("read", path)?;
+    let metadata = file.metadata().at("read", path)?;
+    let digest = hash_content(&mut file, metadata.len()).at("read", path)?;
+    Ok(HashedFile { digest, stat: stat_of(&metadata), executable: is_executable(&metadata) })
+}
+
+/// Hashes what is left to read. A memory map would be a little faster, but a file that is cut short or a failing disk
+/// would then end the whole process with a signal instead of an error.
+pub(super) fn hash_content(file: &mut File, size: u64) -> io::Result<Digest> {
+    let mut hasher = blake3::Hasher::new();
+    if size < LARGE {
+        hasher.update_reader(file)?;
+        return Ok(hasher.finalize().into());
+    }
+    let (mut ready, mut next) = (vec![0; PIECE], vec![0; PIECE]);
+    let mut filled = fill(file, &mut ready)?;
+    while filled > 0 {
+        let (read, ()) = rayon::join(
+            || fill(file, &mut next),
+            || {
+                hasher.update_rayon(&ready[..filled]);
+            },
+        );
+        filled = read?;
+        std::mem::swap(&mut ready, &mut next);
+    }
+    Ok(hasher.finalize().into())
+}
+
+/// Reads until the buffer is full or the file ends; gives the bytes read.
+fn fill(file: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match file.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(read) => filled += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+
+    use super::*;
+
+    fn folder() -> tempfile::TempDir {
+        tempfile::tempdir().unwrap()
+    }
+
+    #[test]
+    fn golden_digests_hold() {
+        let place = folder();
+        std::fs::create_dir_all(place.path().join("b/empty")).unwrap();
+        std::fs::write(place.path().join("a.txt"), "hello\n").unwrap();
+        std::fs::write(place.path().join("b/run"), "#!/bin/sh\n").unwrap();
+        std::fs::set_permissions(place.path().join("b/run"), PermissionsExt::from_mode(0o755)).unwrap();
+        let (digest, files) = digest_folder(place.path()).unwrap();
+        let shown: Vec<_> = files.iter().map(|file| (file.path.as_str(), file.executable, file.size)).collect();
+        assert_eq!(shown, [("a.txt", false, 6), ("b/run", true, 10)]);
+        assert_eq!(digest.0, "GOLDEN_FOLDER");
+        assert_eq!(hash_json("key", &json!({"b": 1.0, "a": [true, null, "é"]})).unwrap().0, "GOLDEN_JSON");
+        assert_eq!(source_digest(&place.path().join("a.txt")).unwrap(), blake3::hash(b"hello\n").into());
+        assert_eq!(source_digest(place.path()).unwrap(), digest);
+    }
+
+    #[test]
+    fn canonical_json_forgets_order_and_keeps_domains() {
+        let one: Value = serde_json::from_str(r#"{"a":1,"b":2.0}"#).unwrap();
+        let two: Value = serde_json::from_str(r#"{"b":2,"a":1.0}"#).unwrap();
+        assert_eq!(hash_json("key", &one).unwrap(), hash_json("key", &two).unwrap());
+        assert_ne!(hash_json("key", &one).unwrap(), hash_json("recipe", &one).unwrap());
+    }
+
+    #[test]
+    fn integers_without_an_exact_double_are_refused_with_their_place() {
+        assert!(hash_json("key", &json!({"seed": EXACT})).is_ok());
+        for number in [json!(EXACT + 1), json!(-(EXACT as i64) - 1), json!(u64::MAX)] {
+            let error = hash_json("key", &json!({"a": [0, {"seed": number}]})).unwrap_err().to_string();
+            assert!(error.contains("`a.1.seed`") && error.contains(&number.to_string()), "{error}");
+        }
+    }
+
+    #[test]
+    fn links_and_special_files_are_refused_by_name() {
+        let place = folder();
+        symlink("elsewhere", place.path().join("link")).unwrap();
+        let error = digest_folder(place.path()).unwrap_err().to_string();
+        assert!(error.contains("/link` is a symbolic link"), "{error}");
+        let place = folder();
+        drop(std::os::unix::net::UnixListener::bind(place.path().join("socket")).unwrap());
+        let error = digest_folder(place.path()).unwrap_err().to_string();
+        assert!(error.contains("/socket` is a special file"), "{error}");
+    }
+
+    #[test]
+    fn a_users_links_are_followed_but_not_in_circles() {
+        let place = folder();
+        std::fs::create_dir(place.path().join("real")).unwrap();
+        std::fs::write(place.path().join("real/file"), "x").unwrap();
+        symlink("real", place.path().join("view")).unwrap();
+        assert_eq!(
+            source_digest(&place.path().join("view")).unwrap(),
+            source_digest(&place.path().join("real")).unwrap()
+        );
+        symlink("..", place.path().join("real/up")).unwrap();
+        let error = source_digest(place.path()).unwrap_err().to_string();
+        assert!(error.contains("a folder that holds it"), "{error}");
+    }
+
+    #[test]
+    fn large_files_hash_alike_in_pieces() {
+        let place = folder();
+        let path = place.path().join("large");
+        let bytes: Vec<u8> = (0..PIECE * 2 + 12_345).map(|index| (index % 251) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        assert_eq!(hash_file(&path).unwrap().digest, blake3::hash(&bytes).into());
+    }
+}

@@ -1,0 +1,233 @@
+//! The commit protocol: data, sync, rename, sync of the folder; then the manifest in the same way. What lies there before
+//! the manifest's rename is garbage that does no harm; after it, the result is there for good.
+
+use std::collections::BTreeMap;
+use std::fs::{File, Permissions};
+use std::io::ErrorKind;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::digest::{Links, digest_folder, is_executable, list, stat_of};
+use super::error::At as _;
+use super::{
+    Digest, KeyLock, KeyParts, Manifest, Store, StoreError, StoredFile, StoredOutput, create_folder, remove_tree, sealed,
+    sync_folder, write_atomically,
+};
+use crate::pipeline::stage::ArtifactType;
+
+/// Files of an object up to which each is synced by itself; beyond, the whole file system is synced once.
+const SYNC_EACH: usize = 16;
+
+/// A finished stage on its way to a [`Manifest`].
+#[derive(Clone, Debug)]
+pub struct ManifestDraft {
+    /// See [`Manifest::recipe`].
+    pub recipe: Digest,
+    /// See [`Manifest::parts`].
+    pub parts: KeyParts,
+    /// See [`Manifest::params`].
+    pub params: Value,
+    /// See [`Manifest::inputs`].
+    pub inputs: BTreeMap<String, Digest>,
+    /// The outputs, default one first.
+    pub outputs: Vec<DraftOutput>,
+    /// See [`Manifest::seconds`].
+    pub seconds: f64,
+    /// See [`Manifest::attempts`].
+    pub attempts: u32,
+    /// See [`Manifest::numerics`].
+    pub numerics: BTreeMap<String, String>,
+    /// See [`Manifest::metrics`].
+    pub metrics: BTreeMap<String, f64>,
+}
+
+/// An output on its way to an object.
+#[derive(Clone, Debug)]
+pub struct DraftOutput {
+    /// Its name.
+    pub name: String,
+    /// What it carries.
+    pub artifact: ArtifactType,
+    /// The folder, on the store's own disk; publishing takes it away.
+    pub folder: PathBuf,
+}
+
+impl Store {
+    /// Makes a draft the result of the lock's key, durably, in place of any earlier one; then drops the work folder.
+    pub fn publish(&self, lock: &KeyLock, draft: ManifestDraft) -> Result<Manifest, StoreError> {
+        let mut outputs = Vec::with_capacity(draft.outputs.len());
+        for output in draft.outputs {
+            let (digest, files) = self.place(&output.folder)?;
+            outputs.push(StoredOutput { name: output.name, artifact: output.artifact, digest, files });
+        }
+        let manifest = Manifest {
+            key: lock.key().clone(),
+            recipe: draft.recipe,
+            parts: draft.parts,
+            params: draft.params,
+            inputs: draft.inputs,
+            outputs,
+            seconds: draft.seconds,
+            attempts: draft.attempts,
+            finished: jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
+            numerics: draft.numerics,
+            metrics: draft.metrics,
+        };
+        let path = self.manifest_path(lock.key());
+        let body = serde_json::to_vec(&manifest).expect("a manifest is plain data");
+        create_folder(path.parent().expect("manifests lie in a folder"))?;
+        self.faults.step(&path)?;
+        write_atomically(&path, &sealed::seal(&body), true)?;
+        self.drop_work(lock);
+        Ok(manifest)
+    }
+
+    /// Removes the work folder of a key whose result is there.
+    pub(crate) fn drop_work(&self, lock: &KeyLock) {
+        let work = self.work(lock.key());
+        if self.faults.step(&work).is_err() {
+            return;
+        }
+        // The result is committed: what cannot be removed now only takes space until the key is published again.
+        match remove_tree(&work) {
+            Err(error) => {
+                tracing::warn!(%error, "a work folder that is no longer needed stays");
+            }
+            Ok(()) => {}
+        }
+    }
+
+    /// Makes a folder an object, durably.
+    fn place(&self, folder: &Path) -> Result<(Digest, Vec<StoredFile>), StoreError> {
+        self.faults.step(folder)?;
+        if !make_fit(folder)? {
+            return Err(StoreError::unfit(folder, "holds no file"));
+        }
+        let (digest, files) = digest_folder(folder)?;
+        let object = self.object(&digest);
+        let shelf = object.parent().expect("objects lie in a folder").to_owned();
+        create_folder(&shelf)?;
+        let mut synced = false;
+        loop {
+            if std::fs::symlink_metadata(&object).is_ok() {
+                match digest_folder(&object) {
+                    Ok((found, files)) if found == digest => {
+                        self.faults.step(folder)?;
+                        remove_tree(folder)?;
+                        sync_folder(&shelf)?;
+                        return Ok((digest, files));
+                    }
+                    Err(error) if !error.means_damage() => return Err(error),
+                    _ => self.quarantine_object(&digest, "it was found damaged when the same content was stored again")?,
+                }
+            }
+            if !synced {
+                self.faults.step(folder)?;
+                sync_content(folder, &files)?;
+                synced = true;
+            }
+            self.faults.step(&object)?;
+            match std::fs::rename(folder, &object) {
+                Ok(()) => break,
+                // Another key's publisher was quicker with the same content: theirs is looked at.
+                Err(error) if matches!(error.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists) => {}
+                Err(error) => return Err(error).at("create the object", &object),
+            }
+        }
+        self.faults.step(&shelf)?;
+        sync_folder(&shelf)?;
+        self.faults.step(&object)?;
+        close_folders(&object)?;
+        self.faults.step(&object)?;
+        unchanged(&object, &files)?;
+        Ok((digest, files))
+    }
+}
+
+/// Makes a stage's folder fit to be an object: folders that can be moved, no empty ones, plain files that nobody may
+/// write and that have no other name. Gives whether it holds a file.
+fn make_fit(folder: &Path) -> Result<bool, StoreError> {
+    std::fs::set_permissions(folder, Permissions::from_mode(0o755)).at("change the mode of", folder)?;
+    let mut holds_file = false;
+    for entry in std::fs::read_dir(folder).at("list", folder)? {
+        let entry = entry.at("list", folder)?;
+        let path = entry.path();
+        let metadata = entry.metadata().at("read", &path)?;
+        if metadata.is_dir() {
+            if make_fit(&path)? {
+                holds_file = true;
+            } else {
+                std::fs::remove_dir(&path).at("remove the empty folder", &path)?;
+            }
+            continue;
+        }
+        if !metadata.is_file() {
+            let sort = if metadata.is_symlink() { "a symbolic link" } else { "a special file" };
+            return Err(StoreError::unfit(&path, format!("is {sort}; an output holds only files and folders")));
+        }
+        holds_file = true;
+        if metadata.nlink() > 1 {
+            // Whoever holds the other name could change the object, and a change of mode would reach them.
+            let copy = path.with_file_name(".pipe-copy");
+            std::fs::copy(&path, &copy).at("copy", &path)?;
+            std::fs::rename(&copy, &path).at("copy", &path)?;
+        }
+        let mode = if is_executable(&metadata) { 0o555 } else { 0o444 };
+        std::fs::set_permissions(&path, Permissions::from_mode(mode)).at("change the mode of", &path)?;
+    }
+    Ok(holds_file)
+}
+
+/// Makes every file and folder of an object survive a power cut.
+fn sync_content(folder: &Path, files: &[StoredFile]) -> Result<(), StoreError> {
+    if files.len() > SYNC_EACH {
+        let open = File::open(folder).at("write", folder)?;
+        return rustix::fs::syncfs(&open).at("write", folder);
+    }
+    for file in files {
+        let path = folder.join(&file.path);
+        File::open(&path).and_then(|file| file.sync_all()).at("write", &path)?;
+    }
+    for folder in folders_of(folder, files) {
+        sync_folder(&folder)?;
+    }
+    Ok(())
+}
+
+/// The folder and every folder below it that holds a file.
+fn folders_of(folder: &Path, files: &[StoredFile]) -> std::collections::BTreeSet<PathBuf> {
+    let mut folders = std::collections::BTreeSet::from([folder.to_owned()]);
+    for file in files {
+        folders.extend(Path::new(&file.path).ancestors().skip(1).map(|above| folder.join(above)));
+    }
+    folders
+}
+
+/// Takes the right to write from every folder of an object. It comes after the rename, which needs that right.
+fn close_folders(object: &Path) -> Result<(), StoreError> {
+    let mut open = vec![object.to_owned()];
+    while let Some(folder) = open.pop() {
+        for entry in std::fs::read_dir(&folder).at("list", &folder)? {
+            let entry = entry.at("list", &folder)?;
+            if entry.file_type().at("read", &entry.path())?.is_dir() {
+                open.push(entry.path());
+            }
+        }
+        std::fs::set_permissions(&folder, Permissions::from_mode(0o555)).at("change the mode of", &folder)?;
+    }
+    Ok(())
+}
+
+/// Holds that no file changed between its hashing and now, when its stat is recorded.
+fn unchanged(object: &Path, files: &[StoredFile]) -> Result<(), StoreError> {
+    for (file, found) in files.iter().zip(list(object, Links::Refuse)?) {
+        let metadata = std::fs::symlink_metadata(&found.path).at("read", &found.path)?;
+        if found.relative != file.path || stat_of(&metadata) != file.stat {
+            let problem = "changed while it was stored; does the stage leave a process behind that writes to it?";
+            return Err(StoreError::unfit(&found.path, problem));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,233 @@
+//! Views by people's names: which key an experiment's stage last had, and where TensorBoard finds its curves. Both can be
+//! rebuilt from plans and manifests, so a damaged one counts as absent.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::error::At as _;
+use super::{Digest, Store, StoreError, write_atomically};
+use crate::pipeline::plan::NodeName;
+
+/// What an experiment's stage was in its last run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunRecord {
+    /// Its recipe.
+    pub recipe: Digest,
+    /// Its key.
+    pub key: Digest,
+    /// Its kind.
+    pub kind: String,
+    /// The experiment's file, absolute.
+    pub file: PathBuf,
+}
+
+/// A record as it lies on disk, with the name that its path only hints at.
+#[derive(Serialize, Deserialize)]
+struct OnDisk {
+    name: NodeName,
+    #[serde(flatten)]
+    record: RunRecord,
+}
+
+impl Store {
+    /// Keeps what a stage was in this run.
+    pub fn record(&self, name: &NodeName, record: &RunRecord) -> Result<(), StoreError> {
+        let path = self.record_path(&name.experiment, &name.trial, &name.stage);
+        let on_disk = OnDisk { name: name.clone(), record: record.clone() };
+        let mut bytes = serde_json::to_vec_pretty(&on_disk).expect("a record is plain data");
+        bytes.push(b'\n');
+        // In most runs most records stand already, and reading is cheaper than writing.
+        if std::fs::read(&path).is_ok_and(|old| old == bytes) {
+            return Ok(());
+        }
+        let folder = path.parent().expect("records lie in a folder");
+        std::fs::create_dir_all(folder).at("create the folder", folder)?;
+        write_atomically(&path, &bytes, false)
+    }
+
+    /// What a stage was in the last run that had it.
+    pub fn recorded(&self, experiment: &str, trial: &str, stage: &str) -> Result<Option<RunRecord>, StoreError> {
+        Ok(read(&self.record_path(experiment, trial, stage))?.map(|on_disk| on_disk.record))
+    }
+
+    /// Every recorded stage of an experiment, by trial and stage.
+    pub fn recorded_trials(
+        &self,
+        experiment: &str,
+    ) -> Result<BTreeMap<String, BTreeMap<String, RunRecord>>, StoreError> {
+        let mut trials: BTreeMap<String, BTreeMap<String, RunRecord>> = BTreeMap::new();
+        for trial in entries(&self.folder("runs").join(segment(experiment)))? {
+            for stage in entries(&trial)? {
+                if let Some(OnDisk { name, record }) = read(&stage)? {
+                    trials.entry(name.trial).or_default().insert(name.stage, record);
+                }
+            }
+        }
+        Ok(trials)
+    }
+
+    /// The names of every recorded experiment.
+    pub fn recorded_experiments(&self) -> Result<Vec<String>, StoreError> {
+        let mut names = std::collections::BTreeSet::new();
+        for experiment in entries(&self.folder("runs"))? {
+            'one: for trial in entries(&experiment)? {
+                for stage in entries(&trial)? {
+                    if let Some(on_disk) = read(&stage)? {
+                        names.insert(on_disk.name.experiment);
+                        break 'one;
+                    }
+                }
+            }
+        }
+        Ok(names.into_iter().collect())
+    }
+
+    /// Shows the curves of `key` under a stage's name, where there are any; see [`link_tensorboard`].
+    pub fn link_tensorboard(&self, name: &NodeName, key: &Digest) -> Result<(), StoreError> {
+        link_tensorboard(&self.root, name, key)
+    }
+
+    fn record_path(&self, experiment: &str, trial: &str, stage: &str) -> PathBuf {
+        let trial = if trial.is_empty() { "_".to_owned() } else { segment(trial) };
+        self.folder("runs").join(segment(experiment)).join(trial).join(format!("{}.json", segment(stage)))
+    }
+}
+
+/// Makes `tensorboard/<experiment>/<trial>/<stage>` of the store at `root` a relative link to the event files of `key`,
+/// or removes a link to another key's where `key` has none.
+pub fn link_tensorboard(root: &Path, name: &NodeName, key: &Digest) -> Result<(), StoreError> {
+    let mut link = root.join("tensorboard").join(segment(&name.experiment));
+    let mut target = PathBuf::from("../..");
+    if !name.trial.is_empty() {
+        link.push(segment(&name.trial));
+        target.push("..");
+    }
+    let folder = link.clone();
+    link.push(segment(&name.stage));
+    target.extend(["logs", &key.0, "tensorboard"]);
+    let old = std::fs::read_link(&link).ok();
+    if !root.join("logs").join(&key.0).join("tensorboard").is_dir() {
+        if old.is_some() {
+            std::fs::remove_file(&link).at("remove", &link)?;
+        }
+        return Ok(());
+    }
+    if old.as_ref() == Some(&target) {
+        return Ok(());
+    }
+    std::fs::create_dir_all(&folder).at("create the folder", &folder)?;
+    // Made beside and renamed, so that a viewer never finds it missing.
+    let new = tempfile::Builder::new().prefix(".new-").make_in(&folder, |path| std::os::unix::fs::symlink(&target, path));
+    let new = new.at("link", &link)?;
+    new.persist(&link).map_err(|error| error.error).map(|_| ()).at("link", &link)
+}
+
+/// A name as one component of a path: `/`, `%`, control characters and a leading `.` or lone `_` are escaped, and what is too
+/// long for a file name ends in a digest instead.
+fn segment(name: &str) -> String {
+    let mut text = String::with_capacity(name.len());
+    for (index, character) in name.chars().enumerate() {
+        let escape = matches!(character, '/' | '%' | '\\') || character.is_control() || (index == 0 && character == '.');
+        if escape || name == "_" {
+            text.push_str(&format!("%{:02X}", u32::from(character)));
+        } else {
+            text.push(character);
+        }
+    }
+    if text.len() <= 200 {
+        return text;
+    }
+    let kept = text.char_indices().map(|(at, _)| at).take_while(|at| *at <= 160).last().unwrap_or(0);
+    format!("{}~{}", &text[..kept], &blake3::hash(name.as_bytes()).to_hex()[..16])
+}
+
+fn read(path: &Path) -> Result<Option<OnDisk>, StoreError> {
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error).at("read", path),
+    };
+    match serde_json::from_slice(&bytes) {
+        Ok(on_disk) => Ok(Some(on_disk)),
+        Err(error) => {
+            tracing::warn!(file = %path.display(), %error, "a record is damaged and counts as absent");
+            Ok(None)
+        }
+    }
+}
+
+/// The sorted entries of a folder that are not hidden; none where it is not there.
+fn entries(folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
+    let found = match std::fs::read_dir(folder) {
+        Ok(found) => found,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).at("list", folder),
+    };
+    let mut paths = Vec::new();
+    for entry in found {
+        let entry = entry.at("list", folder)?;
+        if !entry.file_name().as_encoded_bytes().starts_with(b".") {
+            paths.push(entry.path());
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(trial: &str, stage: &str) -> NodeName {
+        NodeName { experiment: "maze".into(), trial: trial.into(), stage: stage.into() }
+    }
+
+    #[test]
+    fn records_come_back_under_any_name() {
+        let place = tempfile::tempdir().unwrap();
+        let store = Store::open(place.path()).unwrap();
+        let long = "x".repeat(400);
+        let record = |kind: &str| RunRecord {
+            recipe: Digest("r".into()),
+            key: Digest("k".into()),
+            kind: kind.into(),
+            file: "/a/maze.toml".into(),
+        };
+        let trials = ["", "_", "seed=1,path=../../x/%", &long, "."];
+        for trial in trials {
+            store.record(&name(trial, "sft"), &record(trial)).unwrap();
+        }
+        for trial in trials {
+            assert_eq!(store.recorded("maze", trial, "sft").unwrap(), Some(record(trial)), "{trial}");
+        }
+        assert_eq!(store.recorded("maze", "", "grpo").unwrap(), None);
+        assert_eq!(store.recorded_trials("maze").unwrap().len(), trials.len());
+        assert_eq!(store.recorded_experiments().unwrap(), ["maze"]);
+        assert!(store.recorded_trials("other").unwrap().is_empty());
+    }
+
+    #[test]
+    fn curves_are_linked_relatively_and_follow_the_key() {
+        let place = tempfile::tempdir().unwrap();
+        let store = Store::open(&place.path().join("here")).unwrap();
+        let (one, two) = (Digest("1".repeat(64)), Digest("2".repeat(64)));
+        for (key, text) in [(&one, "one"), (&two, "two")] {
+            std::fs::create_dir_all(store.logs(key).join("tensorboard")).unwrap();
+            std::fs::write(store.logs(key).join("tensorboard/events"), text).unwrap();
+        }
+        for (key, text) in [(&one, "one"), (&two, "two"), (&two, "two")] {
+            store.link_tensorboard(&name("", "sft"), key).unwrap();
+            store.link_tensorboard(&name("seed=1", "sft"), key).unwrap();
+            for path in ["maze/sft/events", "maze/seed=1/sft/events"] {
+                assert_eq!(std::fs::read_to_string(store.root().join("tensorboard").join(path)).unwrap(), text);
+            }
+        }
+        std::fs::rename(place.path().join("here"), place.path().join("there")).unwrap();
+        assert!(place.path().join("there/tensorboard/maze/seed=1/sft/events").exists(), "the store may be moved");
+        let store = Store::open(&place.path().join("there")).unwrap();
+        store.link_tensorboard(&name("", "sft"), &Digest("3".repeat(64))).unwrap();
+        assert!(!store.root().join("tensorboard/maze/sft").exists());
+    }
+}
