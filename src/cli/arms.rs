@@ -133,7 +133,9 @@ mod tests {
     use crate::statistics::paired::paired_difference;
 
     fn instances(values: &[f64]) -> Values {
-        Values::Instances(values.iter().enumerate().map(|(place, &value)| (format!("i{place}").into(), value)).collect())
+        Values::Instances(
+            values.iter().enumerate().map(|(place, &value)| (format!("i{place}").into(), value)).collect(),
+        )
     }
 
     fn sample(seeds: &[&[f64]]) -> Sample {
@@ -161,7 +163,8 @@ mod tests {
     fn five_seeds_speak_of_the_recipe() {
         let up: Vec<Vec<f64>> = (0..5).map(|seed| vec![1.0, f64::from(seed % 2), 1.0]).collect();
         let up = sample(&up.iter().map(Vec::as_slice).collect::<Vec<_>>());
-        let down = sample(&[&[0.0, 0.0, 1.0]; 5]);
+        let down: [&[f64]; 5] = [&[0.0, 0.0, 1.0]; 5];
+        let down = sample(&down);
         let found = up.minus(&down, Claim::of(5)).unwrap();
         assert_eq!(found.n, 5, "the seed is the unit");
         assert!(found.p.unwrap() < 0.01);

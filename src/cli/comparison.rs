@@ -109,7 +109,8 @@ impl Comparison {
 
         let mut rows = Vec::new();
         for (place, ((arm, _), own)) in arms.iter().zip(&samples).enumerate() {
-            let tested = |difference: Option<Difference>| difference.map(|difference| Tested { difference, p_holm: None });
+            let tested =
+                |difference: Option<Difference>| difference.map(|difference| Tested { difference, p_holm: None });
             let differences = pairs.iter().map(|(first, second)| {
                 let (first_values, second_values) = (&own[first.as_str()], &own[second.as_str()]);
                 (difference_name(first, second), tested(first_values.minus(second_values, claim)))
@@ -294,7 +295,8 @@ impl Results {
                 let meant = near.first().map(|near| format!("; did you mean `{near}`?")).unwrap_or_default();
                 notes.push(format!("`{name}`: there is no stage `{stage}`{meant}"));
             } else if without > 0 && told.insert(stage) {
-                let of = if having.len() > 1 { format!(" in {without} of {} trials", having.len()) } else { String::new() };
+                let of =
+                    if having.len() > 1 { format!(" in {without} of {} trials", having.len()) } else { String::new() };
                 notes.push(format!("`{stage}` has no result yet{of}"));
             }
             let Some(result) = having.iter().find_map(|trial| self.result(trial, stage)) else { continue };

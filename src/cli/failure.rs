@@ -97,7 +97,7 @@ pub fn report_panic(panic: &PanicHookInfo<'_>) {
     }
     let backtrace = std::backtrace::Backtrace::capture();
     if backtrace.status() == std::backtrace::BacktraceStatus::Captured {
-        text.push_str(&format!("\n{backtrace}"));
+        text = format!("{text}\n{backtrace}");
     }
     crate::cli::ui::last_words(&text);
 }

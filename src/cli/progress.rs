@@ -135,8 +135,7 @@ impl<'a> Progress<'a> {
             self.line("start", Look::Dim, name, "");
         }
         let told = Instant::now();
-        let running =
-            Running { label, pace: Pace::new(), metrics: BTreeMap::new(), reached: None, bar, told };
+        let running = Running { label, pace: Pace::new(), metrics: BTreeMap::new(), reached: None, bar, told };
         self.running.insert(node, running);
     }
 
@@ -223,18 +222,17 @@ impl Running {
     /// `1,200/3,000 steps, 21.3/s, 1m 24s left, loss 0.31`: what matters most stands first, since narrow terminals cut.
     fn text(&self) -> String {
         let Some((done, total, unit)) = &self.reached else { return String::new() };
-        let mut text = format!("{}/{} {unit}", render::count(*done), render::count(*total));
+        let mut parts = vec![format!("{}/{} {unit}", render::count(*done), render::count(*total))];
         if let Some(rate) = self.pace.rate() {
-            text.push_str(&format!(", {}/s", rate_text(rate)));
+            parts.push(format!("{}/s", rate_text(rate)));
         }
         if let Some(left) = self.pace.left(*total).filter(|_| done < total) {
-            text.push_str(&format!(", {} left", render::duration(left)));
+            parts.push(format!("{} left", render::duration(left)));
         }
         if !self.metrics.is_empty() {
-            text.push_str(", ");
-            text.push_str(&headline(&self.metrics));
+            parts.push(headline(&self.metrics));
         }
-        text
+        parts.join(", ")
     }
 }
 

@@ -164,17 +164,22 @@ fn labels(column: &ArrayRef) -> anyhow::Result<Vec<Option<String>>> {
 /// A column of numbers or truth values as `f64`.
 fn numbers(column: &ArrayRef) -> Option<Vec<Option<f64>>> {
     Some(match column.data_type() {
-        DataType::Boolean => column.as_boolean().iter().map(|value| value.map(|truth| f64::from(u8::from(truth)))).collect(),
+        DataType::Boolean => {
+            column.as_boolean().iter().map(|value| value.map(|truth| f64::from(u8::from(truth)))).collect()
+        }
         DataType::Float64 => column.as_primitive::<Float64Type>().iter().collect(),
         DataType::Float32 => column.as_primitive::<Float32Type>().iter().map(|value| value.map(f64::from)).collect(),
         DataType::Int32 => column.as_primitive::<Int32Type>().iter().map(|value| value.map(f64::from)).collect(),
         DataType::UInt32 => column.as_primitive::<UInt32Type>().iter().map(|value| value.map(f64::from)).collect(),
-        DataType::Int64 => column.as_primitive::<Int64Type>().iter().map(|value| value.map(|value| value as f64)).collect(),
-        DataType::UInt64 => column.as_primitive::<UInt64Type>().iter().map(|value| value.map(|value| value as f64)).collect(),
+        DataType::Int64 => {
+            column.as_primitive::<Int64Type>().iter().map(|value| value.map(|value| value as f64)).collect()
+        }
+        DataType::UInt64 => {
+            column.as_primitive::<UInt64Type>().iter().map(|value| value.map(|value| value as f64)).collect()
+        }
         _ => return None,
     })
 }
-
 
 #[cfg(test)]
 pub(crate) mod fake {

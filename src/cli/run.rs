@@ -37,10 +37,12 @@ pub struct Args {
 pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     let ui = &session.ui;
     let experiments = session.read(&args.files.files, &args.files.sets)?;
-    let store =
-        Store::open(&session.store).map_err(|error| Failure::input(&error).hint(store_hint(&session.store)))?;
+    let store = Store::open(&session.store).map_err(|error| Failure::input(&error).hint(store_hint(&session.store)))?;
     let plan = session.plan(&experiments, Some(&store))?;
-    known_stages(&plan, args.until.iter().map(|name| ("--until", name)).chain(args.again.iter().map(|name| ("--again", name))))?;
+    known_stages(
+        &plan,
+        args.until.iter().map(|name| ("--until", name)).chain(args.again.iter().map(|name| ("--again", name))),
+    )?;
 
     let interrupt = Arc::new(AtomicBool::new(false));
     watch_signals(session, &interrupt)?;
@@ -94,14 +96,12 @@ fn summary(outcome: &Outcome) -> String {
     if run + failed + blocked + interrupted == 0 {
         return format!("nothing to run: {} cached", render::plural(cached, "stage"));
     }
-    let number = |value: usize| render::count(value as u64);
-    let mut line = format!("{} run, {} cached, {} failed", number(run), number(cached), number(failed));
-    for (count, word) in [(blocked, "blocked"), (interrupted, "interrupted")] {
-        if count > 0 {
-            line.push_str(&format!(", {} {word}", number(count)));
-        }
-    }
-    format!("{line} in {}", render::duration(seconds))
+    let counts =
+        [(run, "run"), (cached, "cached"), (failed, "failed"), (blocked, "blocked"), (interrupted, "interrupted")];
+    let shown = counts.into_iter().enumerate().filter(|(place, (count, _))| *place < 3 || *count > 0);
+    let shown: Vec<String> =
+        shown.map(|(_, (count, word))| format!("{} {word}", render::count(count as u64))).collect();
+    format!("{} in {}", shown.join(", "), render::duration(seconds))
 }
 
 /// Stages named on the command line must be in the plan.

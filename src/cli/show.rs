@@ -1,7 +1,7 @@
 //! `pipe show`: one result, and where it lies.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Value, json};
@@ -67,7 +67,7 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         }
     };
     let output = output(&target, &manifest)?;
-    let path = absolute(store.object(&output.digest))?;
+    let path = absolute(&store.object(&output.digest))?;
     if session.ui.is_json() {
         return session.ui.json_pretty(&json!({
             "recipe": recipe,
@@ -85,6 +85,7 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     session.ui.data(&text(&manifest, &recipe, output, &path, &store))
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "it is handed to `map_err`")]
 fn failed(error: StoreError) -> Failure {
     Failure::stage(&error)
 }
@@ -93,8 +94,8 @@ fn no_result(target: &str, why: &str) -> Failure {
     Failure::wrong(format!("`{target}` has no result: {why}")).hint("`pipe run` makes it")
 }
 
-fn absolute(path: PathBuf) -> Result<PathBuf, Failure> {
-    std::path::absolute(&path).map_err(|error| Failure::failed(format!("cannot resolve `{}`: {error}", path.display())))
+fn absolute(path: &Path) -> Result<PathBuf, Failure> {
+    std::path::absolute(path).map_err(|error| Failure::failed(format!("cannot resolve `{}`: {error}", path.display())))
 }
 
 /// Recipe and key as the file is now.
@@ -109,7 +110,9 @@ fn planned(target: &Target<'_>, args: &Args, session: &Session, store: &Store) -
     }
     let nodes: BTreeSet<usize> = trials.iter().filter_map(|trial| trial.stages.get(target.stage).copied()).collect();
     match nodes.len() {
-        0 => Err(unknown("stage", target.stage, trials.iter().flat_map(|trial| trial.stages.keys().map(String::as_str)))),
+        0 => {
+            Err(unknown("stage", target.stage, trials.iter().flat_map(|trial| trial.stages.keys().map(String::as_str))))
+        }
         1 => {
             let node = &plan.nodes[*nodes.first().expect("there is one")];
             let key = node.key.clone().ok_or_else(|| no_result(&args.target, "its inputs have not run"))?;
@@ -131,10 +134,15 @@ fn recorded(target: &Target<'_>, store: &Store) -> Result<(Digest, Digest), Fail
     if wanted.is_empty() {
         return Err(unknown("trial", target.trial.unwrap_or_default(), trials.keys().map(String::as_str)));
     }
-    let found: BTreeSet<(&Digest, &Digest)> =
-        wanted.iter().filter_map(|(_, stages)| stages.get(target.stage)).map(|record| (&record.recipe, &record.key)).collect();
+    let found: BTreeSet<(&Digest, &Digest)> = wanted
+        .iter()
+        .filter_map(|(_, stages)| stages.get(target.stage))
+        .map(|record| (&record.recipe, &record.key))
+        .collect();
     match found.into_iter().collect::<Vec<_>>()[..] {
-        [] => Err(unknown("stage", target.stage, wanted.iter().flat_map(|(_, stages)| stages.keys().map(String::as_str)))),
+        [] => {
+            Err(unknown("stage", target.stage, wanted.iter().flat_map(|(_, stages)| stages.keys().map(String::as_str))))
+        }
         [(recipe, key)] => Ok((recipe.clone(), key.clone())),
         _ => Err(ambiguous(target.stage, wanted.iter().map(|(trial, _)| trial.as_str()))),
     }
@@ -168,7 +176,7 @@ fn output<'a>(target: &Target<'_>, manifest: &'a Arc<Manifest>) -> Result<&'a St
     })
 }
 
-fn text(manifest: &Manifest, recipe: &Digest, output: &StoredOutput, path: &std::path::Path, store: &Store) -> String {
+fn text(manifest: &Manifest, recipe: &Digest, output: &StoredOutput, path: &Path, store: &Store) -> String {
     let size: u64 = output.files.iter().map(|file| file.size).sum();
     let mut rows = vec![
         ("kind", manifest.parts.kind.clone()),
@@ -188,12 +196,12 @@ fn text(manifest: &Manifest, recipe: &Digest, output: &StoredOutput, path: &std:
     if !others.is_empty() {
         rows.push(("also", others.join(", ")));
     }
-    let mut text: String = rows.into_iter().map(|(name, value)| format!("{name:<8} {value}\n")).collect();
+    let mut text = rows.into_iter().map(|(name, value)| format!("{name:<8} {value}")).collect::<Vec<_>>();
     let mut section = |title: &str, lines: Vec<(String, String)>| {
         if !lines.is_empty() {
-            text.push_str(&format!("\n{title}\n"));
+            text.extend([String::new(), title.to_owned()]);
             let width = lines.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
-            text.extend(lines.into_iter().map(|(name, value)| format!("  {name:<width$}  {value}\n")));
+            text.extend(lines.into_iter().map(|(name, value)| format!("  {name:<width$}  {value}")));
         }
     };
     section("metrics", manifest.metrics.iter().map(|(name, value)| (name.clone(), render::number(*value))).collect());
@@ -202,7 +210,7 @@ fn text(manifest: &Manifest, recipe: &Digest, output: &StoredOutput, path: &std:
     flatten("", &manifest.params, &mut params);
     section("params", params);
     section("numerics", manifest.numerics.iter().map(|(name, value)| (name.clone(), value.clone())).collect());
-    text
+    text.join("\n")
 }
 
 /// Parameters as dotted paths; edges and files as their names.
@@ -230,7 +238,8 @@ mod tests {
 
     #[test]
     fn targets_are_read() {
-        let target = |experiment, is_file, trial, stage, output| Some(Target { experiment, is_file, trial, stage, output });
+        let target =
+            |experiment, is_file, trial, stage, output| Some(Target { experiment, is_file, trial, stage, output });
         assert_eq!(Target::parse("maze/sft"), target("maze", false, None, "sft", None));
         assert_eq!(Target::parse("maze/sft.best"), target("maze", false, None, "sft", Some("best")));
         assert_eq!(

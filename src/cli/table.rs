@@ -138,7 +138,11 @@ fn tested_row(label: String, arm: &str, tested: Option<Tested>, share: bool) -> 
     let mut row = vec![label, arm.to_owned()];
     match tested {
         Some(Tested { difference, p_holm }) => row.extend([
-            if share { format!("{} pp", signed(render::percent(difference.mean))) } else { signed(render::number(difference.mean)) },
+            if share {
+                format!("{} pp", signed(render::percent(difference.mean)))
+            } else {
+                signed(render::number(difference.mean))
+            },
             interval(difference.low, difference.high, share, true),
             render::count(difference.n as u64),
             difference.p.map(render::p_value).unwrap_or_default(),
@@ -160,7 +164,11 @@ fn interval(low: Option<f64>, high: Option<f64>, share: bool, sign: bool) -> Str
 }
 
 fn signed(number: String) -> String {
-    if number.starts_with('-') || number.chars().all(|digit| matches!(digit, '0' | '.')) { number } else { format!("+{number}") }
+    if number.starts_with('-') || number.chars().all(|digit| matches!(digit, '0' | '.')) {
+        number
+    } else {
+        format!("+{number}")
+    }
 }
 
 /// What the numbers claim and how they were made.
@@ -216,7 +224,10 @@ mod tests {
             metrics: vec!["sft.solved".to_owned(), "grpo.solved".to_owned()],
             claim: Claim::Checkpoints,
             baseline: Some("drop=none".to_owned()),
-            arms: vec![arm("drop=none", None), arm("drop=progress", Some([("sft.solved".to_owned(), Some(versus))].into()))],
+            arms: vec![
+                arm("drop=none", None),
+                arm("drop=progress", Some([("sft.solved".to_owned(), Some(versus))].into())),
+            ],
             notes: Vec::new(),
             shares: BTreeSet::from(["sft.solved".to_owned(), "grpo.solved".to_owned()]),
             differences: vec![("grpo.solved".to_owned(), "sft.solved".to_owned())],

@@ -55,6 +55,7 @@ impl Look {
 }
 
 /// The terminal of a command.
+#[expect(clippy::struct_excessive_bools, reason = "they are independent options of the user's")]
 pub struct Ui {
     json: bool,
     quiet: bool,
@@ -152,14 +153,15 @@ impl Ui {
 
     /// Writes one JSON value on a line of its own.
     pub fn json_line(&self, value: &impl Serialize) -> Result<(), Failure> {
-        let line = serde_json::to_string(value).map_err(|error| Failure::failed(format!("cannot write JSON: {error}")))?;
+        let line =
+            serde_json::to_string(value).map_err(|error| Failure::failed(format!("cannot write JSON: {error}")))?;
         self.data(&line)
     }
 
     /// Writes one JSON value over several lines.
     pub fn json_pretty(&self, value: &impl Serialize) -> Result<(), Failure> {
-        let text =
-            serde_json::to_string_pretty(value).map_err(|error| Failure::failed(format!("cannot write JSON: {error}")))?;
+        let text = serde_json::to_string_pretty(value)
+            .map_err(|error| Failure::failed(format!("cannot write JSON: {error}")))?;
         self.data(&text)
     }
 

@@ -45,8 +45,7 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         Some(stored_keys(&plan, &store)?)
     };
     let report = hash(session, &store, keys.as_deref())?;
-    let repaired =
-        if args.repair { store.repair(&report).map_err(|error| Failure::stage(&error))? } else { 0 };
+    let repaired = if args.repair { store.repair(&report).map_err(|error| Failure::stage(&error))? } else { 0 };
     if ui.is_json() {
         let damages = |list: &[crate::pipeline::store::Damage]| {
             list.iter().map(|damage| json!({"key": damage.key, "what": damage.what})).collect::<Vec<_>>()
@@ -76,8 +75,11 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         ui.note(&format!("{} put aside; the next run makes what it needs again", render::plural(repaired, "result")));
         return Ok(());
     }
-    Err(Failure::failed(format!("{} not as stored", render::plural(report.damaged.len() + report.missing.len(), "result")))
-        .hint("`--repair` puts them aside, so that the next run makes them again"))
+    Err(Failure::failed(format!(
+        "{} not as stored",
+        render::plural(report.damaged.len() + report.missing.len(), "result")
+    ))
+    .hint("`--repair` puts them aside, so that the next run makes them again"))
 }
 
 /// The keys of the plan that have anything in the store, also below a damaged input, where only the last run knows them.
@@ -129,16 +131,18 @@ fn hash(session: &Session, store: &Store, keys: Option<&[Digest]>) -> Result<Ver
 }
 
 fn text(report: &VerifyReport) -> String {
-    let mut line = format!(
-        "{} in {}, {}: {} damaged, {} missing",
-        render::plural(report.manifests, "result"),
-        render::plural(report.objects, "object"),
-        render::bytes(report.bytes as f64),
-        report.damaged.len(),
-        report.missing.len()
-    );
+    let mut parts = vec![
+        format!(
+            "{} in {}, {}",
+            render::plural(report.manifests, "result"),
+            render::plural(report.objects, "object"),
+            render::bytes(report.bytes as f64)
+        ),
+        format!("{} damaged", report.damaged.len()),
+        format!("{} missing", report.missing.len()),
+    ];
     if !report.orphans.is_empty() {
-        line.push_str(&format!(", {} of no result", render::plural(report.orphans.len(), "object")));
+        parts.push(format!("{} of no result", render::plural(report.orphans.len(), "object")));
     }
-    line
+    parts.join(", ")
 }
