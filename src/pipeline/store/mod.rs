@@ -19,6 +19,8 @@ mod cache;
 pub mod digest;
 mod error;
 mod fault;
+#[cfg(test)]
+pub(crate) mod fixture;
 mod lock;
 mod lookup;
 mod publish;
