@@ -1,1 +1,172 @@
-//! (being written)
+//! The command line: parse, call the library, print. The only place that prints.
+//!
+//! One file a command, each with its `Args` (whose doc comments are the help) and its `run`; every command is a prefix of
+//! read, plan, execute and a printer. [`ui`] is the one way to the terminal, [`failure`] the one way to an exit code.
+//! Nothing here computes a result.
+
+pub mod arms;
+pub mod check;
+pub mod comparison;
+pub mod failure;
+pub mod pace;
+pub mod plan;
+pub mod progress;
+pub mod render;
+pub mod results;
+pub mod run;
+pub mod schema;
+pub mod show;
+pub mod table;
+pub mod ui;
+pub mod verify;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::failure::Failure;
+use crate::cli::ui::{Color, Ui};
+use crate::pipeline::plan::Plan;
+use crate::pipeline::spec::{self, Experiment};
+use crate::pipeline::store::Store;
+use crate::stages::KINDS;
+
+/// Declarative, cached experiments that teach language models to act.
+///
+/// TOML files describe a graph of stages; `pipe run` runs what is missing and keeps every result under its content.
+#[derive(Debug, Parser)]
+#[command(name = "pipe", version, max_term_width = 100, arg_required_else_help = true)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What every command takes.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_display_order = 100)]
+pub struct Global {
+    /// The folder of results [default: `PIPE_STORE`, or else `artifacts`]
+    #[arg(long, global = true, value_name = "DIR", help_heading = "Everywhere")]
+    store: Option<PathBuf>,
+    /// Print JSON to stdout
+    #[arg(long, global = true, help_heading = "Everywhere")]
+    json: bool,
+    /// When to use colour
+    #[arg(long, global = true, value_enum, default_value_t, value_name = "WHEN", help_heading = "Everywhere")]
+    color: Color,
+    /// Say nothing but errors and what was asked for
+    #[arg(short, long, global = true, help_heading = "Everywhere")]
+    quiet: bool,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    Check(check::Args),
+    Plan(plan::Args),
+    Run(run::Args),
+    Schema(schema::Args),
+    Show(show::Args),
+    Table(table::Args),
+    Verify(verify::Args),
+}
+
+/// What a command is given besides its arguments.
+pub struct Session {
+    /// The way to the terminal.
+    pub ui: Ui,
+    /// The folder of results.
+    pub store: PathBuf,
+}
+
+/// The whole program: the exit code is 0 done, 1 a stage failed, 2 the user's input is wrong, 70 a bug, 130 interrupted.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(answer) => {
+            // A closed pipe behind `pipe --help | head` is nobody's mistake.
+            let _ = answer.print();
+            return ExitCode::from(if answer.use_stderr() { 2 } else { 0 });
+        }
+    };
+    std::panic::set_hook(Box::new(failure::report_panic));
+    let outcome = std::panic::catch_unwind(move || {
+        let Global { store, json, color, quiet } = cli.global;
+        let store = store.or_else(|| std::env::var_os("PIPE_STORE").filter(|dir| !dir.is_empty()).map(PathBuf::from));
+        let session = Session { ui: Ui::new(json, quiet, color), store: store.unwrap_or_else(|| "artifacts".into()) };
+        match dispatch(&cli.command, &session) {
+            Ok(()) => 0,
+            Err(failure) => {
+                session.ui.failure(&failure);
+                failure.code()
+            }
+        }
+    });
+    ExitCode::from(outcome.unwrap_or(failure::BUG))
+}
+
+fn dispatch(command: &Command, session: &Session) -> Result<(), Failure> {
+    match command {
+        Command::Check(args) => check::run(args, session),
+        Command::Plan(args) => plan::run(args, session),
+        Command::Run(args) => run::run(args, session),
+        Command::Schema(args) => schema::run(args, session),
+        Command::Show(args) => show::run(args, session),
+        Command::Table(args) => table::run(args, session),
+        Command::Verify(args) => verify::run(args, session),
+    }
+}
+
+/// The files of a command that reads experiments.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Files {
+    /// Experiment or pipeline files
+    #[arg(required = true, value_name = "FILES")]
+    pub files: Vec<PathBuf>,
+    /// Lay a value over every file, as `--set stages.sft.steps=10`
+    #[arg(long = "set", value_name = "PATH=VALUE")]
+    pub sets: Vec<String>,
+}
+
+impl Session {
+    /// Reads experiments; every mistake of every file is in the failure.
+    pub fn read(&self, files: &[PathBuf], sets: &[String]) -> Result<Vec<Experiment>, Failure> {
+        spec::read(files, sets, KINDS).map_err(|mistakes| Failure::diagnostics(mistakes.render(self.ui.error_color())))
+    }
+
+    /// The store as it is; `None` where there is none yet. Changes nothing.
+    pub fn existing_store(&self) -> Result<Option<Store>, Failure> {
+        Store::open_existing(&self.store).map_err(|error| Failure::input(&error).hint(store_hint(&self.store)))
+    }
+
+    /// The plan of `experiments` over the store as it is. Changes nothing.
+    pub fn plan(&self, experiments: &[Experiment], store: Option<&Store>) -> Result<Plan, Failure> {
+        Plan::new(experiments, store).map_err(|error| Failure::input(&error))
+    }
+}
+
+/// What a user may do about a store that cannot be opened.
+fn store_hint(store: &Path) -> String {
+    format!("the store is `{}`; name another with `--store DIR` or PIPE_STORE", store.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn global_options_stand_anywhere() {
+        let cli = Cli::try_parse_from(["pipe", "--json", "plan", "a.toml", "--store", "x", "--set", "a=1"]).unwrap();
+        assert!(cli.global.json);
+        assert_eq!(cli.global.store, Some(PathBuf::from("x")));
+        assert!(Cli::try_parse_from(["pipe", "plan"]).is_err(), "files are required");
+    }
+}

@@ -1,0 +1,312 @@
+//! A run as people watch it: a bar for every running stage and one for all, or plain lines where there is no terminal.
+//!
+//! It turns events into lines and bars and knows nothing else of the run.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::cli::pace::Pace;
+use crate::cli::render;
+use crate::cli::ui::{Look, Ui};
+use crate::pipeline::exec::event::Event;
+use crate::pipeline::plan::{NodeName, Plan};
+use crate::pipeline::stage::StageEvent;
+
+/// Without a terminal a running stage says how far it is at most this often.
+const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Metrics on a line, at most.
+const SHOWN_METRICS: usize = 4;
+
+/// The display of one run.
+pub struct Progress<'a> {
+    ui: &'a Ui,
+    /// Whether names need their experiment to be told apart.
+    several: bool,
+    total: usize,
+    settled: usize,
+    running: BTreeMap<usize, Running>,
+    overall: Option<ProgressBar>,
+    begun: Instant,
+}
+
+/// A stage that runs now.
+struct Running {
+    label: String,
+    pace: Pace,
+    metrics: BTreeMap<String, f64>,
+    /// Done, total and unit, once told.
+    reached: Option<(u64, u64, String)>,
+    bar: Option<ProgressBar>,
+    /// When it last said something on a plain line.
+    told: Instant,
+}
+
+impl<'a> Progress<'a> {
+    /// A display for the run of `plan`.
+    pub fn new(ui: &'a Ui, plan: &Plan) -> Self {
+        let first = plan.trials.first().map(|trial| &trial.experiment);
+        let several = plan.trials.iter().any(|trial| Some(&trial.experiment) != first);
+        Self {
+            ui,
+            several,
+            total: plan.nodes.len(),
+            settled: 0,
+            running: BTreeMap::new(),
+            overall: None,
+            begun: Instant::now(),
+        }
+    }
+
+    /// Shows one event.
+    pub fn on(&mut self, event: &Event) {
+        match event {
+            Event::Started { nodes } => self.total = *nodes,
+            Event::Cached { .. } => self.settle(),
+            Event::Waiting { name, .. } => {
+                self.line("waiting", Look::Dim, name, "another run is working on it");
+            }
+            Event::Running { node, name, .. } => self.start(*node, name),
+            Event::Stage { node, event } => self.stage(*node, event),
+            Event::Done { node, name, seconds, metrics, .. } => {
+                self.stop(*node);
+                let mut text = render::duration(*seconds);
+                if !metrics.is_empty() {
+                    text.push_str(", ");
+                    text.push_str(&headline(metrics));
+                }
+                self.line("done", Look::Green, name, &text);
+                self.settle();
+            }
+            Event::Failed { node, name, error, log } => {
+                self.stop(*node);
+                self.settle();
+                self.ui.error(&format!("stage `{}` failed: {error}", render::node(name)));
+                if !log.is_empty() {
+                    self.ui.hint(&format!("its log is {log}"));
+                }
+            }
+            Event::Blocked { name, .. } => {
+                self.line("blocked", Look::Yellow, name, "an input failed");
+                self.settle();
+            }
+            Event::Interrupted { node, name } => {
+                // Stages that never began are interrupted too; there is nothing to say of them.
+                if self.stop(*node) {
+                    self.line("stopped", Look::Yellow, name, "saved; the next run goes on from there");
+                }
+            }
+            Event::Warning { text } => self.ui.warn(text),
+            Event::Finished(_) => self.clear(),
+        }
+    }
+
+    /// Takes every bar away.
+    pub fn clear(&mut self) {
+        for running in std::mem::take(&mut self.running).into_values() {
+            if let Some(bar) = running.bar {
+                bar.finish_and_clear();
+            }
+        }
+        if let Some(overall) = self.overall.take() {
+            overall.finish_and_clear();
+        }
+    }
+
+    fn label(&self, name: &NodeName) -> String {
+        match (self.several, name.trial.is_empty()) {
+            (true, _) => render::node(name),
+            (false, true) => name.stage.clone(),
+            (false, false) => format!("{}/{}", name.trial, name.stage),
+        }
+    }
+
+    fn line(&self, word: &str, look: Look, name: &NodeName, text: &str) {
+        let word = look.on(&format!("{word:>8}"), self.ui.error_color());
+        self.ui.note(&format!("{word}  {}  {text}", self.label(name)));
+    }
+
+    fn start(&mut self, node: usize, name: &NodeName) {
+        let label = self.label(name);
+        let bar = self.ui.draws_bars().then(|| self.bar(&label));
+        if bar.is_none() {
+            self.line("start", Look::Dim, name, "");
+        }
+        let told = Instant::now();
+        let running = Running { label, pace: Pace::new(), metrics: BTreeMap::new(), reached: None, bar, told };
+        self.running.insert(node, running);
+    }
+
+    /// A bar above the overall line, which comes with the first.
+    fn bar(&mut self, label: &str) -> ProgressBar {
+        let overall = self.overall.get_or_insert_with(|| {
+            let overall = self.ui.bars().add(ProgressBar::no_length());
+            overall.set_style(style("{wide_msg}"));
+            overall.set_message(overall_text(self.settled, self.total, self.begun));
+            overall
+        });
+        let bar = self.ui.bars().insert_before(overall, ProgressBar::no_length());
+        bar.set_style(style("{prefix} {spinner} {elapsed}"));
+        bar.set_prefix(format!("{label:>16}"));
+        bar.enable_steady_tick(Duration::from_millis(200));
+        bar
+    }
+
+    fn stage(&mut self, node: usize, event: &StageEvent) {
+        let now = self.begun.elapsed();
+        let width = self.ui.error_width();
+        let Some(running) = self.running.get_mut(&node) else { return };
+        match event {
+            StageEvent::Progress { done, total, unit } => {
+                running.pace.reach(now, *done);
+                let begins = running.reached.is_none();
+                running.reached = Some((*done, *total, unit.clone()));
+                if let Some(bar) = &running.bar {
+                    if begins {
+                        bar.set_style(bar_style(width));
+                    }
+                    bar.set_length(*total);
+                    bar.set_position(*done);
+                    bar.set_message(running.text());
+                }
+            }
+            StageEvent::Metrics { values } => {
+                running.metrics.extend(values.iter().map(|(name, value)| (name.clone(), *value)));
+                if let (Some(bar), Some(_)) = (&running.bar, &running.reached) {
+                    bar.set_message(running.text());
+                }
+            }
+            StageEvent::Resumed { done } => {
+                running.pace.reach(now, *done);
+                let text = format!("{}: goes on from {}", running.label, render::count(*done));
+                self.ui.note(&text);
+            }
+            StageEvent::Note { text } => {
+                let text = format!("{}: {text}", running.label);
+                self.ui.note(&text);
+            }
+        }
+        if let Some(overall) = &self.overall {
+            overall.set_message(overall_text(self.settled, self.total, self.begun));
+        }
+        let Some(running) = self.running.get_mut(&node) else { return };
+        if running.bar.is_none() && running.reached.is_some() && running.told.elapsed() >= PLAIN_INTERVAL {
+            running.told = Instant::now();
+            let text = format!("{}: {}", running.label, running.text());
+            self.ui.note(&text);
+        }
+    }
+
+    /// Takes a stage's bar away; whether there was such a stage.
+    fn stop(&mut self, node: usize) -> bool {
+        let stopped = self.running.remove(&node);
+        let was_running = stopped.is_some();
+        if let Some(bar) = stopped.and_then(|running| running.bar) {
+            bar.finish_and_clear();
+            self.ui.bars().remove(&bar);
+        }
+        was_running
+    }
+
+    fn settle(&mut self) {
+        self.settled += 1;
+        if let Some(overall) = &self.overall {
+            overall.set_message(overall_text(self.settled, self.total, self.begun));
+        }
+    }
+}
+
+impl Running {
+    /// `1,200/3,000 steps, 21.3/s, 1m 24s left, loss 0.31`: what matters most stands first, since narrow terminals cut.
+    fn text(&self) -> String {
+        let Some((done, total, unit)) = &self.reached else { return String::new() };
+        let mut parts = vec![format!("{}/{} {unit}", render::count(*done), render::count(*total))];
+        if let Some(rate) = self.pace.rate() {
+            parts.push(format!("{}/s", rate_text(rate)));
+        }
+        if let Some(left) = self.pace.left(*total).filter(|_| done < total) {
+            parts.push(format!("{} left", render::duration(left)));
+        }
+        if !self.metrics.is_empty() {
+            parts.push(headline(&self.metrics));
+        }
+        parts.join(", ")
+    }
+}
+
+/// A rate with three digits: `0.42`, `21.3`, `1,250`.
+fn rate_text(rate: f64) -> String {
+    match rate {
+        rate if rate >= 100.0 => render::count(rate.round() as u64),
+        rate if rate >= 10.0 => format!("{rate:.1}"),
+        rate => format!("{rate:.2}"),
+    }
+}
+
+/// The metrics that people look for first, short.
+fn headline(metrics: &BTreeMap<String, f64>) -> String {
+    const FIRST: [&str; 4] = ["solved", "reward", "loss", "accuracy"];
+    let rank = |name: &str| {
+        let last = name.rsplit(['/', '.']).next().unwrap_or(name);
+        FIRST.iter().position(|first| *first == last).unwrap_or(FIRST.len())
+    };
+    let mut names: Vec<&String> = metrics.keys().collect();
+    names.sort_by_key(|name| (rank(name), name.as_str()));
+    let shown: Vec<String> =
+        names.into_iter().take(SHOWN_METRICS).map(|name| format!("{name} {}", render::number(metrics[name]))).collect();
+    shown.join(", ")
+}
+
+fn overall_text(settled: usize, total: usize, begun: Instant) -> String {
+    let elapsed = render::duration(begun.elapsed().as_secs_f64());
+    format!("{}/{} stages, {elapsed}", render::count(settled as u64), render::count(total as u64))
+}
+
+fn bar_style(width: Option<u16>) -> ProgressStyle {
+    match width {
+        Some(100..) | None => style("{prefix} {bar:24} {wide_msg}"),
+        Some(60..) => style("{prefix} {bar:10} {wide_msg}"),
+        Some(_) => style("{prefix} {percent:>3}% {wide_msg}"),
+    }
+}
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).expect("the template is well formed").progress_chars("━╸ ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_running_stage_says_where_it_is() {
+        let mut running = Running {
+            label: "sft".to_owned(),
+            pace: Pace::new(),
+            metrics: BTreeMap::from([("grad_norm".to_owned(), 1.0), ("loss".to_owned(), 0.312_111)]),
+            reached: Some((1200, 3000, "steps".to_owned())),
+            bar: None,
+            told: Instant::now(),
+        };
+        assert_eq!(running.text(), "1,200/3,000 steps, loss 0.3121, grad_norm 1");
+        running.pace.reach(Duration::from_secs(0), 1000);
+        running.pace.reach(Duration::from_secs(10), 1200);
+        assert_eq!(running.text(), "1,200/3,000 steps, 20.0/s, 1m 30s left, loss 0.3121, grad_norm 1");
+    }
+
+    #[test]
+    fn what_people_look_for_comes_first() {
+        let names = ["a", "b", "c", "validation.solved", "sft/loss"];
+        let metrics = names.map(|name| (name.to_owned(), 0.5)).into();
+        assert_eq!(headline(&metrics), "validation.solved 0.5, sft/loss 0.5, a 0.5, b 0.5");
+    }
+
+    #[test]
+    fn every_style_is_well_formed() {
+        for width in [None, Some(20), Some(60), Some(200)] {
+            bar_style(width);
+        }
+    }
+}

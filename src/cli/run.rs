@@ -1,0 +1,159 @@
+//! `pipe run`: reads, plans, executes, and tells what happens while it does.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::cli::failure::Failure;
+use crate::cli::progress::Progress;
+use crate::cli::{Files, Session, render, store_hint, table};
+use crate::pipeline::exec::event::{Event, Outcome};
+use crate::pipeline::exec::{self, Options};
+use crate::pipeline::plan::Plan;
+use crate::pipeline::store::Store;
+
+/// Run what is missing of the experiments in FILES
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    files: Files,
+    /// Stages at once, at most [default: as many as cores allow]
+    #[arg(long, short, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    jobs: usize,
+    /// After a failure, go on with what does not rest on it
+    #[arg(long, short)]
+    keep_going: bool,
+    /// Run only this stage and what it needs; may be given several times
+    #[arg(long, value_name = "STAGE")]
+    until: Vec<String>,
+    /// Run this stage even where its result is cached; may be given several times
+    #[arg(long, value_name = "STAGE")]
+    again: Vec<String>,
+}
+
+/// With `--json`, every event on a line of stdout; the last is the outcome.
+pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
+    let ui = &session.ui;
+    let experiments = session.read(&args.files.files, &args.files.sets)?;
+    let store = Store::open(&session.store).map_err(|error| Failure::input(&error).hint(store_hint(&session.store)))?;
+    let plan = session.plan(&experiments, Some(&store))?;
+    known_stages(
+        &plan,
+        args.until.iter().map(|name| ("--until", name)).chain(args.again.iter().map(|name| ("--again", name))),
+    )?;
+
+    let interrupt = Arc::new(AtomicBool::new(false));
+    watch_signals(session, &interrupt)?;
+    let options = Options {
+        jobs: args.jobs,
+        keep_going: args.keep_going,
+        until: args.until.clone(),
+        again: args.again.clone(),
+        interrupt,
+    };
+    let mut progress = Progress::new(ui, &plan);
+    let mut unwritten = None;
+    let outcome = exec::execute(&plan, &store, &options, &mut |event: &Event| {
+        progress.on(event);
+        if ui.is_json() && unwritten.is_none() {
+            unwritten = ui.json_line(event).err();
+        }
+    });
+    progress.clear();
+    let outcome = outcome.map_err(|error| Failure::stage(&error))?;
+    if let Some(failure) = unwritten {
+        return Err(failure);
+    }
+
+    ui.note(&summary(&outcome));
+    if outcome.failed > 0 {
+        if !args.keep_going && outcome.interrupted + outcome.blocked > 0 {
+            ui.hint("`--keep-going` goes on with what does not rest on a failed stage");
+        }
+        return Err(Failure::silent(1));
+    }
+    if outcome.interrupted > 0 {
+        ui.hint("run the same command to go on");
+        return Err(Failure::silent(130));
+    }
+    if !ui.is_json() {
+        // Planned anew: the keys of what just ran are known only now.
+        let plan = session.plan(&experiments, Some(&store))?;
+        table::print_after_run(session, &experiments, &plan, &store)?;
+    }
+    let curves = session.store.join("tensorboard");
+    if outcome.run > 0 && curves.is_dir() {
+        ui.note(&format!("curves: tensorboard --logdir {}", curves.display()));
+    }
+    Ok(())
+}
+
+/// `9 run, 3 cached, 0 failed in 4m 10s`, or that there was nothing to do.
+fn summary(outcome: &Outcome) -> String {
+    let Outcome { run, cached, failed, blocked, interrupted, seconds } = *outcome;
+    if run + failed + blocked + interrupted == 0 {
+        return format!("nothing to run: {} cached", render::plural(cached, "stage"));
+    }
+    let counts =
+        [(run, "run"), (cached, "cached"), (failed, "failed"), (blocked, "blocked"), (interrupted, "interrupted")];
+    let shown = counts.into_iter().enumerate().filter(|(place, (count, _))| *place < 3 || *count > 0);
+    let shown: Vec<String> =
+        shown.map(|(_, (count, word))| format!("{} {word}", render::count(count as u64))).collect();
+    format!("{} in {}", shown.join(", "), render::duration(seconds))
+}
+
+/// Stages named on the command line must be in the plan.
+fn known_stages<'a>(plan: &Plan, named: impl Iterator<Item = (&'a str, &'a String)>) -> Result<(), Failure> {
+    let known: std::collections::BTreeSet<&str> =
+        plan.trials.iter().flat_map(|trial| trial.stages.keys().map(String::as_str)).collect();
+    for (option, name) in named {
+        if !known.contains(name.as_str()) {
+            let failure = Failure::wrong(format!("no stage is called `{name}`, as `{option}` asks"));
+            let near = render::near(name, known.iter().copied());
+            return Err(match near.first() {
+                Some(near) => failure.hint(format!("did you mean `{near}`?")),
+                None => failure.hint(format!("stages: {}", known.into_iter().collect::<Vec<_>>().join(", "))),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The first SIGINT or SIGTERM asks stages to save and stop, the second ends the process: workers stop with it.
+fn watch_signals(session: &Session, interrupt: &Arc<AtomicBool>) -> Result<(), Failure> {
+    let mut signals = Signals::new([SIGINT, SIGTERM])
+        .map_err(|error| Failure::failed(format!("cannot listen for signals: {error}")))?;
+    let (interrupt, bars, quiet) = (Arc::clone(interrupt), session.ui.bars().clone(), session.ui.is_quiet());
+    std::thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(move || {
+            for _ in signals.forever() {
+                if interrupt.swap(true, Ordering::Relaxed) {
+                    bars.suspend(|| crate::cli::ui::last_words("stopped at once"));
+                    std::process::exit(130);
+                }
+                if !quiet {
+                    let said = "saving and stopping; a second interrupt stops at once";
+                    bars.suspend(|| crate::cli::ui::last_words(said));
+                }
+            }
+        })
+        .map_err(|error| Failure::failed(format!("cannot listen for signals: {error}")))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_summary_says_what_happened() {
+        let outcome = Outcome { run: 9, cached: 3, failed: 0, blocked: 0, interrupted: 0, seconds: 250.0 };
+        assert_eq!(summary(&outcome), "9 run, 3 cached, 0 failed in 4m 10s");
+        assert_eq!(summary(&Outcome { run: 0, cached: 10, ..outcome }), "nothing to run: 10 stages cached");
+        let failed = Outcome { failed: 1, blocked: 2, seconds: 1.0, ..outcome };
+        assert_eq!(summary(&failed), "9 run, 3 cached, 1 failed, 2 blocked in 1.0s");
+    }
+}
