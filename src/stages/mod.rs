@@ -3,6 +3,7 @@
 pub mod command;
 pub mod evaluate;
 pub mod grpo;
+pub mod model;
 pub mod sft;
 pub mod table;
 pub mod tokens;
@@ -12,8 +13,9 @@ use crate::pipeline::stage::Kind;
 
 /// Every kind that a file may name.
 pub static KINDS: &[Kind] = &[
-    Kind::of::<command::Command>(),
+    Kind::of::<model::Model>(),
     Kind::of::<sft::Sft>(),
     Kind::of::<grpo::Grpo>(),
     Kind::of::<evaluate::Evaluate>(),
+    Kind::of::<command::Command>(),
 ];
