@@ -3,6 +3,8 @@
 pub mod evaluate;
 pub mod grpo;
 pub mod sft;
+pub mod table;
+pub mod tokens;
 pub mod training;
 
 use crate::pipeline::stage::Kind;
