@@ -15,6 +15,8 @@ enum Accumulator {
     Max(f64),
     /// Printed as the smallest value.
     Min(f64),
+    /// Printed as `sqrt(squares / count)`; `squares` are the squared distances from `mean`.
+    Deviation { count: f64, mean: f64, squares: f64 },
 }
 
 /// Named accumulators. A name keeps the kind of its first use.
@@ -44,6 +46,11 @@ impl Metrics {
         self.add(name, Accumulator::Min(value));
     }
 
+    /// Takes `value` into a population standard deviation (merged as in Chan, Golub and LeVeque 1983).
+    pub fn deviation(&mut self, name: &str, value: f64) {
+        self.add(name, Accumulator::Deviation { count: 1.0, mean: value, squares: 0.0 });
+    }
+
     /// Takes in the accumulators of another part of the same work.
     pub fn merge(&mut self, other: &Self) {
         for (name, accumulator) in &other.accumulators {
@@ -56,13 +63,14 @@ impl Metrics {
         let value = |accumulator: &Accumulator| match *accumulator {
             Accumulator::Mean { count, .. } if count <= 0.0 => None,
             Accumulator::Mean { sum, count } => Some(sum / count),
+            Accumulator::Deviation { count, squares, .. } => Some((squares / count).sqrt()),
             Accumulator::Total(value) | Accumulator::Max(value) | Accumulator::Min(value) => Some(value),
         };
         self.accumulators.iter().filter_map(|(name, kept)| Some((name.clone(), value(kept)?))).collect()
     }
 
     fn add(&mut self, name: &str, new: Accumulator) {
-        use Accumulator::{Max, Mean, Min, Total};
+        use Accumulator::{Deviation, Max, Mean, Min, Total};
         let Some(kept) = self.accumulators.get_mut(name) else {
             self.accumulators.insert(name.to_owned(), new);
             return;
@@ -75,6 +83,15 @@ impl Metrics {
             (Total(sum), Total(more)) => *sum += more,
             (Max(kept), Max(new)) => *kept = if kept.is_nan() || new.is_nan() { f64::NAN } else { kept.max(new) },
             (Min(kept), Min(new)) => *kept = if kept.is_nan() || new.is_nan() { f64::NAN } else { kept.min(new) },
+            (
+                Deviation { count, mean, squares },
+                Deviation { count: further, mean: other, squares: more },
+            ) => {
+                let (whole, apart) = (*count + further, other - *mean);
+                *squares += more + apart * apart * *count * further / whole;
+                *mean += apart * further / whole;
+                *count = whole;
+            }
             (kept, new) => unreachable!("the metric `{name}` was {kept:?} and is now {new:?}"),
         }
     }
@@ -103,6 +120,18 @@ mod tests {
         let values = merged.values();
         assert_eq!(values["loss"].to_bits(), (16.5f64 / 5.0).to_bits());
         assert_eq!((values["longest"], values["shortest"], values["tokens"]), (8.0, 0.5, 16.5));
+    }
+
+    #[test]
+    fn a_deviation_is_that_of_all_parts_together() {
+        let deviation = |values: &[f64]| {
+            let mut metrics = Metrics::default();
+            values.iter().for_each(|value| metrics.deviation("spread", *value));
+            metrics
+        };
+        let mut merged = deviation(&[2.0, 4.0, 4.0, 4.0]);
+        merged.merge(&deviation(&[5.0, 5.0, 7.0, 9.0]));
+        assert!((merged.values()["spread"] - 2.0).abs() < 1e-12, "{merged:?}");
     }
 
     #[test]
