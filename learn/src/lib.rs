@@ -1,1 +1,12 @@
-//! x
+//! Everything of `pipe` that holds a tensor: models, generation, losses, the optimizer, the state of a training.
+//!
+//! It knows the parameters of stages and nothing of the command line. Mathematics stands once, in the modules named here;
+//! the loops over it are in `kinds`.
+
+pub mod batch;
+pub mod device;
+pub mod generate;
+pub mod loss;
+pub mod model;
+pub mod optimizer;
+pub mod training_state;
