@@ -13,15 +13,15 @@ use crate::tasks::maze::grid::{CLOSED, Direction, Maze};
 use crate::tasks::{FormatSpec, SearchTrace, Trace};
 
 /// Padding; never part of a text.
-pub(super) const PAD: &str = "<|pad|>";
+pub const PAD: &str = "<|pad|>";
 /// Begins a row.
-pub(super) const BEGIN: &str = "<|bos|>";
+pub const BEGIN: &str = "<|bos|>";
 /// Ends a row.
-pub(super) const END: &str = "<|eos|>";
+pub const END: &str = "<|eos|>";
 /// Begins the trace.
-pub(super) const THINK: &str = "<think>";
+pub const THINK: &str = "<think>";
 /// Ends the trace.
-pub(super) const END_THINK: &str = "</think>";
+pub const END_THINK: &str = "</think>";
 
 /// What stands in a demonstration between `<think>` and `</think>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
