@@ -11,7 +11,7 @@ use pipe::pipeline::stage::{StageContext, StageEvent};
 use pipe::stages::evaluate::Evaluate;
 use pipe::stages::table::{Column, ColumnType, TableWriter};
 use pipe::stages::tokens::TokensFolder;
-use pipe::statistics::wilson;
+use pipe::statistics::mean::wilson;
 use pipe::tasks::Finish;
 use pipe::telemetry::Metrics;
 use serde::{Deserialize, Serialize};
