@@ -57,7 +57,7 @@ impl Direction {
 }
 
 /// All four sides walled.
-pub const CLOSED: u8 = 15;
+pub(super) const CLOSED: u8 = 15;
 
 /// A maze with its two endpoints; as JSON, the structured instance that is stored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -201,7 +201,7 @@ impl Maze {
 
 /// One of the rotations and reflections of a rectangle: where each cell and each side goes.
 #[derive(Clone, Debug)]
-pub struct Symmetry {
+pub(super) struct Symmetry {
     /// For each cell of the image, the cell it comes from.
     source: Vec<usize>,
     /// For each mask, its image.
@@ -209,7 +209,7 @@ pub struct Symmetry {
 }
 
 /// The symmetries that keep `rows` x `columns`: eight for a square, else four; the identity first.
-pub fn symmetries(rows: usize, columns: usize) -> Vec<Symmetry> {
+pub(super) fn symmetries(rows: usize, columns: usize) -> Vec<Symmetry> {
     let mut found = Vec::with_capacity(8);
     for transpose in [false, true] {
         if transpose && rows != columns {
@@ -250,13 +250,13 @@ pub fn symmetries(rows: usize, columns: usize) -> Vec<Symmetry> {
 
 impl Symmetry {
     /// The image of a layout.
-    pub fn apply<'a>(&'a self, walls: &'a [u8]) -> impl Iterator<Item = u8> + 'a {
+    pub(super) fn apply<'a>(&'a self, walls: &'a [u8]) -> impl Iterator<Item = u8> + 'a {
         self.source.iter().map(|&cell| self.masks[usize::from(walls[cell] & CLOSED)])
     }
 }
 
 /// The lexicographically smallest image of a layout: equal for layouts that are rotations or reflections of each other.
-pub fn canonical(walls: &[u8], symmetries: &[Symmetry]) -> Vec<u8> {
+pub(super) fn canonical(walls: &[u8], symmetries: &[Symmetry]) -> Vec<u8> {
     let mut best: Vec<u8> = walls.to_vec();
     for symmetry in symmetries {
         if symmetry.apply(walls).lt(best.iter().copied()) {
@@ -350,7 +350,7 @@ mod tests {
         says(&|maze| maze.walls[5] ^= 1, "is not what lies on its other side");
         says(&|maze| maze.walls[0] &= !1, "the wall up of cell 0");
         says(&|maze| maze.walls[0] = 16, "above 15");
-        says(&|maze| drop(maze.walls.pop()), "15 wall masks for 16 cells");
+        says(&|maze| maze.walls.truncate(15), "15 wall masks for 16 cells");
         says(&|maze| maze.rows = 5, "5 x 4");
         says(&|maze| maze.target = 16, "cell 16 of 16");
         says(&|maze| maze.target = maze.origin, "one cell");
