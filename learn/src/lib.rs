@@ -4,9 +4,19 @@
 //! the loops over it are in `kinds`.
 
 pub mod batch;
+pub mod codec;
 pub mod device;
 pub mod generate;
+pub mod journal;
+pub mod kinds;
 pub mod loss;
 pub mod model;
 pub mod optimizer;
+pub mod order;
+pub mod preflight;
+pub mod prompts;
+pub mod rollout;
+pub mod session;
+pub mod training;
 pub mod training_state;
+pub mod validate;

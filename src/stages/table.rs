@@ -1,4 +1,4 @@
-//! Parquet files of text and integer columns, written so that equal rows give equal bytes.
+//! Parquet files of plain columns (text, numbers, flags, lists of ids), written so that equal rows give equal bytes.
 //!
 //! Writer properties are pinned (`created_by`, codec, row groups, no clock), so a data stage that runs twice gives one
 //! digest. It knows columns and files, never what is in them.
@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, bail, ensure};
 use arrow_array::cast::AsArray as _;
-use arrow_array::types::Int64Type;
-use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray};
+use arrow_array::types::{Float64Type, Int32Type, Int64Type};
+use arrow_array::{ArrayRef, BooleanArray, Float64Array, Int64Array, ListArray, RecordBatch, StringArray};
 use arrow_schema::{DataType, Field, Schema};
 use parquet::arrow::ArrowWriter;
 use parquet::arrow::ProjectionMask;
@@ -28,6 +28,12 @@ pub enum Column {
     Text(Vec<Option<String>>),
     /// 64-bit integers; `None` is a null.
     Integer(Vec<Option<i64>>),
+    /// 64-bit floating-point numbers; `None` is a null.
+    Number(Vec<Option<f64>>),
+    /// Booleans.
+    Flag(Vec<bool>),
+    /// Lists of 32-bit integers, as token ids.
+    Integers(Vec<Vec<i32>>),
 }
 
 impl Column {
@@ -49,6 +55,12 @@ pub enum ColumnType {
     Text,
     /// 64-bit integers.
     Integer,
+    /// 64-bit floating-point numbers.
+    Number,
+    /// Booleans.
+    Flag,
+    /// Lists of 32-bit integers.
+    Integers,
 }
 
 /// Writes a Parquet file piece by piece.
@@ -67,6 +79,9 @@ impl TableWriter {
                 let data_type = match kind {
                     ColumnType::Text => DataType::Utf8,
                     ColumnType::Integer => DataType::Int64,
+                    ColumnType::Number => DataType::Float64,
+                    ColumnType::Flag => DataType::Boolean,
+                    ColumnType::Integers => DataType::new_list(DataType::Int32, true),
                 };
                 Field::new(*name, data_type, true)
             })
@@ -93,6 +108,12 @@ impl TableWriter {
             .map(|column| match column {
                 Column::Text(values) => Arc::new(StringArray::from(values)) as ArrayRef,
                 Column::Integer(values) => Arc::new(Int64Array::from(values)) as ArrayRef,
+                Column::Number(values) => Arc::new(Float64Array::from(values)) as ArrayRef,
+                Column::Flag(values) => Arc::new(BooleanArray::from(values)) as ArrayRef,
+                Column::Integers(values) => {
+                    let lists = values.into_iter().map(|list| Some(list.into_iter().map(Some)));
+                    Arc::new(ListArray::from_iter_primitive::<Int32Type, _, _>(lists)) as ArrayRef
+                }
             })
             .collect();
         RecordBatch::try_new(Arc::clone(&self.schema), arrays)
@@ -134,7 +155,10 @@ fn read_columns(path: &Path, names: &[&str]) -> anyhow::Result<Vec<Column>> {
         columns.push(match field.data_type() {
             DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => Column::Text(Vec::new()),
             DataType::Int64 => Column::Integer(Vec::new()),
-            other => bail!("column `{name}` holds values of type `{other}`, neither strings nor 64-bit integers"),
+            DataType::Float64 => Column::Number(Vec::new()),
+            DataType::Boolean => Column::Flag(Vec::new()),
+            DataType::List(item) if *item.data_type() == DataType::Int32 => Column::Integers(Vec::new()),
+            other => bail!("column `{name}` holds values of type `{other}`, which is not read"),
         });
     }
     let mask = ProjectionMask::columns(builder.parquet_schema(), names.iter().copied());
@@ -144,6 +168,13 @@ fn read_columns(path: &Path, names: &[&str]) -> anyhow::Result<Vec<Column>> {
             let array = batch.column_by_name(name).with_context(|| format!("column `{name}` is gone"))?;
             match column {
                 Column::Integer(values) => values.extend(array.as_primitive::<Int64Type>().iter()),
+                Column::Number(values) => values.extend(array.as_primitive::<Float64Type>().iter()),
+                Column::Flag(values) => values.extend(array.as_boolean().iter().map(|flag| flag == Some(true))),
+                Column::Integers(values) => {
+                    let lists = array.as_list::<i32>().iter();
+                    let ids = |list: ArrayRef| list.as_primitive::<Int32Type>().values().to_vec();
+                    values.extend(lists.map(|list| list.map(ids).unwrap_or_default()));
+                }
                 Column::Text(values) => match array.data_type() {
                     DataType::Utf8 => {
                         values.extend(array.as_string::<i32>().iter().map(|text| text.map(str::to_owned)))
@@ -161,6 +192,9 @@ fn read_columns(path: &Path, names: &[&str]) -> anyhow::Result<Vec<Column>> {
         .map(|column| match column {
             Column::Text(values) => values.len(),
             Column::Integer(values) => values.len(),
+            Column::Number(values) => values.len(),
+            Column::Flag(values) => values.len(),
+            Column::Integers(values) => values.len(),
         })
         .collect();
     ensure!(lengths.windows(2).all(|pair| pair[0] == pair[1]), "the columns differ in length");
@@ -189,6 +223,22 @@ mod tests {
         assert_eq!(columns[0], Column::Integer(vec![Some(1), Some(2), None]));
         assert_eq!(columns[1], Column::Text(vec![Some("x".into()), None, Some("y".into())]));
         assert_eq!(column_names(&first).unwrap(), ["a", "b"]);
+    }
+
+    #[test]
+    fn numbers_flags_and_lists_read_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("t.parquet");
+        let columns = [("n", ColumnType::Number), ("f", ColumnType::Flag), ("ids", ColumnType::Integers)];
+        let mut writer = TableWriter::create(&path, &columns).unwrap();
+        let rows = vec![
+            Column::Number(vec![Some(0.1 + 0.2), None]),
+            Column::Flag(vec![true, false]),
+            Column::Integers(vec![vec![3, 1, 2], vec![]]),
+        ];
+        writer.write(rows.clone()).unwrap();
+        writer.finish().unwrap();
+        assert_eq!(read(&path, &["n", "f", "ids"]).unwrap(), rows);
     }
 
     #[test]
