@@ -3,7 +3,11 @@
 pub mod evaluate;
 pub mod grpo;
 pub mod sft;
+pub mod synthesize;
 pub mod table;
+#[cfg(test)]
+mod testing;
+pub mod tokenizer;
 pub mod tokens;
 pub mod training;
 
