@@ -1,5 +1,6 @@
 //! The kinds of stages. [`KINDS`] is the one list; a new kind is a file here and a line there.
 
+pub mod dataset;
 pub mod evaluate;
 pub mod grpo;
 pub mod sft;
@@ -7,6 +8,7 @@ pub mod synthesize;
 pub mod table;
 #[cfg(test)]
 mod testing;
+pub mod tokenize;
 pub mod tokenizer;
 pub mod tokens;
 pub mod training;
@@ -14,4 +16,12 @@ pub mod training;
 use crate::pipeline::stage::Kind;
 
 /// Every kind that a file may name.
-pub static KINDS: &[Kind] = &[Kind::of::<sft::Sft>(), Kind::of::<grpo::Grpo>(), Kind::of::<evaluate::Evaluate>()];
+pub static KINDS: &[Kind] = &[
+    Kind::of::<synthesize::Synthesize>(),
+    Kind::of::<dataset::Dataset>(),
+    Kind::of::<tokenizer::Tokenizer>(),
+    Kind::of::<tokenize::Tokenize>(),
+    Kind::of::<sft::Sft>(),
+    Kind::of::<grpo::Grpo>(),
+    Kind::of::<evaluate::Evaluate>(),
+];
