@@ -45,13 +45,15 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     )?;
 
     let interrupt = Arc::new(AtomicBool::new(false));
-    watch_signals(session, &interrupt)?;
+    let kill = Arc::new(AtomicBool::new(false));
+    watch_signals(session, &interrupt, &kill)?;
     let options = Options {
         jobs: args.jobs,
         keep_going: args.keep_going,
         until: args.until.clone(),
         again: args.again.clone(),
         interrupt,
+        kill,
     };
     let mut progress = Progress::new(ui, &plan);
     let mut unwritten = None;
@@ -92,7 +94,7 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
 
 /// `9 run, 3 cached, 0 failed in 4m 10s`, or that there was nothing to do.
 fn summary(outcome: &Outcome) -> String {
-    let Outcome { run, cached, failed, blocked, interrupted, seconds } = *outcome;
+    let Outcome { run, cached, failed, blocked, interrupted, seconds, .. } = *outcome;
     if run + failed + blocked + interrupted == 0 {
         return format!("nothing to run: {} cached", render::plural(cached, "stage"));
     }
@@ -121,18 +123,20 @@ fn known_stages<'a>(plan: &Plan, named: impl Iterator<Item = (&'a str, &'a Strin
     Ok(())
 }
 
-/// The first SIGINT or SIGTERM asks stages to save and stop, the second ends the process: workers stop with it.
-fn watch_signals(session: &Session, interrupt: &Arc<AtomicBool>) -> Result<(), Failure> {
+/// The first SIGINT or SIGTERM asks stages to save and stop; the second kills the workers, and the run ends.
+fn watch_signals(session: &Session, interrupt: &Arc<AtomicBool>, kill: &Arc<AtomicBool>) -> Result<(), Failure> {
     let mut signals = Signals::new([SIGINT, SIGTERM])
         .map_err(|error| Failure::failed(format!("cannot listen for signals: {error}")))?;
-    let (interrupt, bars, quiet) = (Arc::clone(interrupt), session.ui.bars().clone(), session.ui.is_quiet());
+    let (interrupt, kill) = (Arc::clone(interrupt), Arc::clone(kill));
+    let (bars, quiet) = (session.ui.bars().clone(), session.ui.is_quiet());
     std::thread::Builder::new()
         .name("signals".to_owned())
         .spawn(move || {
             for _ in signals.forever() {
                 if interrupt.swap(true, Ordering::Relaxed) {
-                    bars.suspend(|| crate::cli::ui::last_words("stopped at once"));
-                    std::process::exit(130);
+                    kill.store(true, Ordering::Relaxed);
+                    bars.suspend(|| crate::cli::ui::last_words("stopping at once"));
+                    continue;
                 }
                 if !quiet {
                     let said = "saving and stopping; a second interrupt stops at once";
@@ -150,7 +154,7 @@ mod tests {
 
     #[test]
     fn the_summary_says_what_happened() {
-        let outcome = Outcome { run: 9, cached: 3, failed: 0, blocked: 0, interrupted: 0, seconds: 250.0 };
+        let outcome = Outcome { run: 9, cached: 3, failed: 0, blocked: 0, interrupted: 0, skipped: 0, seconds: 250.0 };
         assert_eq!(summary(&outcome), "9 run, 3 cached, 0 failed in 4m 10s");
         assert_eq!(summary(&Outcome { run: 0, cached: 10, ..outcome }), "nothing to run: 10 stages cached");
         let failed = Outcome { failed: 1, blocked: 2, seconds: 1.0, ..outcome };

@@ -59,6 +59,17 @@ pub enum SearchTrace {
     Direct,
 }
 
+/// In which order a demonstrated search tries the ways on from a cell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SearchOrder {
+    /// In an order of its own at every cell, drawn at random.
+    #[default]
+    Random,
+    /// Ways that come closer to the target, counted without walls, before ways that lead away; drawn among equals.
+    Toward,
+}
+
 /// How a task is written for a model.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
@@ -74,6 +85,16 @@ pub enum FormatSpec {
         /// What demonstrations think before they answer.
         #[serde(default)]
         trace: SearchTrace,
+    },
+    /// One token a cell that fuses coordinate and walls, the endpoints after them, and one token a step of the trace
+    /// that fuses the move and the cell it leads to: the fewest tokens, the largest vocabulary.
+    Fused {
+        /// What demonstrations think before they answer.
+        #[serde(default)]
+        trace: SearchTrace,
+        /// How a demonstrated search chooses its way.
+        #[serde(default)]
+        order: SearchOrder,
     },
 }
 
@@ -105,15 +126,17 @@ impl FormatSpec {
         match self {
             Self::Alphamaze { .. } => ("format.alphamaze", maze::ALPHAMAZE_VERSION),
             Self::Compact { .. } => ("format.compact", maze::COMPACT_VERSION),
+            Self::Fused { .. } => ("format.fused", maze::FUSED_VERSION),
         }
     }
 }
 
 /// Every task and format with its version: for the keys of stages that learn from their input alone which task it is.
-pub fn parts() -> [(&'static str, u32); 3] {
+pub fn parts() -> [(&'static str, u32); 4] {
     [
         ("format.alphamaze", maze::ALPHAMAZE_VERSION),
         ("format.compact", maze::COMPACT_VERSION),
+        ("format.fused", maze::FUSED_VERSION),
         ("task.maze", maze::VERSION),
     ]
 }

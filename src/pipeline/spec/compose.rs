@@ -267,9 +267,15 @@ mod tests {
     fn layers_merge_in_order() {
         let files = Files::new(&[
             ("pipelines/p.toml", PIPELINE),
-            ("e/one.toml", "pipeline = \"../pipelines/p.toml\"\ndescription = \"one\"\n[params]\nrate = 0.5\n[stages.train]\nsteps = 20\nrewards.other = false\n"),
+            (
+                "e/one.toml",
+                "pipeline = \"../pipelines/p.toml\"\ndescription = \"one\"\n[params]\nrate = 0.5\n[stages.train]\nsteps = 20\nrewards.other = false\n",
+            ),
             ("e/two.toml", "[stages.train]\nsteps = 30\noptimizer.beta = 0.5\n[stages.score]\nothers = [\"train\"]\n"),
-            ("e/three.toml", "extends = [\"one.toml\", \"two.toml\"]\n[stages]\nscore = false\n[stages.train]\noptimizer.nesterov = true\n"),
+            (
+                "e/three.toml",
+                "extends = [\"one.toml\", \"two.toml\"]\n[stages]\nscore = false\n[stages.train]\noptimizer.nesterov = true\n",
+            ),
         ]);
         let experiment = files.good("e/three.toml", &["stages.train.seed=7", "stages.train.note=a b"]);
         assert_eq!((experiment.name.as_str(), experiment.description.as_str()), ("three", "one"));
@@ -288,7 +294,10 @@ mod tests {
         let files = Files::new(&[
             ("p.toml", PIPELINE),
             ("base.toml", "pipeline = \"p.toml\"\n[params]\nrate = \"fast\"\n[stages.train]\nsteps = true\n"),
-            ("a.toml", "extends = \"base.toml\"\n[stages.trian]\nsteps = 3\n[stages.train]\nrewards.corect.weight = 2\n[sweep.grid]\n\"stages.score.seed\" = [1, -2]\n"),
+            (
+                "a.toml",
+                "extends = \"base.toml\"\n[stages.trian]\nsteps = 3\n[stages.train]\nrewards.corect.weight = 2\n[sweep.grid]\n\"stages.score.seed\" = [1, -2]\n",
+            ),
         ]);
         insta::assert_snapshot!(files.bad("a.toml", &["stages.train.optimizer.beta=3", "stages.train.nte=x"]), @"");
     }
@@ -309,7 +318,8 @@ mod tests {
     #[test]
     fn arguments_that_set_nothing() {
         let files = Files::new(&[("p.toml", PIPELINE)]);
-        let sets = ["steps=3", "stages.train.steps", "a b=1", "pipeline=x", "stages.train.steps=2.5", "params.seed=inf"];
+        let sets =
+            ["steps=3", "stages.train.steps", "a b=1", "pipeline=x", "stages.train.steps=2.5", "params.seed=inf"];
         insta::assert_snapshot!(files.bad("p.toml", &sets), @"");
     }
 }

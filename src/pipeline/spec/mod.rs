@@ -223,7 +223,8 @@ model = "scored"
 
     #[test]
     fn a_thousand_stages_are_read_quickly() {
-        let mut text = String::from("[params]\nseed = 1\n[stages.data]\nkind = \"draw\"\ntask = { kind = \"maze\", rows = 5 }\n");
+        let mut text =
+            String::from("[params]\nseed = 1\n[stages.data]\nkind = \"draw\"\ntask = { kind = \"maze\", rows = 5 }\n");
         for index in 0..1000 {
             let start = if index == 0 { String::new() } else { format!("start = \"t{}\"\n", index - 1) };
             text += &format!(

@@ -344,7 +344,8 @@ heavy = "much"
 
     #[test]
     fn parameters_that_nothing_reads_are_mistakes_where_they_are_laid_over_or_swept() {
-        let overlay = "pipeline = \"p.toml\"\n[params]\nsede = 2\n[sweep]\nseeds = { path = \"params.idle\", values = [1] }\n";
+        let overlay =
+            "pipeline = \"p.toml\"\n[params]\nsede = 2\n[sweep]\nseeds = { path = \"params.idle\", values = [1] }\n";
         let pipeline = PIPELINE.replace("seed = 1\n", "seed = 1\nidle = 2\n");
         let files = Files::new(&[("p.toml", &pipeline), ("a.toml", overlay)]);
         insta::assert_snapshot!(files.bad("a.toml", &["params.rat=1"]), @"");

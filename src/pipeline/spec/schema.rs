@@ -340,7 +340,8 @@ mod tests {
     fn a_pipelines_stages_are_told_apart_by_kind_and_whole() {
         let schema = schema(KINDS, SchemaKind::Pipeline);
         let stages = schema["properties"]["stages"]["additionalProperties"]["oneOf"].as_array().unwrap();
-        let kinds: Vec<&str> = stages.iter().map(|stage| stage["properties"]["kind"]["const"].as_str().unwrap()).collect();
+        let kinds: Vec<&str> =
+            stages.iter().map(|stage| stage["properties"]["kind"]["const"].as_str().unwrap()).collect();
         assert_eq!(kinds, ["draw", "train", "score"]);
         let train = &stages[1];
         assert_eq!(train["required"], json!(["kind", "data", "steps"]));

@@ -219,8 +219,12 @@ mod tests {
         );
         let trials = files.good("a.toml", &[]).trials;
         let names: Vec<&str> = trials.iter().map(|trial| trial.name.as_str()).collect();
-        let expected =
-            ["beta=0.0,note=x_y,seed=1", "beta=0.0,note=x_y,seed=2", "beta=0.01,note=x_y,seed=1", "beta=0.01,note=x_y,seed=2"];
+        let expected = [
+            "beta=0.0,note=x_y,seed=1",
+            "beta=0.0,note=x_y,seed=2",
+            "beta=0.01,note=x_y,seed=1",
+            "beta=0.01,note=x_y,seed=2",
+        ];
         let mut sorted = names.clone();
         sorted.sort_unstable();
         assert_eq!(sorted, expected);
@@ -235,7 +239,9 @@ mod tests {
 
     #[test]
     fn paths_that_end_alike_are_shown_whole() {
-        let files = swept("[sweep.grid]\n\"stages.train.seed\" = [1]\n\"stages.score.seed\" = [2]\n\"stages.train.steps\" = [3]\n");
+        let files = swept(
+            "[sweep.grid]\n\"stages.train.seed\" = [1]\n\"stages.score.seed\" = [2]\n\"stages.train.steps\" = [3]\n",
+        );
         assert_eq!(files.good("a.toml", &[]).trials[0].name, "stages.score.seed=2,stages.train.seed=1,steps=3");
     }
 

@@ -10,7 +10,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::random;
 use crate::tasks::maze::grid::{CLOSED, Direction, Maze};
-use crate::tasks::{FormatSpec, SearchTrace, Trace};
+use crate::tasks::{FormatSpec, SearchOrder, SearchTrace, Trace};
 
 /// Padding; never part of a text.
 pub const PAD: &str = "<|pad|>";
@@ -23,18 +23,36 @@ pub const THINK: &str = "<think>";
 /// Ends the trace.
 pub const END_THINK: &str = "</think>";
 
+/// How cells and steps become tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Writing {
+    Alphamaze,
+    Compact,
+    Fused,
+}
+
 /// What stands in a demonstration between `<think>` and `</think>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Thought {
-    Search,
+    Search(SearchOrder),
     Path,
     Direct,
+}
+
+impl Thought {
+    fn new(trace: SearchTrace, order: SearchOrder) -> Self {
+        match trace {
+            SearchTrace::Search => Self::Search(order),
+            SearchTrace::Path => Self::Path,
+            SearchTrace::Direct => Self::Direct,
+        }
+    }
 }
 
 /// A way of writing mazes.
 #[derive(Clone, Debug)]
 pub(super) struct Format {
-    fused: bool,
+    writing: Writing,
     thought: Thought,
     rows: usize,
     columns: usize,
@@ -52,14 +70,13 @@ pub(super) struct Answer {
 impl Format {
     /// The format `spec` for mazes of `rows` x `columns`.
     pub(super) fn new(spec: &FormatSpec, rows: usize, columns: usize) -> Self {
-        let (fused, thought) = match spec {
-            FormatSpec::Alphamaze { trace: Trace::Path } => (false, Thought::Path),
-            FormatSpec::Alphamaze { trace: Trace::Direct } => (false, Thought::Direct),
-            FormatSpec::Compact { trace: SearchTrace::Search } => (true, Thought::Search),
-            FormatSpec::Compact { trace: SearchTrace::Path } => (true, Thought::Path),
-            FormatSpec::Compact { trace: SearchTrace::Direct } => (true, Thought::Direct),
+        let (writing, thought) = match *spec {
+            FormatSpec::Alphamaze { trace: Trace::Path } => (Writing::Alphamaze, Thought::Path),
+            FormatSpec::Alphamaze { trace: Trace::Direct } => (Writing::Alphamaze, Thought::Direct),
+            FormatSpec::Compact { trace } => (Writing::Compact, Thought::new(trace, SearchOrder::Random)),
+            FormatSpec::Fused { trace, order } => (Writing::Fused, Thought::new(trace, order)),
         };
-        Self { fused, thought, rows, columns }
+        Self { writing, thought, rows, columns }
     }
 
     /// Every token, in the order of ids: specials, thinking, then what cells and moves are written with.
@@ -67,15 +84,26 @@ impl Format {
         let mut tokens: Vec<String> = [PAD, BEGIN, END, THINK, END_THINK].map(str::to_owned).into();
         let coordinates = (0..self.rows * self.columns).map(|cell| self.coordinate(cell));
         let moves = Direction::ALL.map(move_token);
-        if self.fused {
-            tokens.extend(moves);
-            tokens.extend(coordinates);
-            tokens.extend((0..=CLOSED).flat_map(|mask| MARKERS.map(|marker| fused_token(mask, marker))));
-        } else {
-            tokens.extend(coordinates);
-            tokens.extend(moves);
-            tokens.extend(["<|blank|>", "<|origin|>", "<|target|>"].map(str::to_owned));
-            tokens.extend((0..=CLOSED).map(wall_token));
+        match self.writing {
+            Writing::Alphamaze => {
+                tokens.extend(coordinates);
+                tokens.extend(moves);
+                tokens.extend(["<|blank|>", "<|origin|>", "<|target|>"].map(str::to_owned));
+                tokens.extend((0..=CLOSED).map(wall_token));
+            }
+            Writing::Compact => {
+                tokens.extend(moves);
+                tokens.extend(coordinates);
+                tokens.extend((0..=CLOSED).flat_map(|mask| MARKERS.map(|marker| marked_token(mask, marker))));
+            }
+            Writing::Fused => {
+                let cells = || 0..self.rows * self.columns;
+                tokens.extend(moves);
+                tokens.extend(coordinates);
+                tokens
+                    .extend(cells().flat_map(|cell| Direction::ALL.map(|direction| self.step_token(direction, cell))));
+                tokens.extend(cells().flat_map(|cell| (0..=CLOSED).map(move |mask| self.cell_token(cell, mask))));
+            }
         }
         tokens
     }
@@ -91,11 +119,17 @@ impl Format {
             } else {
                 "blank"
             };
-            if self.fused {
-                text += &fused_token(mask, marker);
-            } else {
-                let _ = write!(text, "{}{}<|{marker}|>", self.coordinate(cell), wall_token(mask));
+            match self.writing {
+                Writing::Alphamaze => {
+                    let _ = write!(text, "{}{}<|{marker}|>", self.coordinate(cell), wall_token(mask));
+                }
+                Writing::Compact => text += &marked_token(mask, marker),
+                Writing::Fused => text += &self.cell_token(cell, mask),
             }
+        }
+        if self.writing == Writing::Fused {
+            text += &self.coordinate(maze.origin);
+            text += &self.coordinate(maze.target);
         }
         text
     }
@@ -105,7 +139,7 @@ impl Format {
         let path = maze.path();
         let mut text = THINK.to_owned();
         match self.thought {
-            Thought::Search => self.write_walk(&mut text, maze, &search(maze, random)),
+            Thought::Search(order) => self.write_walk(&mut text, maze, &search(maze, order, random)),
             Thought::Path => self.write_walk(&mut text, maze, &path),
             Thought::Direct => {}
         }
@@ -119,9 +153,23 @@ impl Format {
         *text += &self.coordinate(cell);
         for &direction in walk {
             cell = maze.step(cell, direction).expect("a walk of a demonstration goes through no wall");
-            *text += &move_token(direction);
-            *text += &self.coordinate(cell);
+            if self.writing == Writing::Fused {
+                *text += &self.step_token(direction, cell);
+            } else {
+                *text += &move_token(direction);
+                *text += &self.coordinate(cell);
+            }
         }
+    }
+
+    /// A step of a trace: the move and the cell it leads to.
+    fn step_token(&self, direction: Direction, cell: usize) -> String {
+        format!("<|{}:{}-{}|>", direction.name(), cell / self.columns, cell % self.columns)
+    }
+
+    /// A cell of a prompt: its coordinate and its walls.
+    fn cell_token(&self, cell: usize, mask: u8) -> String {
+        format!("<|{}-{}:{}|>", cell / self.columns, cell % self.columns, wall_name(mask))
     }
 
     fn coordinate(&self, cell: usize) -> String {
@@ -210,18 +258,25 @@ fn wall_token(mask: u8) -> String {
     format!("<|{}|>", wall_name(mask))
 }
 
-fn fused_token(mask: u8, marker: &str) -> String {
+fn marked_token(mask: u8, marker: &str) -> String {
     if marker == "blank" { wall_token(mask) } else { format!("<|{}_{marker}|>", wall_name(mask)) }
 }
 
-/// A depth-first search for the target: at every cell the ways on are tried in an order of their own, drawn at random;
-/// a dead end is left cell by cell the way it was entered. Ends where the target is entered.
-fn search(maze: &Maze, random: &mut ChaCha8Rng) -> Vec<Direction> {
+/// A depth-first search for the target: at every cell the ways on are tried in an order of their own; a dead end is left
+/// cell by cell the way it was entered. Ends where the target is entered.
+fn search(maze: &Maze, order: SearchOrder, random: &mut ChaCha8Rng) -> Vec<Direction> {
     let ways = |seen: &mut Vec<bool>, cell: usize, random: &mut ChaCha8Rng| {
         seen[cell] = true;
         let open = |&direction: &Direction| maze.step(cell, direction).is_some_and(|next| !seen[next]);
         let mut ways: Vec<Direction> = Direction::ALL.into_iter().filter(open).collect();
         random::shuffle(random, &mut ways);
+        if order == SearchOrder::Toward {
+            // The last is tried first. The sort keeps the drawn order among ways that come equally close.
+            ways.sort_by_key(|&direction| {
+                let distance = maze.step(cell, direction).map_or(0, |next| straight_distance(maze, next));
+                std::cmp::Reverse(distance)
+            });
+        }
         ways
     };
     let mut seen = vec![false; maze.walls.len()];
@@ -248,6 +303,13 @@ fn search(maze: &Maze, random: &mut ChaCha8Rng) -> Vec<Direction> {
     walk
 }
 
+/// Moves from a cell to the target if there were no walls.
+fn straight_distance(maze: &Maze, cell: usize) -> usize {
+    let place = |cell: usize| (cell / maze.columns, cell % maze.columns);
+    let ((row, column), (target_row, target_column)) = (place(cell), place(maze.target));
+    row.abs_diff(target_row) + column.abs_diff(target_column)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -255,8 +317,11 @@ mod tests {
     fn formats() -> Vec<FormatSpec> {
         let traces = [SearchTrace::Search, SearchTrace::Path, SearchTrace::Direct];
         let compact = traces.map(|trace| FormatSpec::Compact { trace });
+        let fused = [SearchOrder::Random, SearchOrder::Toward]
+            .into_iter()
+            .flat_map(|order| traces.map(|trace| FormatSpec::Fused { trace, order }));
         let alphamaze = [Trace::Path, Trace::Direct].map(|trace| FormatSpec::Alphamaze { trace });
-        compact.into_iter().chain(alphamaze).collect()
+        compact.into_iter().chain(alphamaze).chain(fused).collect()
     }
 
     fn maze(index: u64) -> Maze {
@@ -290,7 +355,11 @@ mod tests {
             assert_eq!(format.prompt(&maze), format.prompt(&Maze { length: 0, ..maze.clone() }));
             let other = Maze { origin: maze.target, target: maze.origin, ..maze.clone() };
             assert_ne!(format.prompt(&maze), format.prompt(&other));
-            let tokens = if format.fused { 20 } else { 60 };
+            let tokens = match format.writing {
+                Writing::Alphamaze => 60,
+                Writing::Compact => 20,
+                Writing::Fused => 22,
+            };
             assert_eq!(Pieces(&format.prompt(&maze)).count(), tokens);
         }
     }
@@ -300,7 +369,8 @@ mod tests {
         let mut walks = std::collections::BTreeSet::new();
         let maze = (0..).map(maze).find(|maze| maze.length > 8).unwrap();
         for seed in 0..50 {
-            let walk = search(&maze, &mut random::rng("trace", &[seed]));
+            let order = if seed % 2 == 0 { SearchOrder::Random } else { SearchOrder::Toward };
+            let walk = search(&maze, order, &mut random::rng("trace", &[seed]));
             let mut cell = maze.origin;
             for (at, &direction) in walk.iter().enumerate() {
                 assert!(cell != maze.target, "the search goes on at {at}");
