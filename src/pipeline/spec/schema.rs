@@ -111,7 +111,9 @@ pub fn schema(kinds: &[Kind], which: SchemaKind) -> Json {
         })
         .collect();
     let publisher = Publisher { definitions: generator.take_definitions(true) };
-    stages.iter_mut().for_each(|stage| *stage = publisher.publish(stage, is_overlay));
+    for stage in &mut stages {
+        *stage = publisher.publish(stage, is_overlay);
+    }
     let stage = if is_overlay {
         stages.push(json!({"const": false, "description": "Drops the stage."}));
         json!({"anyOf": stages})
@@ -340,7 +342,8 @@ mod tests {
     fn a_pipelines_stages_are_told_apart_by_kind_and_whole() {
         let schema = schema(KINDS, SchemaKind::Pipeline);
         let stages = schema["properties"]["stages"]["additionalProperties"]["oneOf"].as_array().unwrap();
-        let kinds: Vec<&str> = stages.iter().map(|stage| stage["properties"]["kind"]["const"].as_str().unwrap()).collect();
+        let kinds: Vec<&str> =
+            stages.iter().map(|stage| stage["properties"]["kind"]["const"].as_str().unwrap()).collect();
         assert_eq!(kinds, ["draw", "train", "score"]);
         let train = &stages[1];
         assert_eq!(train["required"], json!(["kind", "data", "steps"]));
