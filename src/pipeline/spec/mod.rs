@@ -304,7 +304,6 @@ model = "scored"
         let experiment = files.good("long.toml", &[]);
         let taken = begin.elapsed();
         assert_eq!(experiment.trials[0].stages.len(), 1001);
-        eprintln!("TAKEN {taken:?}");
         // Generous for an unoptimised build on a busy machine; a quadratic walk would take minutes.
         assert!(taken < Duration::from_secs(5), "{taken:?}");
     }

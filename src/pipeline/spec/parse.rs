@@ -50,7 +50,10 @@ pub(super) fn parse(sources: &mut Sources, source: u32, report: &mut Report) -> 
             let line = statement.start..statement.start + line_length(&text, statement.start);
             (trimmed(&text, line), "unclosed array or inline table".to_owned())
         } else {
-            (place(first), first.message().to_owned())
+            // The parser takes a value that is not there for an empty string without its quotes.
+            let is_absent = place(first).is_empty() && first.message().starts_with("string values must be quoted");
+            let message = if is_absent { "key without a value" } else { first.message() };
+            (place(first), message.to_owned())
         };
         let span = Span::new(source, range);
         let (what, wanted) = message.split_once(", expected ").unwrap_or((&message, ""));
@@ -254,10 +257,10 @@ mod tests {
             3 | steps 100
               |       ^ expected `=`
 
-            error: broken TOML: string values must be quoted
+            error: broken TOML: key without a value
              --> a.toml:4:8
             4 | rate =
-              |        ^ expected literal string
+              |        ^
 
             error: broken TOML: unclosed array or inline table
              --> a.toml:5:1
