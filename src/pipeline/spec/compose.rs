@@ -299,7 +299,46 @@ mod tests {
                 "extends = \"base.toml\"\n[stages.trian]\nsteps = 3\n[stages.train]\nrewards.corect.weight = 2\n[sweep.grid]\n\"stages.score.seed\" = [1, -2]\n",
             ),
         ]);
-        insta::assert_snapshot!(files.bad("a.toml", &["stages.train.optimizer.beta=3", "stages.train.nte=x"]), @"");
+        insta::assert_snapshot!(files.bad("a.toml", &["stages.train.optimizer.beta=3", "stages.train.nte=x"]), @r#"
+            error: missing field `kind` in stage `trian`
+             --> a.toml:2:9
+            2 | [stages.trian]
+              |         ^^^^^ expected one of `draw`, `train`, `score`
+            hint: did you mean the stage `train`?
+
+            error: missing field `kind` in `rewards.corect` of stage `train`
+             --> a.toml:5:9
+            5 | rewards.corect.weight = 2
+              |         ^^^^^^ expected one of `correct`, `expression`
+            hint: did you mean `correct`?
+
+            error: `seed` is out of range in stage `score`
+             --> a.toml:7:27
+            7 | "stages.score.seed" = [1, -2]
+              |                           ^^ expected at least 0
+
+            error: wrong type of `learning_rate` in stage `train`
+             --> base.toml:3:8
+            3 | rate = "fast"
+              |        ^^^^^^ expected a number, found a string
+            note: the value is used at p.toml:14:17
+
+            error: wrong type of `steps` in stage `train`
+             --> base.toml:5:9
+            5 | steps = true
+              |         ^^^^ expected an integer, found a boolean
+
+            error: unknown field `nte` in stage `train`
+             --> --set:1:1
+            1 | stages.train.nte=x
+              | ^^^^^^^^^^^^^^^^ expected one of `data`, `learning_rate`, `note`, `optimizer`, `rewards`, `seed`, `start`, `steps`, `validate`
+            hint: did you mean `note`?
+
+            error: `optimizer.beta` is out of range in stage `train`
+             --> --set:1:29
+            1 | stages.train.optimizer.beta=3
+              |                             ^ expected at least 0 and at most 1
+        "#);
     }
 
     #[test]
@@ -312,7 +351,46 @@ mod tests {
             ("e.toml", "pipeline = \"f.toml\"\nextend = \"x\"\n"),
             ("f.toml", "pipeline = \"p.toml\"\nstage.x = 1\n[stages]\n"),
         ]);
-        insta::assert_snapshot!(files.read(&["a.toml", "c.toml", "d.toml", "e.toml"], &[]).err().unwrap(), @"");
+        insta::assert_snapshot!(files.read(&["a.toml", "c.toml", "d.toml", "e.toml"], &[]).err().unwrap(), @r#"
+            error: the files extend themselves: `a.toml -> b.toml -> a.toml`
+             --> b.toml:1:12
+            1 | extends = ["a.toml", 1]
+              |            ^^^^^^^^
+
+            error: wrong type of `extends`
+             --> b.toml:1:22
+            1 | extends = ["a.toml", 1]
+              |                      ^ expected the path of a file, found an integer
+
+            error: cannot read `gone/p.toml`
+             --> c.toml:1:12
+            1 | pipeline = "gone/p.toml"
+              |            ^^^^^^^^^^^^^ there is no such file
+
+            error: `d` has no stages
+             --> d.toml:1:1
+            1 | description = "nothing"
+              | ^
+            hint: name a pipeline with `pipeline = "..."` or add tables `[stages.NAME]`
+
+            error: unknown field `extend` of an experiment
+             --> e.toml:2:1
+            2 | extend = "x"
+              | ^^^^^^ expected one of `description`, `extends`, `params`, `pipeline`, `stages`, `sweep`, `table`
+            hint: did you mean `extends`?
+
+            error: unknown field `pipeline` of a pipeline
+             --> f.toml:1:1
+            1 | pipeline = "p.toml"
+              | ^^^^^^^^ expected one of `description`, `extends`, `params`, `stages`
+            hint: to build on another experiment, name it with `extends`
+
+            error: unknown field `stage` of a pipeline
+             --> f.toml:2:1
+            2 | stage.x = 1
+              | ^^^^^ expected one of `description`, `extends`, `params`, `stages`
+            hint: did you mean `stages`?
+        "#);
     }
 
     #[test]
@@ -320,6 +398,38 @@ mod tests {
         let files = Files::new(&[("p.toml", PIPELINE)]);
         let sets =
             ["steps=3", "stages.train.steps", "a b=1", "pipeline=x", "stages.train.steps=2.5", "params.seed=inf"];
-        insta::assert_snapshot!(files.bad("p.toml", &sets), @"");
+        insta::assert_snapshot!(files.bad("p.toml", &sets), @r#"
+            error: `pipeline` cannot be set
+             --> --set:1:1
+            1 | pipeline=x
+              | ^^^^^^^^ a path begins with one of `description`, `params`, `stages`, `sweep`, `table`
+
+            error: `steps` cannot be set
+             --> --set:1:1
+            1 | steps=3
+              | ^^^^^ a path begins with one of `description`, `params`, `stages`, `sweep`, `table`
+
+            error: not an assignment
+             --> --set:1:1
+            1 | stages.train.steps
+              | ^^^^^^^^^^^^^^^^^^ expected `PATH=VALUE`
+            hint: write it as `--set stages.sft.steps=10`
+
+            error: not an assignment
+             --> --set:1:1
+            1 | a b=1
+              | ^^^^^ expected `PATH=VALUE`
+            hint: write it as `--set stages.sft.steps=10`
+
+            error: not a finite number
+             --> --set:1:13
+            1 | params.seed=inf
+              |             ^^^
+
+            error: wrong type of `steps` in stage `train`
+             --> --set:1:20
+            1 | stages.train.steps=2.5
+              |                    ^^^ expected an integer, found a float
+        "#);
     }
 }

@@ -86,15 +86,15 @@ fn mismatch(producer: &Checked, output: Option<&str>, consumer: &str, edge: &Edg
     let (field, wants) = (&edge.field, &edge.wants);
     let found = match output {
         None => first,
-        Some(output) => match producer.outputs.iter().find(|known| known.name == output) {
-            Some(found) => found,
-            None => {
+        Some(output) => {
+            let Some(found) = producer.outputs.iter().find(|known| known.name == output) else {
                 let names = || producer.outputs.iter().map(|output| output.name.as_str());
                 let message = format!("stage `{name}` has no output `{output}` for `{field}` of stage `{consumer}`");
                 let mistake = Mistake::at(edge.span, message).label(expected(names()));
                 return Some(mistake.hint(did_you_mean(output, names())).via(edge.via));
-            }
-        },
+            };
+            found
+        }
     };
     if takes(wants, found) {
         return None;
@@ -143,10 +143,10 @@ fn round<'a>(graph: &Graph<'a>, start: NodeIndex) -> (Vec<&'a str>, Option<&'a E
                 names.reverse();
                 return (names, Some(*edge.weight()));
             }
-            if !before.contains_key(&edge.target()) {
-                before.insert(edge.target(), node);
+            before.entry(edge.target()).or_insert_with(|| {
                 queue.push_back(edge.target());
-            }
+                node
+            });
         }
     }
     (Vec::new(), None)
@@ -161,7 +161,30 @@ mod tests {
         let text = PIPELINE
             .replace("data = \"data\"", "data = \"data.extra\"\nstart = \"data\"")
             .replace("[\"data.extra\", \"train\"]", "[\"data.extr\", \"trian\", \"train.log\"]");
-        insta::assert_snapshot!(mistakes(&text), @"");
+        insta::assert_snapshot!(mistakes(&text), @r#"
+            error: `data` of stage `train` wants a dataset, but `data.extra` is files
+              --> a.toml:12:8
+            12 | data = "data.extra"
+               |        ^^^^^^^^^^^^
+            hint: did you mean `data.rows`?
+
+            error: `start` of stage `train` wants a checkpoint, but `data` is a dataset
+              --> a.toml:13:9
+            13 | start = "data"
+               |         ^^^^^^
+
+            error: stage `data` has no output `extr` for `others[0]` of stage `score`
+              --> a.toml:24:11
+            24 | others = ["data.extr", "trian", "train.log"]
+               |           ^^^^^^^^^^^ expected one of `rows`, `extra`
+            hint: did you mean `extra`?
+
+            error: unknown stage `trian` in `others[1]` of stage `score`
+              --> a.toml:24:24
+            24 | others = ["data.extr", "trian", "train.log"]
+               |                        ^^^^^^^ expected one of `data`, `train`
+            hint: did you mean `train`?
+        "#);
     }
 
     #[test]
@@ -169,7 +192,17 @@ mod tests {
         let text = PIPELINE.replace("data = \"data\"", "data = \"data\"\nstart = \"more\"")
             + "[stages.more]\nkind = \"train\"\ndata = \"data\"\nsteps = 1\nstart = \"train\"\n\
                [stages.self]\nkind = \"train\"\ndata = \"data\"\nsteps = 1\nstart = \"self\"\n";
-        insta::assert_snapshot!(mistakes(&text), @"");
+        insta::assert_snapshot!(mistakes(&text), @r#"
+            error: the stages form a cycle: `more -> train -> more`
+              --> a.toml:29:9
+            29 | start = "train"
+               |         ^^^^^^^ `more` rests on itself through this input
+
+            error: the stages form a cycle: `self -> self`
+              --> a.toml:34:9
+            34 | start = "self"
+               |         ^^^^^^ `self` rests on itself through this input
+        "#);
     }
 
     #[test]

@@ -256,6 +256,34 @@ mod tests {
              y = \"${seed}\"\nz = \"${params.a\"\nw = \"${params.a}\"\n",
         );
         assert_eq!(json, serde_json::json!({"x": null, "y": null, "z": null, "w": null}));
-        insta::assert_snapshot!(errors, @"");
+        insta::assert_snapshot!(errors, @r#"
+            error: the parameters rest on themselves: `a -> b -> a`
+             --> a.toml:3:5
+            3 | a = "${params.b}"
+              |     ^^^^^^^^^^^^^
+
+            error: the parameter `list` is an array, but parameters are scalars
+             --> a.toml:5:8
+            5 | list = [1]
+              |        ^^^
+
+            error: unknown parameter `sead`
+             --> a.toml:7:8
+            7 | x = "v ${params.sead} w"
+              |        ^^^^^^^^^^^^^^ known are `a`, `b`, `list`, `seed`
+            hint: did you mean `seed`?
+
+            error: unknown reference `${seed}`
+             --> a.toml:8:6
+            8 | y = "${seed}"
+              |      ^^^^^^^
+            hint: did you mean `${params.seed}`?
+
+            error: `${` without its `}`
+             --> a.toml:9:6
+            9 | z = "${params.a"
+              |      ^^^^^^^^^^
+            hint: write `$${` for a literal `${`
+        "#);
     }
 }

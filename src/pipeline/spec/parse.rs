@@ -22,7 +22,7 @@ const LARGEST_INTEGER: i128 = 1 << 53;
 /// The tree of the text number `source`.
 pub(super) fn parse(sources: &mut Sources, source: u32, report: &mut Report) -> Node {
     let mut text = sources.whole(source).to_owned();
-    let mut stand_ins = Vec::new();
+    let mut stand_ins: Vec<String> = Vec::new();
     for _ in 0..PATIENCE {
         let (table, errors) = DeTable::parse_recoverable(&text);
         let end = text.len();
@@ -30,33 +30,37 @@ pub(super) fn parse(sources: &mut Sources, source: u32, report: &mut Report) -> 
         let (repeated, mut broken): (Vec<_>, Vec<_>) = errors.iter().partition(|error| is_repetition(error.message()));
         broken.sort_by_key(|error| place(error).start);
         let Some(first) = broken.first() else {
-            let mut converter = Converter { source, report };
+            let mut converter = Converter { source, offset: 0, report };
             for error in repeated {
                 converter.repetition(&text, place(error), error.message());
             }
             let mut node = converter.table(&table);
-            stand_ins.iter().for_each(|name: &String| drop(node.remove(name)));
+            for name in &stand_ins {
+                node.remove(name);
+            }
             return node;
         };
         let unclosed = broken.iter().any(|error| {
             error.message().starts_with("unclosed array") || error.message().starts_with("unclosed inline table")
         });
         let statement = statement(&text, place(first).start, unclosed);
-        let opened = unclosed && place(first).start >= statement.start + line_length(&text, statement.start);
+        let opening = &text[statement.start..statement.start + line_length(&text, statement.start)];
+        let opened = unclosed && opens_bracket(opening);
         let (range, message) = if opened {
             let line = statement.start..statement.start + line_length(&text, statement.start);
             (trimmed(&text, line), "unclosed array or inline table".to_owned())
         } else {
-            (place(first), first.message().to_owned())
+            // The parser takes a value that is not there for an empty string without its quotes.
+            let is_absent = place(first).is_empty() && first.message().starts_with("string values must be quoted");
+            let message = if is_absent { "key without a value" } else { first.message() };
+            (place(first), message.to_owned())
         };
         let span = Span::new(source, range);
         let (what, wanted) = message.split_once(", expected ").unwrap_or((&message, ""));
         let label = if wanted.is_empty() { String::new() } else { format!("expected {wanted}") };
         report.add(Mistake::at(span, format!("broken TOML: {what}")).label(label));
         sources.mark_broken(span);
-        if let Some(name) = blank(&mut text, statement) {
-            stand_ins.push(name);
-        }
+        stand_ins.extend(blank(&mut text, statement, stand_ins.len()));
     }
     Node::empty(Span::new(source, 0..0))
 }
@@ -66,11 +70,7 @@ pub(super) fn parse_value(sources: &Sources, source: u32, start: usize, report: 
     let whole = sources.whole(source);
     let text = &whole[start..];
     match DeValue::parse(text) {
-        Ok(value) => {
-            let mut node = Converter { source, report }.value(&value);
-            shift(&mut node, start as u32);
-            node
-        }
+        Ok(value) => Converter { source, offset: start, report }.value(&value),
         Err(_) => Node::new(Value::String(text.into()), Span::new(source, start..whole.len())),
     }
 }
@@ -156,11 +156,11 @@ fn begins_statement(line: &str) -> bool {
 }
 
 /// Overwrites a statement with spaces; a table header with another one, whose name it gives, so that the fields
-/// beneath it do not fall to the table before.
-fn blank(text: &mut String, range: Range<usize>) -> Option<String> {
+/// beneath it do not fall to the table before. `number` tells such names apart.
+fn blank(text: &mut String, range: Range<usize>, number: usize) -> Option<String> {
     let old = &text[range.clone()];
     let is_header = old.trim_start().starts_with('[');
-    let name = format!("{:0>width$}", range.start, width = range.len().saturating_sub(2));
+    let name = format!("{number:0>width$}", width = range.len().saturating_sub(2));
     let (new, name) = if is_header && name.len() + 2 == range.len() {
         (format!("[{name}]"), Some(name))
     } else {
@@ -170,30 +170,21 @@ fn blank(text: &mut String, range: Range<usize>) -> Option<String> {
     name
 }
 
-fn shift(node: &mut Node, by: u32) {
-    let moved = |span: Span| Span { start: span.start + by, end: span.end + by, ..span };
-    node.span = moved(node.span);
-    match &mut node.value {
-        Value::Array(items) => Arc::make_mut(items).iter_mut().for_each(|item| shift(item, by)),
-        Value::Table(table) => {
-            for entry in Arc::make_mut(table).values_mut() {
-                entry.key = moved(entry.key);
-                shift(&mut entry.node, by);
-            }
-        }
-        _ => {}
-    }
-}
-
 struct Converter<'a> {
     source: u32,
+    /// Where the text that is parsed begins in the source.
+    offset: usize,
     report: &'a mut Report,
 }
 
 impl Converter<'_> {
+    fn span(&self, range: Range<usize>) -> Span {
+        Span::new(self.source, self.offset + range.start..self.offset + range.end)
+    }
+
     fn repetition(&mut self, text: &str, range: Range<usize>, message: &str) {
         let key = text.get(range.clone()).unwrap_or_default().to_owned();
-        let span = Span::new(self.source, range);
+        let span = self.span(range);
         let mistake = if message.starts_with("duplicate key") {
             Mistake::at(span, format!("duplicate key `{key}`")).label("already given above")
         } else {
@@ -204,19 +195,19 @@ impl Converter<'_> {
 
     fn table(&mut self, table: &Spanned<DeTable<'_>>) -> Node {
         let entries = self.entries(table.get_ref());
-        Node::new(Value::Table(Arc::new(entries)), Span::new(self.source, table.span()))
+        Node::new(Value::Table(Arc::new(entries)), self.span(table.span()))
     }
 
     fn entries(&mut self, table: &DeTable<'_>) -> Table {
         let entry = |(key, value): (&Spanned<toml::de::DeString<'_>>, &Spanned<DeValue<'_>>)| {
             let node = self.value(value);
-            (Arc::from(key.get_ref().as_ref()), Entry { key: Span::new(self.source, key.span()), node })
+            (Arc::from(key.get_ref().as_ref()), Entry { key: self.span(key.span()), node })
         };
         table.iter().map(entry).collect()
     }
 
     fn value(&mut self, value: &Spanned<DeValue<'_>>) -> Node {
-        let span = Span::new(self.source, value.span());
+        let span = self.span(value.span());
         let mut refuse = |message: &str, hint: Option<&str>| {
             self.report.add(Mistake::at(span, message).hint(hint.map(str::to_owned)));
             Value::Invalid
@@ -257,10 +248,41 @@ mod tests {
     #[test]
     fn every_syntax_error_is_told_and_the_rest_is_read() {
         let (json, errors) = parsed(
-            "[a]\nkind = \"sft\"\nsteps 100\nrate = \nlist = [1,\n  2\nd = 1\n[b\nx = 1\n[c]\nz = 1\nz = 2\nday = 1979-05-27\n",
+            "[a]\nkind = \"sft\"\nsteps 100\nrate = \nlist = [1,\n  2\nd = 1\n[bb\nx = 1\n[c]\nz = 1\nz = 2\nday = 1979-05-27\n",
         );
         assert_eq!(json, serde_json::json!({"a": {"kind": "sft", "d": 1}, "c": {"z": 1, "day": null}}));
-        insta::assert_snapshot!(errors, @"");
+        insta::assert_snapshot!(errors, @r#"
+            error: broken TOML: key with no value
+             --> a.toml:3:7
+            3 | steps 100
+              |       ^ expected `=`
+
+            error: broken TOML: key without a value
+             --> a.toml:4:8
+            4 | rate =
+              |        ^
+
+            error: broken TOML: unclosed array or inline table
+             --> a.toml:5:1
+            5 | list = [1,
+              | ^^^^^^^^^^
+
+            error: broken TOML: unclosed table
+             --> a.toml:8:4
+            8 | [bb
+              |    ^ expected `]`
+
+            error: duplicate key `z`
+              --> a.toml:12:1
+            12 | z = 2
+               | ^ already given above
+
+            error: dates and times are not supported
+              --> a.toml:13:7
+            13 | day = 1979-05-27
+               |       ^^^^^^^^^^
+            hint: write it as a string, in quotes
+        "#);
     }
 
     #[test]
@@ -271,7 +293,28 @@ mod tests {
             json,
             serde_json::json!({"a": null, "b": null, "c": null, "d": 31, "e": 9_007_199_254_740_992_u64, "f": null, "g": 1000.5})
         );
-        insta::assert_snapshot!(errors, @"");
+        insta::assert_snapshot!(errors, @r#"
+            error: integer beyond 2^53
+             --> a.toml:1:5
+            1 | a = 9007199254740993
+              |     ^^^^^^^^^^^^^^^^
+            hint: integers that large are not told apart in JSON
+
+            error: not a finite number
+             --> a.toml:2:5
+            2 | b = inf
+              |     ^^^
+
+            error: not a finite number
+             --> a.toml:3:5
+            3 | c = -nan
+              |     ^^^^
+
+            error: not a finite number
+             --> a.toml:6:5
+            6 | f = 1e999
+              |     ^^^^^
+        "#);
     }
 
     #[test]

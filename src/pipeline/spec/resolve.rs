@@ -13,13 +13,13 @@ use crate::pipeline::spec::compose::Document;
 use crate::pipeline::spec::diagnostic::{Mistake, Report, did_you_mean, expected};
 use crate::pipeline::spec::graph::{self, Checked};
 use crate::pipeline::spec::interpolate::{Params, referred};
-use crate::pipeline::spec::schema::{self, Section};
+use crate::pipeline::spec::schema::Section;
 use crate::pipeline::spec::shape::Shapes;
 use crate::pipeline::spec::source::Sources;
 use crate::pipeline::spec::sweep::{self, Assignment, Axis};
 use crate::pipeline::spec::tree::{Entry, Node, Table, Value};
 use crate::pipeline::spec::walk::{Edge, locate, meant_sibling, walk};
-use crate::pipeline::spec::{Experiment, StageSpec, Trial, parse_duration, table};
+use crate::pipeline::spec::{Experiment, StageSpec, TableSpec, Trial, parse_duration, table};
 use crate::pipeline::stage::{Kind, Problem, RunOptions, Upstream};
 
 /// The experiment that `document` describes. Whether it is right is for the report to say.
@@ -42,7 +42,7 @@ pub(super) fn experiment(
     let is_tabled = section(Section::Table);
     let axes = if is_swept { sweep::axes(root, report) } else { Vec::new() };
     check_params(document, &axes, report);
-    let table = if is_tabled && is_swept { table::table(root, &axes, report) } else { Default::default() };
+    let table = if is_tabled && is_swept { table::table(root, &axes, report) } else { TableSpec::default() };
     let description = root.get("description").filter(|_| is_described).and_then(|entry| entry.node.text());
     let mut resolver = Resolver::new(kinds, sources);
     let trials =
@@ -299,7 +299,33 @@ mod tests {
     fn kinds_and_names_of_stages() {
         insta::assert_snapshot!(mistakes(
             "stages.a = 1\nstages.b.kind = 2\n[stages.c]\n[stages.d]\nkind = \"drwa\"\n[stages.\"e f\"]\nkind = \"draw\"\ntask = { kind = \"maze\", rows = 2 }\n"
-        ), @"");
+        ), @r#"
+            error: stage `a` is not a table
+             --> a.toml:1:12
+            1 | stages.a = 1
+              |            ^ expected a table, found an integer
+
+            error: wrong type of `kind` in stage `b`
+             --> a.toml:2:17
+            2 | stages.b.kind = 2
+              |                 ^ expected one of `draw`, `train`, `score`, found an integer
+
+            error: missing field `kind` in stage `c`
+             --> a.toml:3:9
+            3 | [stages.c]
+              |         ^ expected one of `draw`, `train`, `score`
+
+            error: unknown kind `drwa` of stage `d`
+             --> a.toml:5:8
+            5 | kind = "drwa"
+              |        ^^^^^^ expected one of `draw`, `train`, `score`
+            hint: did you mean `draw`?
+
+            error: `e f` cannot be the name of a stage
+             --> a.toml:6:9
+            6 | [stages."e f"]
+              |         ^^^^^ expected ASCII letters, digits, `_` and `-`
+        "#);
     }
 
     #[test]
@@ -326,20 +352,167 @@ rewards.d = false
 
 [params]
 heavy = "much"
-"#), @"");
+"#), @r#"
+            error: wrong type of `task.items[1]` in stage `data`
+             --> a.toml:3:39
+            3 | task = { kind = "list", items = ["a", 1], rows = 3 }
+              |                                       ^ expected a string, found an integer
+
+            error: unknown field `rows` in `task` of stage `data`
+             --> a.toml:3:43
+            3 | task = { kind = "list", items = ["a", 1], rows = 3 }
+              |                                           ^^^^ expected one of `items`, `kind`
+
+            error: wrong type of `splits.train` in stage `data`
+             --> a.toml:4:20
+            4 | splits = { train = 1.0, test = "5", more = -1 }
+              |                    ^^^ expected an integer, found a float
+            hint: write it as an integer: `1`
+
+            error: wrong type of `splits.test` in stage `data`
+             --> a.toml:4:32
+            4 | splits = { train = 1.0, test = "5", more = -1 }
+              |                                ^^^ expected an integer, found a string
+            hint: leave the quotes out
+
+            error: `splits.more` is out of range in stage `data`
+             --> a.toml:4:44
+            4 | splits = { train = 1.0, test = "5", more = -1 }
+              |                                            ^^ expected at least 0
+
+            error: cannot find the file of `source` in stage `data`
+             --> a.toml:5:10
+            5 | source = "none.jsonl"
+              |          ^^^^^^^^^^^^ there is no `none.jsonl`
+            hint: paths are relative to the file in which they are written
+
+            error: `placed[0]` leads out of its folder in stage `data`
+             --> a.toml:6:11
+            6 | placed = ["../up.txt", "/etc/passwd", "nowhere.txt"]
+              |           ^^^^^^^^^^^ expected a relative path without `..`
+
+            error: `placed[1]` leads out of its folder in stage `data`
+             --> a.toml:6:24
+            6 | placed = ["../up.txt", "/etc/passwd", "nowhere.txt"]
+              |                        ^^^^^^^^^^^^^ expected a relative path without `..`
+
+            error: cannot find the file of `placed[2]` in stage `data`
+             --> a.toml:6:39
+            6 | placed = ["../up.txt", "/etc/passwd", "nowhere.txt"]
+              |                                       ^^^^^^^^^^^^^ there is no `nowhere.txt`
+            hint: paths are relative to the file in which they are written
+
+            error: dates and times are not supported
+             --> a.toml:7:8
+            7 | seed = 1979-05-27
+              |        ^^^^^^^^^^
+            hint: write it as a string, in quotes
+
+            error: wrong type of `data` in stage `train`
+              --> a.toml:11:8
+            11 | data = ["data"]
+               |        ^^^^^^^^ expected the name of a stage that makes a dataset, found an array
+
+            error: `steps` is out of range in stage `train`
+              --> a.toml:12:9
+            12 | steps = 0
+               |         ^ expected at least 1
+
+            error: `learning_rate` is out of range in stage `train`
+              --> a.toml:13:17
+            13 | learning_rate = 0
+               |                 ^ expected above 0
+
+            error: unknown value `cosin` of `optimizer.decay` in stage `train`
+              --> a.toml:14:23
+            14 | optimizer = { decay = "cosin", nesterov = "true" }
+               |                       ^^^^^^^ expected one of `cosine`, `constant`
+            hint: did you mean `cosine`?
+
+            error: wrong type of `optimizer.nesterov` in stage `train`
+              --> a.toml:14:43
+            14 | optimizer = { decay = "cosin", nesterov = "true" }
+               |                                           ^^^^^^ expected a boolean, found a string
+            hint: leave the quotes out
+
+            error: missing field `samples` in `validate` of stage `train`
+              --> a.toml:15:1
+            15 | validate = { every = 1 }
+               | ^^^^^^^^ expected `samples`, an integer
+
+            error: unknown kind `expresion` in `rewards.a` of stage `train`
+              --> a.toml:16:22
+            16 | rewards.a = { kind = "expresion" }
+               |                      ^^^^^^^^^^^ expected one of `correct`, `expression`
+            hint: did you mean `expression`?
+
+            error: missing field `kind` in `rewards.b` of stage `train`
+              --> a.toml:17:9
+            17 | rewards.b = { weight = 1.0 }
+               |         ^ expected one of `correct`, `expression`
+
+            error: wrong type of `rewards.d` in stage `train`
+              --> a.toml:19:13
+            19 | rewards.d = false
+               |             ^^^^^ expected a table, found a boolean
+            hint: `false` drops a table that it is laid over, and there is none
+
+            error: wrong type of `rewards.c.weight` in stage `train`
+              --> a.toml:22:9
+            22 | heavy = "much"
+               |         ^^^^^^ expected a number, found a string
+            note: the value is used at a.toml:18:42
+        "#);
     }
 
     #[test]
     fn run_options_are_checked() {
         let run = |run: &str| mistakes(&PIPELINE.replace("{ cpus = 2, save_every = \"30s\" }", run));
-        insta::assert_snapshot!(run("{ cpu = 2, device = \"gpu\", save_every = \"30\" }"), @"");
-        insta::assert_snapshot!(run("{ cpus = -1, device = \"cuda:x\" }"), @"");
+        insta::assert_snapshot!(run("{ cpu = 2, device = \"gpu\", save_every = \"30\" }"), @r#"
+            error: unknown field `cpu` in `run` of stage `train`
+              --> a.toml:18:9
+            18 | run = { cpu = 2, device = "gpu", save_every = "30" }
+               |         ^^^ expected one of `cpus`, `device`, `save_every`
+            hint: did you mean `cpus`?
+
+            error: unknown device `gpu` in `run` of stage `train`
+              --> a.toml:18:27
+            18 | run = { cpu = 2, device = "gpu", save_every = "30" }
+               |                           ^^^^^ expected `auto`, `cpu`, `cuda` or `cuda:N`
+
+            error: unknown save_every `30` in `run` of stage `train`
+              --> a.toml:18:47
+            18 | run = { cpu = 2, device = "gpu", save_every = "30" }
+               |                                               ^^^^ expected a time such as `30s`, `5m` or `1h`
+        "#);
+        insta::assert_snapshot!(run("{ cpus = -1, device = \"cuda:x\" }"), @r#"
+            error: `cpus` is out of range in `run` of stage `train`
+              --> a.toml:18:16
+            18 | run = { cpus = -1, device = "cuda:x" }
+               |                ^^ expected at least 0
+
+            error: unknown device `cuda:x` in `run` of stage `train`
+              --> a.toml:18:29
+            18 | run = { cpus = -1, device = "cuda:x" }
+               |                             ^^^^^^^^ expected `auto`, `cpu`, `cuda` or `cuda:N`
+        "#);
     }
 
     #[test]
     fn a_stages_own_complaints_stand_at_their_paths() {
         let text = PIPELINE.replace("a + b", "a ?? b").replace("steps = 10", "steps = 10\nnote = \"absent\"");
-        insta::assert_snapshot!(mistakes(&text), @"");
+        insta::assert_snapshot!(mistakes(&text), @r#"
+            error: nothing is validated in stage `train`
+              --> a.toml:10:9
+            10 | [stages.train]
+               |         ^^^^^
+
+            error: `??` is no operator in stage `train`
+              --> a.toml:18:53
+            18 | rewards.other = { kind = "expression", expression = "a ?? b" }
+               |                                                     ^^^^^^^^
+            hint: write arithmetic
+        "#);
     }
 
     #[test]
@@ -348,7 +521,24 @@ heavy = "much"
             "pipeline = \"p.toml\"\n[params]\nsede = 2\n[sweep]\nseeds = { path = \"params.idle\", values = [1] }\n";
         let pipeline = PIPELINE.replace("seed = 1\n", "seed = 1\nidle = 2\n");
         let files = Files::new(&[("p.toml", &pipeline), ("a.toml", overlay)]);
-        insta::assert_snapshot!(files.bad("a.toml", &["params.rat=1"]), @"");
+        insta::assert_snapshot!(files.bad("a.toml", &["params.rat=1"]), @r#"
+            error: nothing reads the parameter `sede`
+             --> a.toml:3:1
+            3 | sede = 2
+              | ^^^^
+            hint: did you mean `seed`?
+
+            error: nothing reads the swept parameter `idle`, so its trials would all be the same
+             --> a.toml:5:18
+            5 | seeds = { path = "params.idle", values = [1] }
+              |                  ^^^^^^^^^^^^^
+
+            error: nothing reads the parameter `rat`
+             --> --set:1:1
+            1 | params.rat=1
+              | ^^^^^^^^^^
+            hint: did you mean `rate`?
+        "#);
         files.good("p.toml", &[]);
     }
 

@@ -7,13 +7,13 @@ use crate::pipeline::spec::{StageSpec, Trial};
 /// Every stage of a trial as one TOML document.
 pub fn resolved(trial: &Trial) -> String {
     let stages = trial.stages.iter().map(|(name, spec)| (name.clone(), stage_value(spec)));
-    text(Json::Object(Map::from_iter([("stages".to_owned(), Json::Object(stages.collect()))])))
+    text(&Json::Object(Map::from_iter([("stages".to_owned(), Json::Object(stages.collect()))])))
 }
 
 /// One stage as a TOML document, `[stages.NAME]` and below.
 pub fn resolved_stage(spec: &StageSpec) -> String {
     let stages = Json::Object(Map::from_iter([(spec.name.clone(), stage_value(spec))]));
-    text(Json::Object(Map::from_iter([("stages".to_owned(), stages)])))
+    text(&Json::Object(Map::from_iter([("stages".to_owned(), stages)])))
 }
 
 fn stage_value(spec: &StageSpec) -> Json {
@@ -41,7 +41,7 @@ fn as_written(value: Json) -> Option<Json> {
     }
 }
 
-fn text(value: Json) -> String {
+fn text(value: &Json) -> String {
     // Integers between 2^63 and 2^64 exist in no parameter that was read from TOML.
-    toml::to_string(&value).expect("resolved parameters are plain data that TOML can say")
+    toml::to_string(value).expect("resolved parameters are plain data that TOML can say")
 }

@@ -111,7 +111,9 @@ pub fn schema(kinds: &[Kind], which: SchemaKind) -> Json {
         })
         .collect();
     let publisher = Publisher { definitions: generator.take_definitions(true) };
-    stages.iter_mut().for_each(|stage| *stage = publisher.publish(stage, is_overlay));
+    for stage in &mut stages {
+        *stage = publisher.publish(stage, is_overlay);
+    }
     let stage = if is_overlay {
         stages.push(json!({"const": false, "description": "Drops the stage."}));
         json!({"anyOf": stages})

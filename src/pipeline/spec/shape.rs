@@ -205,7 +205,9 @@ impl Compiler<'_> {
             for (key, value) in part {
                 match (key.as_str(), joined.get_mut(&key), value) {
                     ("properties", Some(Json::Object(known)), Json::Object(more)) => {
-                        more.into_iter().for_each(|(name, field)| drop(known.entry(name).or_insert(field)));
+                        for (name, field) in more {
+                            known.entry(name).or_insert(field);
+                        }
                     }
                     ("required", Some(Json::Array(known)), Json::Array(more)) => known.extend(more),
                     (_, None, value) => drop(joined.insert(key, value)),
@@ -224,7 +226,9 @@ impl Compiler<'_> {
         own.remove("$ref");
         let all = own.remove("allOf");
         parts.push(own);
-        target.iter().for_each(|target| self.flatten(target, parts));
+        if let Some(target) = target {
+            self.flatten(&target, parts);
+        }
         all.iter().filter_map(Json::as_array).flatten().for_each(|part| self.flatten(part, parts));
     }
 

@@ -145,7 +145,7 @@ fn check_values(axis: &Axis, report: &mut Report) -> bool {
 /// Whether two scalars are equal, 1 and 1.0 included.
 pub(super) fn is_same(a: &Json, b: &Json) -> bool {
     match (a.as_f64(), b.as_f64()) {
-        (Some(a), Some(b)) => a == b,
+        (Some(a), Some(b)) => a - b == 0.0,
         _ => a == b,
     }
 }
@@ -251,8 +251,77 @@ mod tests {
                      \"stages.train.stps\" = [1, 2]\n\"stages.train.optimizer.bta\" = [0.1]\n\"stages.train\" = [1]\n\
                      \"stages.train.run.cpus\" = [1]\nsteps = [1]\n\"stages.score.seed\" = [1, 1]\n\
                      \"stages.train.rewards.correct\" = [{ kind = \"correct\" }]\n\"stages.train.steps\" = [0, 5, \"x\"]\n";
-        insta::assert_snapshot!(swept(sweep).bad("a.toml", &[]), @"");
-        insta::assert_snapshot!(swept(&sweep.replace("[] }", "[1] }")).bad("a.toml", &[]), @"");
-        insta::assert_snapshot!(swept("[sweep]\n").bad("a.toml", &[]), @"");
+        insta::assert_snapshot!(swept(sweep).bad("a.toml", &[]), @r#"
+            error: wrong length of `seeds.values` in `sweep`
+             --> a.toml:3:42
+            3 | seeds = { path = "params.sead", values = [] }
+              |                                          ^^ expected at least 1, found 0
+        "#);
+        insta::assert_snapshot!(swept(&sweep.replace("[] }", "[1] }")).bad("a.toml", &[]), @r#"
+            error: unknown parameter `sead` in a swept path
+             --> a.toml:3:18
+            3 | seeds = { path = "params.sead", values = [1] }
+              |                  ^^^^^^^^^^^^^
+            hint: did you mean `seed`?
+
+            error: unknown stage `trian` in a swept path
+             --> a.toml:5:1
+            5 | "stages.trian.steps" = [1]
+              | ^^^^^^^^^^^^^^^^^^^^
+            hint: did you mean `train`?
+
+            error: unknown field `stps` in stage `train`
+             --> a.toml:6:1
+            6 | "stages.train.stps" = [1, 2]
+              | ^^^^^^^^^^^^^^^^^^^ expected one of `data`, `learning_rate`, `note`, `optimizer`, `rewards`, `seed`, `start`, `steps`, `validate`
+            hint: did you mean `steps`?
+
+            error: unknown field `bta` in `optimizer` of stage `train`
+             --> a.toml:7:1
+            7 | "stages.train.optimizer.bta" = [0.1]
+              | ^^^^^^^^^^^^^^^^^^^^^^^^^^^^ expected one of `beta`, `decay`, `nesterov`
+            hint: did you mean `beta`?
+
+            error: `stages.train` is not the path of a value
+             --> a.toml:8:1
+            8 | "stages.train" = [1]
+              | ^^^^^^^^^^^^^^
+
+            error: `stages.train.run.cpus` cannot be swept
+             --> a.toml:9:1
+            9 | "stages.train.run.cpus" = [1]
+              | ^^^^^^^^^^^^^^^^^^^^^^^ what `run` says changes no result
+
+            error: `steps` cannot be swept
+              --> a.toml:10:1
+            10 | steps = [1]
+               | ^^^^^ a swept path begins with `params.` or `stages.`
+
+            error: `stages.score.seed` is swept over the same value twice
+              --> a.toml:11:27
+            11 | "stages.score.seed" = [1, 1]
+               |                           ^ already among the values: its trial would be a duplicate
+
+            error: a table cannot be swept
+              --> a.toml:12:35
+            12 | "stages.train.rewards.correct" = [{ kind = "correct" }]
+               |                                   ^^^^^^^^^^^^^^^^^^^^ expected a string, a number or a boolean
+
+            error: `steps` is out of range in stage `train`
+              --> a.toml:13:25
+            13 | "stages.train.steps" = [0, 5, "x"]
+               |                         ^ expected at least 1
+
+            error: wrong type of `steps` in stage `train`
+              --> a.toml:13:31
+            13 | "stages.train.steps" = [0, 5, "x"]
+               |                               ^^^ expected an integer, found a string
+        "#);
+        insta::assert_snapshot!(swept("[sweep]\n").bad("a.toml", &[]), @r#"
+            error: too few entries in `sweep`
+             --> a.toml:2:2
+            2 | [sweep]
+              |  ^^^^^ expected at least 1, found 0
+        "#);
     }
 }

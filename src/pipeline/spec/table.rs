@@ -69,14 +69,12 @@ fn baseline(entry: &Entry, axes: &[Axis], report: &mut Report) -> BTreeMap<Strin
             continue;
         };
         let given = value.node.json();
-        match axis.values.iter().map(Node::json).find(|swept| is_same(swept, &given)) {
-            Some(swept) => drop(fixed.insert(axis.path.clone(), swept)),
-            None => {
-                let swept: Vec<String> = axis.values.iter().filter_map(Node::scalar_text).collect();
-                let message = format!("the baseline's `{name}` is not among the swept values");
-                let label = expected(swept.iter().map(String::as_str));
-                report.add(Mistake::at(value.node.span, message).label(label));
-            }
+        if let Some(swept) = axis.values.iter().map(Node::json).find(|swept| is_same(swept, &given)) {
+            fixed.insert(axis.path.clone(), swept);
+        } else {
+            let swept: Vec<String> = axis.values.iter().filter_map(Node::scalar_text).collect();
+            let message = format!("the baseline's `{name}` is not among the swept values");
+            report.add(Mistake::at(value.node.span, message).label(expected(swept.iter().map(String::as_str))));
         }
     }
     let given = |axis: &&&Axis| entry.node.get(&axis.path).or_else(|| entry.node.get(&axis.label)).is_none();
@@ -117,7 +115,51 @@ mod tests {
     fn names_in_a_table_are_checked() {
         let wrong = "metrics = [\"scre.solved\", \"solved\"]\nbaseline = { step = 5, rate = 0.7 }\n\
                      differences = [[\"score.solved\", \"tain.loss\"]]\n";
-        insta::assert_snapshot!(files(wrong).bad("a.toml", &[]), @"");
-        insta::assert_snapshot!(files("metric = []\ndifferences = [[\"a.b\"]]\n").bad("a.toml", &[]), @"");
+        insta::assert_snapshot!(files(wrong).bad("a.toml", &[]), @r#"
+            error: unknown stage `scre` in `table`
+             --> a.toml:6:12
+            6 | metrics = ["scre.solved", "solved"]
+              |            ^^^^^^^^^^^^^ expected one of `data`, `score`, `train`
+            hint: did you mean `score`?
+
+            error: `solved` names no metric
+             --> a.toml:6:27
+            6 | metrics = ["scre.solved", "solved"]
+              |                           ^^^^^^^^ expected `STAGE.METRIC`, as in `evaluate.solved`
+
+            error: the baseline does not fix `steps`
+             --> a.toml:7:1
+            7 | baseline = { step = 5, rate = 0.7 }
+              | ^^^^^^^^ the baseline fixes every axis but the seeds
+
+            error: nothing sweeps `step`, which the baseline fixes
+             --> a.toml:7:14
+            7 | baseline = { step = 5, rate = 0.7 }
+              |              ^^^^ expected one of `rate`, `steps`
+            hint: did you mean `steps`?
+
+            error: the baseline's `rate` is not among the swept values
+             --> a.toml:7:31
+            7 | baseline = { step = 5, rate = 0.7 }
+              |                               ^^^ expected one of `0.5`, `1.0`
+
+            error: unknown stage `tain` in `table`
+             --> a.toml:8:33
+            8 | differences = [["score.solved", "tain.loss"]]
+              |                                 ^^^^^^^^^^^ expected one of `data`, `score`, `train`
+            hint: did you mean `train`?
+        "#);
+        insta::assert_snapshot!(files("metric = []\ndifferences = [[\"a.b\"]]\n").bad("a.toml", &[]), @r#"
+            error: unknown field `metric` in `table`
+             --> a.toml:6:1
+            6 | metric = []
+              | ^^^^^^ expected one of `baseline`, `differences`, `metrics`
+            hint: did you mean `metrics`?
+
+            error: wrong length of `differences[0]` in `table`
+             --> a.toml:7:16
+            7 | differences = [["a.b"]]
+              |                ^^^^^^^ expected 2, found 1
+        "#);
     }
 }

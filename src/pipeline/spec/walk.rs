@@ -62,7 +62,7 @@ struct Walk<'a> {
     found: Findings,
 }
 
-impl<'a> Walk<'a> {
+impl Walk<'_> {
     fn value(&mut self, shape: ShapeId, node: &Node, key: Span) -> Json {
         let shapes = self.shapes;
         match (shapes.get(shape), &node.value) {
@@ -84,7 +84,7 @@ impl<'a> Walk<'a> {
                 }
                 node.json()
             }
-            (Shape::Integer(range), Value::Integer(number)) | (Shape::Number(range), Value::Integer(number)) => {
+            (Shape::Integer(range) | Shape::Number(range), Value::Integer(number)) => {
                 self.number(range.refuses(*number as f64), node)
             }
             (Shape::Number(range), Value::Float(number)) => self.number(range.refuses(*number), node),
@@ -160,7 +160,7 @@ impl<'a> Walk<'a> {
             }
             Text::Input(wants) => {
                 self.found.edges.push(Edge {
-                    field: self.path.join("."),
+                    field: self.path.join(".").replace(".[", "["),
                     reference: value.to_owned(),
                     wants: wants.clone(),
                     span: node.span,
@@ -227,15 +227,20 @@ impl<'a> Walk<'a> {
 
     fn table(&mut self, fields: &Fields, table: &Table, node: &Node, key: Span) -> Json {
         let mut json = Map::new();
+        let mut misspelt = Vec::new();
         let known = || fields.named.keys().map(String::as_str);
         for (name, entry) in table {
             let Some(shape) = fields.named.get(name.as_ref()).copied().or(fields.others) else {
                 let message = format!("unknown field `{name}` {}", self.within());
                 let extra = if self.path.is_empty() { self.extra } else { &[] };
-                let hint = did_you_mean(name, known().chain(extra.iter().copied()));
-                // What is given already cannot be what was meant, and a long list hides what may be.
-                let open = known().filter(|field| !table.contains_key(*field));
-                let label = if table.len() > 1 && known().count() > 12 { expected(open) } else { expected(known()) };
+                // What is given already cannot be what was meant.
+                let open = || known().filter(|field| !table.contains_key(*field));
+                let meant = nearest(name, open().chain(extra.iter().copied()));
+                misspelt.extend(meant);
+                let meant = meant.or_else(|| nearest(name, known()));
+                let hint = meant.map(|meant| format!("did you mean `{meant}`?"));
+                // A long list hides what may be missing.
+                let label = if known().count() > 12 { expected(open()) } else { expected(known()) };
                 self.found.mistakes.push(Mistake::at(entry.key, message).label(label).hint(hint));
                 continue;
             };
@@ -249,7 +254,7 @@ impl<'a> Walk<'a> {
             json.insert(name.to_string(), value);
         }
         for name in &fields.required {
-            if !table.contains_key(name.as_str()) {
+            if !table.contains_key(name.as_str()) && !misspelt.contains(&name.as_str()) {
                 self.missing(name, fields, node, key);
             }
         }
