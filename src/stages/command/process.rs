@@ -136,10 +136,10 @@ fn stop_when_asked(group: Pid, interrupt: &AtomicBool, end: &Receiver<()>) -> bo
 
 /// A group that has no process left is no error.
 fn signal(group: Pid, signal: Signal) {
-    if let Err(error) = kill_process_group(group, signal) {
-        if error != rustix::io::Errno::SRCH {
-            tracing::warn!(group = group.as_raw_nonzero(), %error, "cannot signal a program");
-        }
+    if let Err(error) = kill_process_group(group, signal)
+        && error != rustix::io::Errno::SRCH
+    {
+        tracing::warn!(group = group.as_raw_nonzero(), %error, "cannot signal a program");
     }
 }
 
