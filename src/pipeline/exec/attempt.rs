@@ -687,7 +687,7 @@ mod tests {
         let mut request = request(&sandbox, 2);
         let input = RequestInput { key: key(1), output: "out".into(), digest, artifact: ArtifactType::Files };
         request.inputs.insert("a".into(), input.clone());
-        let file = sandbox.store.object(&input.digest).join("data");
+        let file = sandbox.opened(&input.digest).join("data");
         std::fs::remove_file(&file).unwrap();
         std::fs::write(&file, "two").unwrap();
         match go(&sandbox, &request, &|_| panic!("it must not run")) {
@@ -709,7 +709,7 @@ mod tests {
         let request = request(&sandbox, 1);
         let run: Run<'_> = &|context| write(context, "x");
         let manifest = go(&sandbox, &request, run).unwrap();
-        std::fs::remove_file(sandbox.store.object(&manifest.outputs[0].digest).join("data")).unwrap();
+        std::fs::remove_file(sandbox.opened(&manifest.outputs[0].digest).join("data")).unwrap();
         assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Damaged { .. }));
         go(&sandbox, &request, run).unwrap();
         assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Hit(_)));

@@ -112,6 +112,15 @@ impl Program<'_> {
                     };
                     anyhow::bail!("cannot start `{name}`: {why}");
                 }
+                Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                    let name = self.name.display();
+                    let why = if self.name.as_encoded_bytes().contains(&b'/') {
+                        "it is not executable; make it so with `chmod +x`"
+                    } else {
+                        "no such program that may be executed is found in `PATH`"
+                    };
+                    anyhow::bail!("cannot start `{name}`: {why}");
+                }
                 other => return other.with_context(|| format!("cannot start `{}`", self.name.display())),
             }
         }
