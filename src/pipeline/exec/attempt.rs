@@ -18,9 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::pipeline::plan::NodeName;
-use crate::pipeline::stage::{
-    ArtifactType, InputArtifact, Interrupted, Output, Resources, StageContext, StageEvent,
-};
+use crate::pipeline::stage::{ArtifactType, InputArtifact, Interrupted, Output, Resources, StageContext, StageEvent};
 use crate::pipeline::store::{
     Attempts, Digest, DraftOutput, KeyLock, KeyParts, Lookup, Manifest, ManifestDraft, Store, StoreError,
     link_tensorboard,
@@ -124,9 +122,10 @@ pub fn attempt(
     mut events: Box<dyn FnMut(StageEvent) + Send>,
 ) -> Result<Manifest, AttemptError> {
     if request.protocol != PROTOCOL {
-        let message = "the request has protocol `{}`, and this program speaks `{}`; build both programs from one source";
-        let message = message.replacen("{}", &request.protocol.to_string(), 1).replacen("{}", &PROTOCOL.to_string(), 1);
-        return Err(AttemptError::Failed(anyhow!(message)));
+        return Err(AttemptError::Failed(anyhow!(
+            "the request has protocol `{}`, and this program speaks `{PROTOCOL}`; build both programs from one source",
+            request.protocol
+        )));
     }
     let lock = lock(store, &request.key, &interrupt, waiting)?;
     if !request.again {
@@ -163,7 +162,7 @@ pub fn attempt(
         resources: Resources {
             device: request.device.clone(),
             threads: attempts.threads,
-            save_every: Duration::try_from_secs_f64(request.save_every_seconds).unwrap_or(Duration::from_mins(1)),
+            save_every: Duration::try_from_secs_f64(request.save_every_seconds).unwrap_or(Duration::from_secs(60)),
         },
         interrupt,
         events: watched(store, request, &attempts, began, events),
@@ -196,7 +195,7 @@ pub fn attempt(
                 error => AttemptError::Store(error),
             })
         }
-        Err(error) if error.chain().any(|cause| cause.is::<Interrupted>()) => {
+        Err(error) if error.chain().any(<dyn std::error::Error>::is::<Interrupted>) => {
             ended.save(&store.work(&request.key))?;
             Store::drop_out(&out)?;
             Err(AttemptError::Interrupted)
@@ -463,4 +462,300 @@ fn panic_text(panic: &(dyn Any + Send)) -> &str {
 
 fn io(action: &'static str, path: &Path, cause: std::io::Error) -> StoreError {
     StoreError::Io { action, path: path.to_owned(), cause }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::atomic::AtomicUsize;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::pipeline::store::fixture::{Sandbox, key, parts};
+
+    type Run<'a> = &'a dyn Fn(&mut StageContext) -> anyhow::Result<()>;
+
+    fn request(sandbox: &Sandbox, number: usize) -> Request {
+        Request {
+            protocol: PROTOCOL,
+            store: sandbox.store.root().to_owned(),
+            key: key(number),
+            recipe: key(number + 1000),
+            kind: "test".into(),
+            parts: parts(),
+            params: Value::Null,
+            outputs: vec![Output::new("out", ArtifactType::Files)],
+            inputs: [].into(),
+            files: [].into(),
+            names: vec![NodeName { experiment: "e".into(), trial: "seed=1".into(), stage: "s".into() }],
+            again: false,
+            device: "cpu".into(),
+            threads: 2,
+            save_every_seconds: 30.0,
+            config_text: "kind = \"test\"\n".into(),
+            numerics: [("libtorch".to_owned(), "2".to_owned())].into(),
+        }
+    }
+
+    fn quiet() -> Box<dyn FnMut(StageEvent) + Send> {
+        Box::new(|_| ())
+    }
+
+    fn go(sandbox: &Sandbox, request: &Request, run: Run<'_>) -> Result<Manifest, AttemptError> {
+        attempt(&sandbox.store, request, run, Arc::default(), &mut || panic!("nobody else is here"), quiet())
+    }
+
+    fn write(context: &StageContext, text: &str) -> anyhow::Result<()> {
+        Ok(std::fs::write(context.output("out").join("data"), text)?)
+    }
+
+    #[test]
+    fn a_stage_runs_once_and_again_when_asked() {
+        let sandbox = Sandbox::new();
+        let runs = AtomicUsize::new(0);
+        let run: Run<'_> = &|context| write(context, &runs.fetch_add(1, Ordering::Relaxed).to_string());
+        let mut request = request(&sandbox, 1);
+        let first = go(&sandbox, &request, run).unwrap();
+        assert_eq!(
+            (first.attempts, &first.numerics["threads"], &first.numerics["libtorch"]),
+            (1, &"2".into(), &"2".into())
+        );
+        assert_eq!(go(&sandbox, &request, run).unwrap().finished, first.finished);
+        assert_eq!(runs.load(Ordering::Relaxed), 1);
+        request.again = true;
+        let second = go(&sandbox, &request, run).unwrap();
+        assert_ne!(first.outputs[0].digest, second.outputs[0].digest);
+        let Lookup::Hit(found) = sandbox.store.lookup(&key(1)).unwrap() else { panic!("no hit") };
+        assert_eq!(found.outputs[0].digest, second.outputs[0].digest);
+        assert!(!sandbox.store.work(&key(1)).exists());
+        assert!(sandbox.store.logs(&key(1)).join("config.toml").exists());
+    }
+
+    #[test]
+    fn of_many_at_once_one_runs_and_the_others_take_its_result() {
+        let sandbox = Sandbox::new();
+        let (runs, waits) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let all: Mutex<Vec<Digest>> = Mutex::default();
+        std::thread::scope(|scope| {
+            for _ in 0..6 {
+                scope.spawn(|| {
+                    let run: Run<'_> = &|context| {
+                        runs.fetch_add(1, Ordering::Relaxed);
+                        std::thread::sleep(Duration::from_millis(60));
+                        write(context, "x")
+                    };
+                    let mut waiting = || {
+                        waits.fetch_add(1, Ordering::Relaxed);
+                    };
+                    let request = request(&sandbox, 1);
+                    let manifest = attempt(&sandbox.store, &request, run, Arc::default(), &mut waiting, quiet());
+                    all.lock().unwrap().push(manifest.unwrap().outputs[0].digest.clone());
+                });
+            }
+        });
+        assert_eq!(runs.into_inner(), 1);
+        assert!((1..=5).contains(&waits.into_inner()));
+        let all = all.into_inner().unwrap();
+        assert!(all.len() == 6 && all.windows(2).all(|pair| pair[0] == pair[1]));
+    }
+
+    #[test]
+    fn an_interrupt_ends_the_wait_for_another_process() {
+        let sandbox = Sandbox::new();
+        let _lock = sandbox.store.lock(&key(1)).unwrap();
+        let interrupt = Arc::new(AtomicBool::new(false));
+        let mut waiting = || interrupt.store(true, Ordering::Relaxed);
+        let run: Run<'_> = &|_| panic!("it is another's turn");
+        let result = attempt(&sandbox.store, &request(&sandbox, 1), run, interrupt.clone(), &mut waiting, quiet());
+        assert!(matches!(result, Err(AttemptError::Interrupted)), "{result:?}");
+    }
+
+    #[test]
+    fn an_interrupted_stage_goes_on_with_its_threads_and_sums_its_attempts() {
+        let sandbox = Sandbox::new();
+        let mut request = request(&sandbox, 1);
+        let stop: Run<'_> = &|context| {
+            std::fs::write(context.work.join("state"), "half")?;
+            write(context, "unfinished")?;
+            std::thread::sleep(Duration::from_millis(5));
+            Err(anyhow::Error::from(Interrupted).context("while training"))
+        };
+        assert!(matches!(go(&sandbox, &request, stop), Err(AttemptError::Interrupted)));
+        assert!(sandbox.store.has_saved_work(&key(1)));
+        assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Miss));
+        request.threads = 7;
+        request.numerics.insert("libtorch".into(), "3".into());
+        let resume: Run<'_> = &|context| {
+            assert_eq!(context.resources.threads, 2);
+            assert!(!context.output("out").join("data").exists(), "outputs begin afresh");
+            write(context, &std::fs::read_to_string(context.work.join("state"))?)
+        };
+        let manifest = go(&sandbox, &request, resume).unwrap();
+        assert_eq!((manifest.attempts, &manifest.numerics["threads"]), (2, &"2".to_owned()));
+        assert_eq!(manifest.numerics[RESUMED_UNDER], "libtorch: 2 => 3");
+        assert!(manifest.seconds >= 0.005);
+        assert!(!sandbox.store.has_saved_work(&key(1)));
+    }
+
+    #[test]
+    fn saved_work_of_another_device_or_of_unknown_origin_is_dropped() {
+        let sandbox = Sandbox::new();
+        let stop: Run<'_> = &|context| {
+            std::fs::write(context.work.join("state"), "half")?;
+            Err(Interrupted.into())
+        };
+        let fresh: Run<'_> = &|context| {
+            assert!(!context.work.join("state").exists());
+            write(context, "x")
+        };
+        let mut one = request(&sandbox, 1);
+        go(&sandbox, &one, stop).unwrap_err();
+        one.device = "cuda:0".into();
+        one.threads = 5;
+        assert_eq!(go(&sandbox, &one, fresh).unwrap().numerics["threads"], "5");
+        let two = request(&sandbox, 2);
+        go(&sandbox, &two, stop).unwrap_err();
+        std::fs::write(sandbox.store.work(&key(2)).join("attempts.json"), "").unwrap();
+        go(&sandbox, &two, fresh).unwrap();
+    }
+
+    #[test]
+    fn a_failure_keeps_its_files_its_log_and_its_saved_work() {
+        let sandbox = Sandbox::new();
+        let request = request(&sandbox, 1);
+        let panics: Run<'_> = &|context| {
+            write(context, "evidence")?;
+            std::fs::write(context.work.join("state"), "half")?;
+            let number = 7;
+            panic!("row {number} is wrong")
+        };
+        for _ in 0..2 {
+            let error = go(&sandbox, &request, panics).unwrap_err().to_string();
+            assert_eq!(error, "the stage panicked: row 7 is wrong");
+        }
+        let work = sandbox.store.work(&key(1));
+        assert_eq!(std::fs::read_to_string(work.join("failed/out/data")).unwrap(), "evidence");
+        let log = std::fs::read_to_string(sandbox.store.logs(&key(1)).join("log.txt")).unwrap();
+        assert_eq!(log.matches("row 7 is wrong").count(), 2);
+        let manifest = go(&sandbox, &request, &|context| write(context, "well")).unwrap();
+        assert_eq!(manifest.attempts, 3);
+    }
+
+    #[test]
+    fn outputs_must_be_there_and_storable() {
+        let sandbox = Sandbox::new();
+        let request = request(&sandbox, 1);
+        let error = go(&sandbox, &request, &|_| Ok(())).unwrap_err().to_string();
+        assert_eq!(error, "the stage ended without writing its output `out`");
+        let empty: Run<'_> = &|context| Ok(std::fs::create_dir_all(context.output("out").join("a/b"))?);
+        assert!(go(&sandbox, &request, empty).is_err());
+        let link: Run<'_> = &|context| Ok(std::os::unix::fs::symlink("x", context.output("out").join("link"))?);
+        let error = go(&sandbox, &request, link).unwrap_err();
+        assert!(matches!(&error, AttemptError::Failed(_)) && error.to_string().contains("symbolic link"), "{error}");
+        assert!(sandbox.store.work(&key(1)).join("failed/out/link").is_symlink());
+    }
+
+    #[test]
+    fn a_file_that_changes_while_the_stage_runs_spoils_the_result() {
+        let sandbox = Sandbox::new();
+        let file = sandbox.place.path().join("users.txt");
+        std::fs::write(&file, "one").unwrap();
+        let mut request = request(&sandbox, 1);
+        let digest = sandbox.store.file_digest(&file).unwrap();
+        request.files.insert(file.display().to_string(), digest);
+        let edit: Run<'_> = &|context| {
+            std::fs::write(&file, "two")?;
+            write(context, "x")
+        };
+        let error = go(&sandbox, &request, edit).unwrap_err().to_string();
+        assert!(error.contains("users.txt` changed while the stage ran; its result was not kept"), "{error}");
+        let never: Run<'_> = &|_| panic!("its file has changed");
+        let error = go(&sandbox, &request, never).unwrap_err().to_string();
+        assert!(error.contains("users.txt` changed after the run was planned"), "{error}");
+        std::fs::remove_file(&file).unwrap();
+        let error = go(&sandbox, &request, never).unwrap_err().to_string();
+        assert!(error.contains("users.txt` was removed"), "{error}");
+        assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Miss));
+    }
+
+    #[test]
+    fn a_damaged_input_is_never_delivered() {
+        let sandbox = Sandbox::new();
+        let producer = sandbox.publish(1, &[("data", "one")]);
+        let digest = producer.outputs[0].digest.clone();
+        let mut request = request(&sandbox, 2);
+        let input = RequestInput { key: key(1), output: "out".into(), digest, artifact: ArtifactType::Files };
+        request.inputs.insert("a".into(), input.clone());
+        let file = sandbox.store.object(&input.digest).join("data");
+        std::fs::remove_file(&file).unwrap();
+        std::fs::write(&file, "two").unwrap();
+        match go(&sandbox, &request, &|_| panic!("it must not run")) {
+            Err(AttemptError::DamagedInput { reference, producer, what }) => {
+                assert_eq!((reference.as_str(), producer), ("a", key(1)));
+                assert!(what.contains("does not have the content"), "{what}");
+            }
+            other => panic!("{other:?}"),
+        }
+        assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Miss));
+        sandbox.publish(1, &[("data", "one")]);
+        let copy: Run<'_> = &|context| write(context, &std::fs::read_to_string(context.inputs["a"].path.join("data"))?);
+        assert_eq!(go(&sandbox, &request, copy).unwrap().inputs["a"], input.digest);
+    }
+
+    #[test]
+    fn a_damaged_result_is_made_again() {
+        let sandbox = Sandbox::new();
+        let request = request(&sandbox, 1);
+        let run: Run<'_> = &|context| write(context, "x");
+        let manifest = go(&sandbox, &request, run).unwrap();
+        std::fs::remove_file(sandbox.store.object(&manifest.outputs[0].digest).join("data")).unwrap();
+        assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Damaged { .. }));
+        go(&sandbox, &request, run).unwrap();
+        assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Hit(_)));
+    }
+
+    #[test]
+    fn metrics_are_the_finite_numbers_of_the_first_output() {
+        let sandbox = Sandbox::new();
+        let cases = [
+            (json!({"solved": 0.5, "rows": 3, "name": "x"}), [("rows", 3.0), ("solved", 0.5)].as_slice()),
+            (json!({"metrics": {"solved": 1}, "rows": 3}), &[("solved", 1.0)]),
+            (json!([1, 2]), &[]),
+        ];
+        for (number, (written, expected)) in cases.into_iter().enumerate() {
+            let run: Run<'_> =
+                &|context| Ok(std::fs::write(context.output("out").join("metrics.json"), written.to_string())?);
+            let metrics = go(&sandbox, &request(&sandbox, number), run).unwrap().metrics;
+            let metrics: Vec<(&str, f64)> = metrics.iter().map(|(name, value)| (name.as_str(), *value)).collect();
+            assert_eq!(metrics, expected);
+        }
+    }
+
+    #[test]
+    fn curves_are_shown_while_the_stage_runs() {
+        let sandbox = Sandbox::new();
+        let link = sandbox.store.root().join("tensorboard/e/seed=1/s/events");
+        let run: Run<'_> = &|context| {
+            std::fs::create_dir(context.logs.join("tensorboard"))?;
+            std::fs::write(context.logs.join("tensorboard/events"), "x")?;
+            context.progress(1, 2, "steps");
+            assert!(link.exists());
+            write(context, "x")
+        };
+        go(&sandbox, &request(&sandbox, 1), run).unwrap();
+        assert!(link.exists());
+    }
+
+    #[test]
+    fn a_request_survives_the_way_to_another_process_and_its_protocol_is_checked() {
+        let sandbox = Sandbox::new();
+        let mut request = request(&sandbox, 1);
+        let text = serde_json::to_string(&request).unwrap();
+        let back: Request = serde_json::from_str(&text).unwrap();
+        assert_eq!(serde_json::to_string(&back).unwrap(), text);
+        request.protocol = 99;
+        let error = go(&sandbox, &request, &|_| Ok(())).unwrap_err().to_string();
+        assert!(error.contains("protocol `99`"), "{error}");
+    }
 }

@@ -43,16 +43,17 @@ impl Store {
     /// The manifest of `key`: `None` where there is none, `Some(Err)` where it is damaged. Objects are not looked at.
     pub(super) fn manifest(&self, key: &Digest) -> Result<Option<Result<Manifest, String>>, StoreError> {
         let path = self.manifest_path(key);
-        let bytes = match std::fs::read(&path) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => {
-                let error = Err(error).at("read", &path);
-                return error.or_else(|error: StoreError| {
-                    if error.means_damage() { Ok(Some(Err(error.to_string()))) } else { Err(error) }
-                });
-            }
-        };
+        let bytes =
+            match std::fs::read(&path) {
+                Ok(bytes) => bytes,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+                Err(error) => {
+                    let error = Err(error).at("read", &path);
+                    return error.or_else(|error: StoreError| {
+                        if error.means_damage() { Ok(Some(Err(error.to_string()))) } else { Err(error) }
+                    });
+                }
+            };
         let damaged = |problem: &str| Ok(Some(Err(format!("the manifest `{}` {problem}", path.display()))));
         let Some(body) = sealed::open(&bytes) else { return damaged("does not have the digest that it carries") };
         match serde_json::from_slice::<Manifest>(&body) {
@@ -170,5 +171,149 @@ fn move_if_there(from: &Path, to: &Path) -> Result<(), StoreError> {
     match std::fs::rename(from, to) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
         other => other.at("put aside", from),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixture::{Sandbox, key};
+    use super::*;
+
+    /// Changes one byte of a stored file and sets its mtime back.
+    fn flip_a_byte(path: &Path) {
+        use std::os::unix::fs::PermissionsExt as _;
+        let (modified, mut bytes) =
+            (std::fs::metadata(path).unwrap().modified().unwrap(), std::fs::read(path).unwrap());
+        bytes[0] ^= 1;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644)).unwrap();
+        std::fs::write(path, bytes).unwrap();
+        std::fs::File::options().write(true).open(path).unwrap().set_modified(modified).unwrap();
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o444)).unwrap();
+    }
+
+    fn damage(sandbox: &Sandbox, key: &Digest) -> String {
+        match sandbox.store.lookup(key).unwrap() {
+            Lookup::Damaged { what } => what,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_is_published_is_found_with_its_exact_bytes() {
+        let sandbox = Sandbox::new();
+        assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Miss));
+        let published = sandbox.publish(1, &[("a/b.txt", "one"), ("run", "two")]);
+        let Lookup::Hit(found) = sandbox.store.lookup(&key(1)).unwrap() else { panic!("no hit") };
+        assert_eq!(serde_json::to_value(&*found).unwrap(), serde_json::to_value(&published).unwrap());
+        let object = sandbox.store.object(&found.outputs[0].digest);
+        assert_eq!(std::fs::read_to_string(object.join("a/b.txt")).unwrap(), "one");
+        assert!(sandbox.store.verify_object(&found.outputs[0]).unwrap().is_ok());
+    }
+
+    #[test]
+    fn a_flipped_byte_is_found_put_aside_and_rebuilt() {
+        let sandbox = Sandbox::new();
+        let manifest = sandbox.publish(1, &[("data", "one")]);
+        let object = sandbox.store.object(&manifest.outputs[0].digest);
+        flip_a_byte(&object.join("data"));
+        let what = damage(&sandbox, &key(1));
+        assert!(what.contains("/data` does not have the content"), "{what}");
+        assert!(sandbox.store.verify_object(&manifest.outputs[0]).unwrap().is_err());
+        sandbox.store.quarantine(&key(1), &what).unwrap();
+        assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Miss));
+        assert!(!object.exists());
+        let aside = std::fs::read_dir(sandbox.store.root().join("quarantine")).unwrap().next().unwrap().unwrap().path();
+        assert_eq!(std::fs::read_to_string(aside.join("why.txt")).unwrap().trim(), what);
+        assert!(aside.join(&manifest.outputs[0].digest.0).join("data").exists());
+        sandbox.publish(1, &[("data", "one")]);
+        assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Hit(_)));
+    }
+
+    #[test]
+    fn every_sort_of_damage_has_its_words() {
+        use std::os::unix::fs::PermissionsExt as _;
+        type Harm = fn(&Store, &Path);
+        let harms: [(&str, Harm); 5] = [
+            ("is missing", |_, file| std::fs::remove_file(file).unwrap()),
+            ("has 1 bytes instead of 3", |_, file| {
+                std::fs::remove_file(file).unwrap();
+                std::fs::write(file, "x").unwrap();
+            }),
+            ("another executable bit", |_, file| {
+                std::fs::set_permissions(file, std::fs::Permissions::from_mode(0o555)).unwrap();
+            }),
+            ("is no longer a file", |_, file| {
+                std::fs::remove_file(file).unwrap();
+                std::os::unix::fs::symlink("/etc/hostname", file).unwrap();
+            }),
+            ("does not have the digest that it carries", |store, _| {
+                let path = store.manifest_path(&key(1));
+                let text = std::fs::read_to_string(&path).unwrap().replace("\"attempts\":1", "\"attempts\":2");
+                std::fs::write(&path, text).unwrap();
+            }),
+        ];
+        for (words, harm) in harms {
+            let sandbox = Sandbox::new();
+            let manifest = sandbox.publish(1, &[("data", "one")]);
+            let object = sandbox.store.object(&manifest.outputs[0].digest);
+            std::fs::set_permissions(&object, std::fs::Permissions::from_mode(0o755)).unwrap();
+            harm(&sandbox.store, &object.join("data"));
+            let what = damage(&sandbox, &key(1));
+            assert!(what.contains(words), "{what}");
+            sandbox.store.quarantine(&key(1), &what).unwrap();
+            sandbox.publish(1, &[("data", "one")]);
+            assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Hit(_)), "{words}");
+        }
+    }
+
+    #[test]
+    fn a_touched_or_copied_object_is_hashed_and_still_a_hit() {
+        let sandbox = Sandbox::new();
+        let manifest = sandbox.publish(1, &[("data", "one")]);
+        let file = sandbox.store.object(&manifest.outputs[0].digest).join("data");
+        let later = std::time::SystemTime::now() + std::time::Duration::from_secs(5);
+        std::fs::File::open(&file).unwrap().set_modified(later).unwrap();
+        assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Hit(_)));
+    }
+
+    #[test]
+    fn what_is_whole_is_never_put_aside() {
+        let sandbox = Sandbox::new();
+        let manifest = sandbox.publish(1, &[("data", "one")]);
+        sandbox.store.quarantine(&key(1), "a false alarm").unwrap();
+        sandbox.store.quarantine(&key(2), "not there at all").unwrap();
+        sandbox.store.quarantine_object(&manifest.outputs[0].digest, "a false alarm").unwrap();
+        assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Hit(_)));
+        assert_eq!(std::fs::read_dir(sandbox.store.root().join("quarantine")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn verification_reads_everything_and_repair_makes_misses() {
+        let sandbox = Sandbox::new();
+        sandbox.publish(1, &[("data", "one")]);
+        sandbox.publish(2, &[("data", "one")]);
+        sandbox.publish(3, &[("data", "three")]);
+        let four = sandbox.publish(4, &[("data", "four")]);
+        let mut last = (0, 0);
+        let report = sandbox.store.verify(None, &mut |done, total| last = (done, total)).unwrap();
+        assert_eq!((report.manifests, report.objects, report.bytes, last), (4, 3, 12, (12, 12)));
+        assert!(report.is_sound() && report.orphans.is_empty());
+        let object = |content: &str| {
+            let (digest, _) = sandbox.digest(&[("data", content)]);
+            sandbox.store.object(&digest)
+        };
+        flip_a_byte(&object("one").join("data"));
+        std::fs::rename(object("three"), sandbox.store.root().join("elsewhere")).unwrap();
+        std::fs::remove_file(sandbox.store.manifest_path(&key(4))).unwrap();
+        let report = sandbox.store.verify(None, &mut |_, _| ()).unwrap();
+        let keys = |damages: &[super::super::Damage]| damages.iter().map(|one| one.key.clone()).collect::<Vec<_>>();
+        assert_eq!((keys(&report.damaged), keys(&report.missing)), (vec![key(1), key(2)], vec![key(3)]));
+        assert_eq!(report.orphans, [sandbox.store.object(&four.outputs[0].digest)]);
+        assert_eq!(sandbox.store.repair(&report).unwrap(), 3);
+        for number in 1..=4 {
+            assert!(matches!(sandbox.store.lookup(&key(number)).unwrap(), Lookup::Miss), "{number}");
+        }
+        let asked = sandbox.store.verify(Some(&[key(1)]), &mut |_, _| ()).unwrap();
+        assert_eq!(keys(&asked.missing), [key(1)]);
     }
 }

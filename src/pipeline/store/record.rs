@@ -119,9 +119,10 @@ pub fn link_tensorboard(root: &Path, name: &NodeName, key: &Digest) -> Result<()
     }
     std::fs::create_dir_all(&folder).at("create the folder", &folder)?;
     // Made beside and renamed, so that a viewer never finds it missing.
-    let new = tempfile::Builder::new().prefix(".new-").make_in(&folder, |path| std::os::unix::fs::symlink(&target, path));
+    let new =
+        tempfile::Builder::new().prefix(".new-").make_in(&folder, |path| std::os::unix::fs::symlink(&target, path));
     let new = new.at("link", &link)?;
-    new.persist(&link).map_err(|error| error.error).map(|_| ()).at("link", &link)
+    new.persist(&link).map_err(|error| error.error).at("link", &link)
 }
 
 /// A name as one component of a path: `/`, `%`, control characters and a leading `.` or lone `_` are escaped, and what is too
@@ -129,9 +130,10 @@ pub fn link_tensorboard(root: &Path, name: &NodeName, key: &Digest) -> Result<()
 fn segment(name: &str) -> String {
     let mut text = String::with_capacity(name.len());
     for (index, character) in name.chars().enumerate() {
-        let escape = matches!(character, '/' | '%' | '\\') || character.is_control() || (index == 0 && character == '.');
+        let escape =
+            matches!(character, '/' | '%' | '\\') || character.is_control() || (index == 0 && character == '.');
         if escape || name == "_" {
-            text.push_str(&format!("%{:02X}", u32::from(character)));
+            text.extend(["%".to_owned(), format!("{:02X}", u32::from(character))]);
         } else {
             text.push(character);
         }

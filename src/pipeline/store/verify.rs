@@ -62,7 +62,9 @@ impl Store {
             match self.manifest(key)? {
                 Some(Ok(manifest)) => manifests.push(manifest),
                 Some(Err(what)) => report.damaged.push(Damage { key: key.clone(), what }),
-                None => report.missing.push(Damage { key: key.clone(), what: format!("there is no result of `{key}`") }),
+                None => {
+                    report.missing.push(Damage { key: key.clone(), what: format!("there is no result of `{key}`") });
+                }
             }
             report.manifests += 1;
         }

@@ -1,0 +1,87 @@
+//! A store in a temporary folder, for the tests of everything that rests on one.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use serde_json::Value;
+
+use super::{Digest, DraftOutput, KeyParts, Manifest, ManifestDraft, Store, StoreError, StoredFile, digest_folder};
+use crate::pipeline::stage::ArtifactType;
+
+/// A store that is gone when it is dropped.
+pub(crate) struct Sandbox {
+    /// The store.
+    pub(crate) store: Store,
+    /// Its folder, and beside it room for a user's files.
+    pub(crate) place: tempfile::TempDir,
+    folders: AtomicUsize,
+}
+
+/// A key by number.
+pub(crate) fn key(number: usize) -> Digest {
+    blake3::hash(&number.to_le_bytes()).into()
+}
+
+impl Sandbox {
+    /// A new one.
+    pub(crate) fn new() -> Self {
+        let place = tempfile::tempdir().unwrap();
+        let store = Store::open(&place.path().join("store")).unwrap();
+        Self { store, place, folders: AtomicUsize::new(0) }
+    }
+
+    /// Opens the store as another process would.
+    pub(crate) fn reopen(&mut self) {
+        self.store = Store::open(&self.place.path().join("store")).unwrap();
+    }
+
+    /// A folder in the store's work with these files.
+    pub(crate) fn folder(&self, files: &[(&str, &str)]) -> PathBuf {
+        let number = self.folders.fetch_add(1, Ordering::Relaxed);
+        let folder = self.store.root().join("work").join(format!("draft-{number}"));
+        for (path, content) in files {
+            let path = folder.join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, content).unwrap();
+        }
+        folder
+    }
+
+    /// The digest of a folder with these files.
+    pub(crate) fn digest(&self, files: &[(&str, &str)]) -> (Digest, Vec<StoredFile>) {
+        digest_folder(&self.folder(files)).unwrap()
+    }
+
+    /// Publishes these files as the output `out` of a key.
+    pub(crate) fn publish(&self, number: usize, files: &[(&str, &str)]) -> Manifest {
+        self.try_publish(number, files).unwrap()
+    }
+
+    /// The same, if it works.
+    pub(crate) fn try_publish(&self, number: usize, files: &[(&str, &str)]) -> Result<Manifest, StoreError> {
+        self.publish_folder(number, &self.folder(files))
+    }
+
+    /// The same with a folder.
+    pub(crate) fn publish_folder(&self, number: usize, folder: &Path) -> Result<Manifest, StoreError> {
+        let lock = self.store.lock(&key(number))?;
+        let output = DraftOutput { name: "out".into(), artifact: ArtifactType::Files, folder: folder.to_owned() };
+        let draft = ManifestDraft {
+            recipe: key(number),
+            parts: parts(),
+            params: Value::Null,
+            inputs: [].into(),
+            outputs: vec![output],
+            seconds: 1.5,
+            attempts: 1,
+            numerics: [].into(),
+            metrics: [("solved".to_owned(), 0.1 + 0.2)].into(),
+        };
+        self.store.publish(&lock, draft)
+    }
+}
+
+/// The parts of a key of no kind.
+pub(crate) fn parts() -> KeyParts {
+    KeyParts { kind: "test".into(), version: 1, parts: vec![], params: Value::Null, rng_abi: 1 }
+}

@@ -1,0 +1,510 @@
+//! `command`: any program of the user's, cached like every other stage.
+//!
+//! The program runs in a fresh folder in which `files` stand at their relative paths, with `PATH`, `HOME`, `LANG` and the
+//! table `env` as its whole environment; `{inputs.NAME}` in an argument is the folder of that input. An output is the file or the
+//! folder of that name which it leaves in its folder. The stored output is a folder that holds it *under its own name*, be it a file or
+//! a folder: the output `out` of stage `a`, taken as `inputs = { x = "a" }`, is read at `{inputs.x}/out`.
+
+mod process;
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Component, Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::pipeline::stage::{
+    Any, ArtifactType, Input, Interrupted, Output, PlacedFile, Problem, Stage, StageContext, Upstream,
+};
+use process::{Ended, Program};
+
+/// What of the driver's environment the program sees.
+const INHERITED: [&str; 3] = ["PATH", "HOME", "LANG"];
+
+/// The program's folder, beside the outputs: no output can bear this name, and a failed attempt keeps it.
+const FOLDER: &str = ".folder";
+
+/// Lines of the log that an error shows.
+const TAIL: usize = 20;
+
+/// Run any program; its outputs are files or folders that it leaves in its working folder.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Command {
+    /// The program and its arguments. `{inputs.NAME}` stands for the folder of an input.
+    #[schemars(length(min = 1))]
+    pub command: Vec<String>,
+    /// Outputs of other stages, by the name under which arguments mention them.
+    #[serde(default)]
+    pub inputs: BTreeMap<String, Input<Any>>,
+    /// Files and folders, known by their content, that stand at these relative paths in the working folder.
+    #[serde(default)]
+    pub files: Vec<PlacedFile>,
+    /// Names of files or folders that the program leaves in its working folder; the first is the default output.
+    #[schemars(length(min = 1))]
+    pub outputs: Vec<String>,
+    /// Environment variables beside `PATH`, `HOME` and `LANG`, which it may replace.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+}
+
+impl Stage for Command {
+    const KIND: &'static str = "command";
+    const VERSION: u32 = 1;
+
+    fn outputs(&self) -> Vec<Output> {
+        self.outputs.iter().map(|name| Output::new(name, ArtifactType::Files)).collect()
+    }
+
+    fn check(&self, _: &Upstream<'_>) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        if self.command.first().is_none_or(String::is_empty) {
+            problems
+                .push(Problem::new("command", "no program is named").hint("as `command = [\"sh\", \"-c\", \"...\"]`"));
+        }
+        for (index, argument) in self.command.iter().enumerate() {
+            let path = format!("command.{index}");
+            if argument.contains('\0') {
+                problems.push(Problem::new(&path, "an argument cannot hold a NUL character"));
+            }
+            for (name, _) in mentions(argument).filter(|(name, _)| !self.inputs.contains_key(*name)) {
+                let problem = Problem::new(&path, format!("`{{inputs.{name}}}` names no input of the stage"));
+                problems.push(problem.hint(self.known_inputs()));
+            }
+        }
+        self.check_outputs(&mut problems);
+        self.check_files(&mut problems);
+        for (name, value) in &self.env {
+            if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
+                let message = format!("`{}` cannot be an environment variable", name.escape_default());
+                problems.push(Problem::new(format!("env.{name}"), message));
+            }
+        }
+        problems
+    }
+
+    fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
+        let folder = context.out.join(FOLDER);
+        std::fs::create_dir(&folder).with_context(|| format!("cannot create the folder `{}`", folder.display()))?;
+        for file in &self.files {
+            let placed = placed(&file.placed).with_context(|| format!("`{}` cannot be placed", file.placed))?;
+            copy(&file.path, &folder.join(placed))?;
+        }
+        context.stop_if_interrupted()?;
+        let arguments = self.arguments(context)?;
+        let (name, arguments) = arguments.split_first().context("no program is named")?;
+        let log = context.logs.join("log.txt");
+        let program = Program { name, arguments, folder: &folder, environment: self.environment(), log: &log };
+        match program.run(&context.interrupt)? {
+            Ended::Interrupted => return Err(Interrupted.into()),
+            Ended::Well => {}
+            Ended::Badly(how) => {
+                let tail = process::tail(&log, TAIL).with_context(|| format!("cannot read `{}`", log.display()))?;
+                let said = if tail.is_empty() { "; it wrote nothing".to_owned() } else { format!(":\n{tail}") };
+                bail!("`{}` {how}{said}", self.command[0]);
+            }
+        }
+        for name in &self.outputs {
+            take(&folder, name, &context.output(name))?;
+        }
+        Ok(())
+    }
+}
+
+impl Command {
+    fn known_inputs(&self) -> String {
+        if self.inputs.is_empty() {
+            return "declare it as `inputs = { NAME = \"stage\" }`".to_owned();
+        }
+        let names: Vec<String> = self.inputs.keys().map(|name| format!("`{name}`")).collect();
+        format!("its inputs are {}", names.join(", "))
+    }
+
+    fn check_outputs(&self, problems: &mut Vec<Problem>) {
+        if self.outputs.is_empty() {
+            problems.push(Problem::new("outputs", "no output is named").hint("as `outputs = [\"out\"]`"));
+        }
+        for (index, name) in self.outputs.iter().enumerate() {
+            let path = format!("outputs.{index}");
+            if !is_output_name(name) {
+                let problem = Problem::new(&path, format!("`{name}` cannot name an output"));
+                problems
+                    .push(problem.hint("letters, digits, `_`, `-` and `.`, beginning with a letter, a digit or `_`"));
+            }
+            if self.outputs[..index].contains(name) {
+                problems.push(Problem::new(path, format!("the output `{name}` is named twice")));
+            }
+        }
+    }
+
+    fn check_files(&self, problems: &mut Vec<Problem>) {
+        let mut seen = Vec::new();
+        for (index, file) in self.files.iter().enumerate() {
+            let path = format!("files.{index}");
+            match placed(&file.placed) {
+                None => {
+                    let message = format!("`{}` has no place in the working folder", file.placed);
+                    let hint = "give a relative path without `..`: files stand where they lie beside the TOML file";
+                    problems.push(Problem::new(path, message).hint(hint));
+                }
+                Some(place)
+                    if seen.iter().any(|other: &PathBuf| other.starts_with(&place) || place.starts_with(other)) =>
+                {
+                    problems.push(Problem::new(path, format!("`{}` is there already", file.placed)));
+                }
+                Some(place) => seen.push(place),
+            }
+        }
+    }
+
+    /// The command with the folders of its inputs filled in.
+    fn arguments(&self, context: &StageContext) -> anyhow::Result<Vec<OsString>> {
+        let mut arguments = Vec::with_capacity(self.command.len());
+        for argument in &self.command {
+            let mut filled = OsString::new();
+            let mut rest = 0;
+            for (name, range) in mentions(argument) {
+                let input = self.inputs.get(name).with_context(|| format!("`{name}` names no input"))?;
+                filled.push(&argument[rest..range.start]);
+                filled.push(context.input(input)?);
+                rest = range.end;
+            }
+            filled.push(&argument[rest..]);
+            arguments.push(filled);
+        }
+        Ok(arguments)
+    }
+
+    /// The whole environment of the program.
+    fn environment(&self) -> BTreeMap<OsString, OsString> {
+        let inherited = INHERITED.iter().filter_map(|name| std::env::var_os(name).map(|value| ((*name).into(), value)));
+        let own = self.env.iter().map(|(name, value)| (name.into(), value.into()));
+        inherited.chain(own).collect()
+    }
+}
+
+/// The inputs that an argument mentions as `{inputs.NAME}`, with their places. Any other brace is the program's own.
+fn mentions(argument: &str) -> impl Iterator<Item = (&str, std::ops::Range<usize>)> {
+    const OPEN: &str = "{inputs.";
+    argument.match_indices(OPEN).filter_map(|(start, _)| {
+        let rest = &argument[start + OPEN.len()..];
+        let name = &rest[..rest.find('}')?];
+        let plain = name.chars().all(|character| character.is_alphanumeric() || "_-.".contains(character));
+        (plain && !name.is_empty()).then(|| (name, start..start + OPEN.len() + name.len() + 1))
+    })
+}
+
+fn is_output_name(name: &str) -> bool {
+    let plain = |character: char| character.is_ascii_alphanumeric() || "_-.".contains(character);
+    !name.starts_with(['.', '-']) && !name.is_empty() && name.len() <= 100 && name.chars().all(plain)
+}
+
+/// The relative path at which a file stands, without `.`; `None` if that is not below the folder.
+fn placed(path: &str) -> Option<PathBuf> {
+    let mut place = PathBuf::new();
+    for component in Path::new(path).components() {
+        match component {
+            Component::Normal(name) => place.push(name),
+            Component::CurDir => {}
+            Component::ParentDir | Component::RootDir | Component::Prefix(_) => return None,
+        }
+    }
+    (place != PathBuf::new()).then_some(place)
+}
+
+/// Copies a user's file or folder; links become what they point at, and of the mode only the executable bit is kept.
+fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
+    let failed = || format!("cannot copy `{}` to `{}`", from.display(), to.display());
+    if let Some(folder) = to.parent() {
+        std::fs::create_dir_all(folder).with_context(failed)?;
+    }
+    let metadata = std::fs::metadata(from).with_context(failed)?;
+    if metadata.is_dir() {
+        std::fs::create_dir_all(to).with_context(failed)?;
+        for entry in std::fs::read_dir(from).with_context(failed)? {
+            let entry = entry.with_context(failed)?;
+            copy(&entry.path(), &to.join(entry.file_name()))?;
+        }
+        return Ok(());
+    }
+    std::fs::copy(from, to).with_context(failed)?;
+    let mode = if metadata.permissions().mode() & 0o111 == 0 { 0o644 } else { 0o755 };
+    std::fs::set_permissions(to, Permissions::from_mode(mode)).with_context(failed)
+}
+
+/// Moves an output from the program's folder into the stage's, under its own name.
+fn take(folder: &Path, name: &str, output: &Path) -> anyhow::Result<()> {
+    let made = folder.join(name);
+    let metadata = match std::fs::symlink_metadata(&made) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let mut found = Vec::new();
+            for entry in std::fs::read_dir(folder).with_context(|| format!("cannot list `{}`", folder.display()))? {
+                found.push(format!("`{}`", entry?.file_name().display()));
+            }
+            found.sort();
+            let found = if found.is_empty() { "nothing".to_owned() } else { found.join(", ") };
+            bail!("the program ended well but left no `{name}` in its folder; there is {found}");
+        }
+        Err(error) => return Err(error).with_context(|| format!("cannot read `{}`", made.display())),
+    };
+    if metadata.is_dir() {
+        // A folder that may not be written cannot change its parent.
+        let open = std::fs::set_permissions(&made, Permissions::from_mode(0o755));
+        open.with_context(|| format!("cannot change the mode of `{}`", made.display()))?;
+    }
+    std::fs::rename(&made, output.join(name)).with_context(|| format!("cannot move the output `{}`", made.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::{Duration, Instant};
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::pipeline::stage::{InputArtifact, Resources};
+
+    /// A place for one run of a command.
+    struct Bench {
+        place: tempfile::TempDir,
+        context: StageContext,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let place = tempfile::tempdir().unwrap();
+            let at = |name: &str| place.path().join(name);
+            for folder in ["out/out", "out/second", "logs", "work", "input"] {
+                std::fs::create_dir_all(at(folder)).unwrap();
+            }
+            std::fs::write(at("input/out"), "b\na\n").unwrap();
+            let input = InputArtifact { path: at("input"), digest: "d".into(), artifact: ArtifactType::Files };
+            let resources = Resources { device: "cpu".into(), threads: 1, save_every: Duration::from_secs(1) };
+            let context = StageContext {
+                inputs: BTreeMap::from([("stage".to_owned(), input)]),
+                out: at("out"),
+                work: at("work"),
+                logs: at("logs"),
+                resources,
+                interrupt: Arc::default(),
+                events: Box::new(|_| ()),
+            };
+            Self { place, context }
+        }
+
+        fn run(&mut self, command: &Command) -> anyhow::Result<()> {
+            assert_eq!(problems(command), Vec::<Problem>::new());
+            command.run(&mut self.context)
+        }
+
+        fn read(&self, path: &str) -> String {
+            std::fs::read_to_string(self.place.path().join(path)).unwrap()
+        }
+    }
+
+    fn shell(script: &str) -> Command {
+        serde_json::from_value(json!({"command": ["sh", "-c", script], "outputs": ["out"]})).unwrap()
+    }
+
+    fn problems(command: &Command) -> Vec<Problem> {
+        command.check(&Upstream { stages: &BTreeMap::new() })
+    }
+
+    fn error(script: &str) -> String {
+        format!("{:#}", Bench::new().run(&shell(script)).unwrap_err())
+    }
+
+    #[test]
+    fn a_program_sorts_an_input_into_an_output() {
+        let mut bench = Bench::new();
+        let mut command = shell("sort {inputs.a}/out > out; echo ${HOME:-none}} {inputs.}");
+        command.inputs.insert("a".into(), Input::new("stage"));
+        bench.run(&command).unwrap();
+        assert_eq!(bench.read("out/out/out"), "a\nb\n");
+        assert!(bench.read("logs/log.txt").ends_with("} {inputs.}\n"), "other braces are the program's");
+    }
+
+    #[test]
+    fn outputs_are_files_or_folders_under_their_names() {
+        let mut bench = Bench::new();
+        let mut command = shell("mkdir -p second/deep; echo x > second/deep/file; echo y > out; chmod 555 second");
+        command.outputs.push("second".into());
+        bench.run(&command).unwrap();
+        assert_eq!(
+            (bench.read("out/out/out"), bench.read("out/second/second/deep/file")),
+            ("y\n".into(), "x\n".into())
+        );
+    }
+
+    #[test]
+    fn the_environment_is_three_variables_and_the_table() {
+        let mut bench = Bench::new();
+        let mut command = shell("env > out");
+        command.env.insert("LANG".into(), "C".into());
+        command.env.insert("MINE".into(), "a b=c".into());
+        bench.run(&command).unwrap();
+        let out = bench.read("out/out/out");
+        // The shell itself adds these.
+        let own = ["PWD", "SHLVL", "_", "OLDPWD"];
+        let mut names: Vec<&str> = out.lines().filter_map(|line| line.split('=').next()).collect();
+        names.retain(|name| !own.contains(name) && *name != "HOME");
+        names.sort_unstable();
+        assert_eq!(names, ["LANG", "MINE", "PATH"]);
+        assert!(out.contains("LANG=C\n") && out.contains("MINE=a b=c\n"));
+    }
+
+    #[test]
+    fn files_stand_at_their_relative_paths_and_run() {
+        let mut bench = Bench::new();
+        let at = bench.place.path().join("users");
+        std::fs::create_dir_all(at.join("data/deep")).unwrap();
+        std::fs::write(at.join("data/deep/x"), "content").unwrap();
+        std::fs::write(at.join("tool"), "#!/bin/sh\ncat data/deep/x > out\n").unwrap();
+        std::fs::set_permissions(at.join("tool"), Permissions::from_mode(0o500)).unwrap();
+        let mut command = shell("");
+        command.command = vec!["./bin/tool".into()];
+        command.files = vec![
+            PlacedFile { path: at.join("tool"), placed: "./bin/tool".into() },
+            PlacedFile { path: at.join("data"), placed: "data".into() },
+        ];
+        bench.run(&command).unwrap();
+        assert_eq!(bench.read("out/out/out"), "content");
+    }
+
+    #[test]
+    fn failures_name_the_status_the_signal_and_the_last_words() {
+        let long = error("for i in $(seq 30); do echo line $i; done; echo the end >&2; exit 3");
+        assert!(long.starts_with("`sh` ended with exit status 3:\nline 12\n") && long.ends_with("\nthe end"), "{long}");
+        assert_eq!(error("exit 1"), "`sh` ended with exit status 1; it wrote nothing");
+        assert!(error("kill -SEGV $$").contains("was ended by SIGSEGV"));
+        assert!(error("touch other").contains("left no `out` in its folder; there is `other`"));
+        let mut command = shell("");
+        command.command = vec!["no-such-program".into()];
+        let error = format!("{:#}", Bench::new().run(&command).unwrap_err());
+        assert!(error.contains("cannot start `no-such-program`: no such program is found in `PATH`"), "{error}");
+    }
+
+    #[test]
+    fn no_descriptor_of_the_driver_is_inherited() {
+        let mut bench = Bench::new();
+        let lock = std::fs::File::create(bench.place.path().join("lock")).unwrap();
+        lock.lock().unwrap();
+        bench.run(&shell("ls -l /proc/$$/fd | grep -o '[0-9]* ->.*' > out")).unwrap();
+        let found = bench.read("out/out/out");
+        assert!(["0 -> /dev/null", "1 -> ", "2 -> "].iter().all(|line| found.contains(line)), "{found}");
+        assert!(!found.contains("/lock"), "{found}");
+    }
+
+    #[test]
+    fn an_interrupt_ends_the_whole_group() {
+        let mut bench = Bench::new();
+        let interrupt = Arc::new(AtomicBool::new(false));
+        bench.context.interrupt = interrupt.clone();
+        let pids = bench.place.path().join("pids");
+        let script = format!("sleep 60 & echo $! > {0}.new; mv {0}.new {0}; wait", pids.display());
+        let begun = Instant::now();
+        std::thread::scope(|scope| {
+            let running = scope.spawn(|| bench.run(&shell(&script)));
+            while !pids.exists() {
+                assert!(begun.elapsed() < Duration::from_secs(20));
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            interrupt.store(true, Ordering::Relaxed);
+            let error = running.join().unwrap().unwrap_err();
+            assert!(error.is::<Interrupted>(), "{error:#}");
+        });
+        assert!(begun.elapsed() < Duration::from_secs(20));
+        assert_gone(&std::fs::read_to_string(&pids).unwrap());
+    }
+
+    #[test]
+    fn nothing_that_the_program_started_outlives_it() {
+        let mut bench = Bench::new();
+        bench.run(&shell("sleep 60 & echo $! > out")).unwrap();
+        assert_gone(&bench.read("out/out/out"));
+    }
+
+    /// The test runs itself as a driver, kills that, and looks whether the driver's program is gone too.
+    #[test]
+    fn a_program_does_not_outlive_a_killed_driver() {
+        const PIDS: &str = "PIPE_TEST_COMMAND_PIDS";
+        if let Some(pids) = std::env::var_os(PIDS) {
+            let pids = pids.into_string().unwrap();
+            let script = format!("sleep 60 & echo $$ $! > {pids}.new; mv {pids}.new {pids}; wait");
+            // The second program must not hold the watchdog's pipe open.
+            Bench::new().run(&shell("echo > out")).unwrap();
+            Bench::new().run(&shell(&script)).unwrap();
+            return;
+        }
+        let place = tempfile::tempdir().unwrap();
+        let pids = place.path().join("pids");
+        let mut driver = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "stages::command::tests::a_program_does_not_outlive_a_killed_driver"])
+            .env(PIDS, &pids)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let begun = Instant::now();
+        while !pids.exists() {
+            assert!(begun.elapsed() < Duration::from_secs(20), "the driver did not start its program");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        driver.kill().unwrap();
+        driver.wait().unwrap();
+        assert_gone(&std::fs::read_to_string(&pids).unwrap());
+    }
+
+    /// Holds that these processes end soon; one that waits to be reaped has ended.
+    fn assert_gone(pids: &str) {
+        let begun = Instant::now();
+        for pid in pids.split_whitespace() {
+            let alive = || {
+                let status = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+                status.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with(['Z', 'X']))
+            };
+            while alive() {
+                assert!(begun.elapsed() < Duration::from_secs(20), "process {pid} still runs");
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        }
+    }
+
+    #[test]
+    fn a_trivial_program_costs_little_beyond_its_start() {
+        let mut bench = Bench::new();
+        bench.run(&shell("echo x > out")).unwrap();
+        let begun = Instant::now();
+        for _ in 0..10 {
+            Bench::new().run(&shell("echo x > out")).unwrap();
+        }
+        // The bar is 3 ms on a quiet machine; this one catches only a change of kind, as a wait in steps of a clock.
+        assert!(begun.elapsed() < Duration::from_secs(2), "{:?} each", begun.elapsed() / 10);
+    }
+
+    #[test]
+    fn mistakes_are_found_before_anything_runs() {
+        let command: Command = serde_json::from_value(json!({
+            "command": ["sh", "{inputs.a} {inputs.b} {inputs.b c}"],
+            "inputs": {"a": "stage"},
+            "files": ["../x", "/etc/passwd", "a/./b", "a/b", "."],
+            "outputs": ["out", ".hidden", "a/b", "out"],
+            "env": {"A=B": "x"},
+        }))
+        .unwrap();
+        let found: Vec<String> = problems(&command).into_iter().map(|problem| problem.path).collect();
+        let expected =
+            ["command.1", "outputs.1", "outputs.2", "outputs.3", "files.0", "files.1", "files.3", "files.4", "env.A=B"];
+        assert_eq!(found, expected);
+        let nothing: Command = serde_json::from_value(json!({"command": [], "outputs": []})).unwrap();
+        assert_eq!(problems(&nothing).len(), 2);
+        assert!(serde_json::from_value::<Command>(json!({"command": ["x"], "outputs": ["o"], "input": {}})).is_err());
+    }
+}
