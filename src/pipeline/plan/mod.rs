@@ -335,8 +335,9 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_of_a_hundred_thousand_is_planned() {
-        let count = 100_000;
+    fn a_long_chain_is_planned() {
+        // Far beyond what a recursion would survive on a test's stack.
+        let count = 30_000;
         let name = |index: usize| format!("s{index:06}");
         let mut stages = vec![echo(&name(0), "", &[])];
         stages.extend((1..count).map(|index| echo(&name(index), "", &[&name(index - 1)])));
