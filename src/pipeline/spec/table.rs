@@ -1,0 +1,165 @@
+//! `[table]`: what `pipe table` shows, checked against the stages and the axes it names.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value as Json;
+
+use crate::pipeline::spec::TableSpec;
+use crate::pipeline::spec::diagnostic::{Mistake, Report, did_you_mean, expected};
+use crate::pipeline::spec::sweep::{Axis, is_same};
+use crate::pipeline::spec::tree::{Entry, Node};
+
+/// The `[table]` of the document `root`, whose form is already checked.
+pub(super) fn table(root: &Node, axes: &[Axis], report: &mut Report) -> TableSpec {
+    let Some(entry) = root.get("table") else { return TableSpec::default() };
+    let items = |name: &str| entry.node.get(name).and_then(|entry| entry.node.array()).unwrap_or_default();
+    let stages: Vec<&str> = root
+        .get("stages")
+        .and_then(|entry| entry.node.table())
+        .into_iter()
+        .flatten()
+        .map(|(name, _)| name.as_ref())
+        .collect();
+    let mut metric = |node: &Node| {
+        let text = node.text().unwrap_or_default();
+        check_metric(text, node, &stages, report);
+        text.to_owned()
+    };
+    let metrics = items("metrics").iter().map(&mut metric).collect();
+    let mut differences = Vec::new();
+    for pair in items("differences") {
+        if let Some([first, second]) = pair.array() {
+            differences.push((metric(first), metric(second)));
+        }
+    }
+    let baseline = entry.node.get("baseline").map(|entry| baseline(entry, axes, report));
+    TableSpec { metrics, baseline, differences }
+}
+
+fn check_metric(text: &str, node: &Node, stages: &[&str], report: &mut Report) {
+    let Some((stage, measurement)) = text.split_once('.') else {
+        let mistake = Mistake::at(node.span, format!("`{text}` names no metric"));
+        report.add(mistake.label("expected `STAGE.METRIC`, as in `evaluate.solved`"));
+        return;
+    };
+    if measurement.is_empty() {
+        report.add(Mistake::at(node.span, format!("`{text}` names no metric")).label("expected `STAGE.METRIC`"));
+    }
+    if !stages.contains(&stage) {
+        let mistake = Mistake::at(node.span, format!("unknown stage `{stage}` in `table`"));
+        let hint = did_you_mean(stage, stages.iter().copied());
+        report.add(mistake.label(expected(stages.iter().copied())).hint(hint).absent_stage());
+    }
+}
+
+/// The baseline by full paths, with the values as the axes write them.
+fn baseline(entry: &Entry, axes: &[Axis], report: &mut Report) -> BTreeMap<String, Json> {
+    let mut fixed = BTreeMap::new();
+    let open: Vec<&Axis> = axes.iter().filter(|axis| !axis.is_seed).collect();
+    for (name, value) in entry.node.table().into_iter().flatten() {
+        let labels = || open.iter().flat_map(|axis| [axis.path.as_str(), axis.label.as_str()]);
+        let Some(axis) = open.iter().find(|axis| axis.path == **name || axis.label == **name) else {
+            let mistake = Mistake::at(value.key, format!("nothing sweeps `{name}`, which the baseline fixes"));
+            let label = if open.is_empty() {
+                "the sweep has no axis but the seeds".to_owned()
+            } else {
+                expected(open.iter().map(|axis| axis.label.as_str()))
+            };
+            report.add(mistake.label(label).hint(did_you_mean(name, labels())));
+            continue;
+        };
+        let given = value.node.json();
+        if let Some(swept) = axis.values.iter().map(Node::json).find(|swept| is_same(swept, &given)) {
+            fixed.insert(axis.path.clone(), swept);
+        } else {
+            let swept: Vec<String> = axis.values.iter().filter_map(Node::scalar_text).collect();
+            let message = format!("the baseline's `{name}` is not among the swept values");
+            report.add(Mistake::at(value.node.span, message).label(expected(swept.iter().map(String::as_str))));
+        }
+    }
+    let given = |axis: &&&Axis| entry.node.get(&axis.path).or_else(|| entry.node.get(&axis.label)).is_none();
+    for axis in open.iter().filter(given) {
+        let message = format!("the baseline does not fix `{}`", axis.label);
+        let label = "the baseline fixes every axis but the seeds";
+        report.add(Mistake::at(entry.key, message).label(label).about(axis.path.clone()));
+    }
+    fixed
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::pipeline::spec::testing::{Files, PIPELINE};
+
+    const SWEEP: &str = "pipeline = \"p.toml\"\n[sweep]\nseeds = { path = \"params.seed\", values = [1, 2] }\n\
+                         grid = { \"stages.train.steps\" = [5, 6], \"params.rate\" = [0.5, 1.0] }\n[table]\n";
+
+    fn files(table: &str) -> Files {
+        Files::new(&[("p.toml", PIPELINE), ("a.toml", &format!("{SWEEP}{table}"))])
+    }
+
+    #[test]
+    fn a_table_names_metrics_and_a_baseline() {
+        let files = files(
+            "metrics = [\"score.solved\", \"score.solved.long\"]\nbaseline = { steps = 5, \"params.rate\" = 1 }\n\
+             differences = [[\"score.solved\", \"train.loss\"]]\n",
+        );
+        let table = files.good("a.toml", &[]).table;
+        assert_eq!(table.metrics, ["score.solved", "score.solved.long"]);
+        assert_eq!(table.differences, [("score.solved".to_owned(), "train.loss".to_owned())]);
+        let baseline = table.baseline.unwrap();
+        assert_eq!(baseline["stages.train.steps"], serde_json::json!(5));
+        assert_eq!(baseline["params.rate"], serde_json::json!(1.0));
+    }
+
+    #[test]
+    fn names_in_a_table_are_checked() {
+        let wrong = "metrics = [\"scre.solved\", \"solved\"]\nbaseline = { step = 5, rate = 0.7 }\n\
+                     differences = [[\"score.solved\", \"tain.loss\"]]\n";
+        insta::assert_snapshot!(files(wrong).bad("a.toml", &[]), @r#"
+            error: unknown stage `scre` in `table`
+             --> a.toml:6:12
+            6 | metrics = ["scre.solved", "solved"]
+              |            ^^^^^^^^^^^^^ expected one of `data`, `score`, `train`
+            hint: did you mean `score`?
+
+            error: `solved` names no metric
+             --> a.toml:6:27
+            6 | metrics = ["scre.solved", "solved"]
+              |                           ^^^^^^^^ expected `STAGE.METRIC`, as in `evaluate.solved`
+
+            error: the baseline does not fix `steps`
+             --> a.toml:7:1
+            7 | baseline = { step = 5, rate = 0.7 }
+              | ^^^^^^^^ the baseline fixes every axis but the seeds
+
+            error: nothing sweeps `step`, which the baseline fixes
+             --> a.toml:7:14
+            7 | baseline = { step = 5, rate = 0.7 }
+              |              ^^^^ expected one of `rate`, `steps`
+            hint: did you mean `steps`?
+
+            error: the baseline's `rate` is not among the swept values
+             --> a.toml:7:31
+            7 | baseline = { step = 5, rate = 0.7 }
+              |                               ^^^ expected one of `0.5`, `1.0`
+
+            error: unknown stage `tain` in `table`
+             --> a.toml:8:33
+            8 | differences = [["score.solved", "tain.loss"]]
+              |                                 ^^^^^^^^^^^ expected one of `data`, `score`, `train`
+            hint: did you mean `train`?
+        "#);
+        insta::assert_snapshot!(files("metric = []\ndifferences = [[\"a.b\"]]\n").bad("a.toml", &[]), @r#"
+            error: unknown field `metric` in `table`
+             --> a.toml:6:1
+            6 | metric = []
+              | ^^^^^^ expected one of `baseline`, `differences`, `metrics`
+            hint: did you mean `metrics`?
+
+            error: wrong length of `differences[0]` in `table`
+             --> a.toml:7:16
+            7 | differences = [["a.b"]]
+              |                ^^^^^^^ expected 2, found 1
+        "#);
+    }
+}
