@@ -389,7 +389,14 @@ mod tests {
         let mut command = shell("");
         command.command = vec!["no-such-program".into()];
         let error = format!("{:#}", Bench::new().run(&command).unwrap_err());
-        assert!(error.contains("cannot start `no-such-program`: no such program is found in `PATH`"), "{error}");
+        assert!(error.contains("cannot start `no-such-program`: no such program"), "{error}");
+        let mut bench = Bench::new();
+        let plain = bench.place.path().join("plain");
+        std::fs::write(&plain, "#!/bin/sh\n").unwrap();
+        command.command = vec!["./plain".into()];
+        command.files = vec![PlacedFile { path: plain, placed: "plain".into() }];
+        let error = format!("{:#}", bench.run(&command).unwrap_err());
+        assert!(error.contains("cannot start `./plain`: it is not executable"), "{error}");
     }
 
     #[test]
@@ -449,6 +456,7 @@ mod tests {
         let mut driver = std::process::Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "stages::command::tests::a_program_does_not_outlive_a_killed_driver"])
             .env(PIDS, &pids)
+            .env("TMPDIR", place.path())
             .stdout(std::process::Stdio::null())
             .spawn()
             .unwrap();

@@ -122,10 +122,10 @@ pub fn attempt(
     mut events: Box<dyn FnMut(StageEvent) + Send>,
 ) -> Result<Manifest, AttemptError> {
     if request.protocol != PROTOCOL {
-        let message =
-            "the request has protocol `{}`, and this program speaks `{}`; build both programs from one source";
-        let message = message.replacen("{}", &request.protocol.to_string(), 1).replacen("{}", &PROTOCOL.to_string(), 1);
-        return Err(AttemptError::Failed(anyhow!(message)));
+        return Err(AttemptError::Failed(anyhow!(
+            "the request has protocol `{}`, and this program speaks `{PROTOCOL}`; build both programs from one source",
+            request.protocol
+        )));
     }
     let lock = lock(store, &request.key, &interrupt, waiting)?;
     if !request.again {
@@ -162,7 +162,7 @@ pub fn attempt(
         resources: Resources {
             device: request.device.clone(),
             threads: attempts.threads,
-            save_every: Duration::try_from_secs_f64(request.save_every_seconds).unwrap_or(Duration::from_mins(1)),
+            save_every: Duration::try_from_secs_f64(request.save_every_seconds).unwrap_or(Duration::from_secs(60)),
         },
         interrupt,
         events: watched(store, request, &attempts, began, events),
@@ -195,7 +195,7 @@ pub fn attempt(
                 error => AttemptError::Store(error),
             })
         }
-        Err(error) if error.chain().any(|cause| cause.is::<Interrupted>()) => {
+        Err(error) if error.chain().any(<dyn std::error::Error>::is::<Interrupted>) => {
             ended.save(&store.work(&request.key))?;
             Store::drop_out(&out)?;
             Err(AttemptError::Interrupted)
@@ -545,7 +545,9 @@ mod tests {
                         std::thread::sleep(Duration::from_millis(60));
                         write(context, "x")
                     };
-                    let mut waiting = || drop(waits.fetch_add(1, Ordering::Relaxed));
+                    let mut waiting = || {
+                        waits.fetch_add(1, Ordering::Relaxed);
+                    };
                     let request = request(&sandbox, 1);
                     let manifest = attempt(&sandbox.store, &request, run, Arc::default(), &mut waiting, quiet());
                     all.lock().unwrap().push(manifest.unwrap().outputs[0].digest.clone());
@@ -685,7 +687,7 @@ mod tests {
         let mut request = request(&sandbox, 2);
         let input = RequestInput { key: key(1), output: "out".into(), digest, artifact: ArtifactType::Files };
         request.inputs.insert("a".into(), input.clone());
-        let file = sandbox.store.object(&input.digest).join("data");
+        let file = sandbox.opened(&input.digest).join("data");
         std::fs::remove_file(&file).unwrap();
         std::fs::write(&file, "two").unwrap();
         match go(&sandbox, &request, &|_| panic!("it must not run")) {
@@ -707,7 +709,7 @@ mod tests {
         let request = request(&sandbox, 1);
         let run: Run<'_> = &|context| write(context, "x");
         let manifest = go(&sandbox, &request, run).unwrap();
-        std::fs::remove_file(sandbox.store.object(&manifest.outputs[0].digest).join("data")).unwrap();
+        std::fs::remove_file(sandbox.opened(&manifest.outputs[0].digest).join("data")).unwrap();
         assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Damaged { .. }));
         go(&sandbox, &request, run).unwrap();
         assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Hit(_)));

@@ -1,5 +1,6 @@
 //! A store in a temporary folder, for the tests of everything that rests on one.
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -25,7 +26,8 @@ pub(crate) fn key(number: usize) -> Digest {
 impl Sandbox {
     /// A new one.
     pub(crate) fn new() -> Self {
-        let place = tempfile::tempdir().unwrap();
+        // In memory where there is such a place: syncs of a busy disk would make the tests slow.
+        let place = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
         let store = Store::open(&place.path().join("store")).unwrap();
         Self { store, place, folders: AtomicUsize::new(0) }
     }
@@ -50,6 +52,13 @@ impl Sandbox {
     /// The digest of a folder with these files.
     pub(crate) fn digest(&self, files: &[(&str, &str)]) -> (Digest, Vec<StoredFile>) {
         digest_folder(&self.folder(files)).unwrap()
+    }
+
+    /// The folder of an object, opened for a test to do harm in it.
+    pub(crate) fn opened(&self, digest: &Digest) -> PathBuf {
+        let object = self.store.object(digest);
+        std::fs::set_permissions(&object, std::fs::Permissions::from_mode(0o755)).unwrap();
+        object
     }
 
     /// Publishes these files as the output `out` of a key.
@@ -78,6 +87,13 @@ impl Sandbox {
             metrics: [("solved".to_owned(), 0.1 + 0.2)].into(),
         };
         self.store.publish(&lock, draft)
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        // Objects are read-only, so the temporary folder could not remove itself.
+        super::remove_tree(self.place.path()).unwrap();
     }
 }
 

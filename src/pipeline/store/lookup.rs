@@ -300,7 +300,7 @@ mod tests {
         assert!(report.is_sound() && report.orphans.is_empty());
         let object = |content: &str| {
             let (digest, _) = sandbox.digest(&[("data", content)]);
-            sandbox.store.object(&digest)
+            sandbox.opened(&digest)
         };
         flip_a_byte(&object("one").join("data"));
         std::fs::rename(object("three"), sandbox.store.root().join("elsewhere")).unwrap();

@@ -171,16 +171,20 @@ impl Store {
         // Asked outright, because a store that has every folder already would only refuse the first result.
         rustix::fs::access(root, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK)
             .at("write to the store", root)?;
-        if !is_store(root)? {
+        let is_new = !is_store(root)?;
+        if is_new {
             write_atomically(&root.join("FORMAT"), format!("{FORMAT}\n").as_bytes(), true)?;
         }
         for folder in FOLDERS {
             let folder = root.join(folder);
-            if let Err(error) = std::fs::create_dir(&folder) {
-                if error.kind() != std::io::ErrorKind::AlreadyExists || !folder.is_dir() {
-                    return Err(error).at("create the folder", &folder);
-                }
+            if let Err(error) = std::fs::create_dir(&folder)
+                && (error.kind() != std::io::ErrorKind::AlreadyExists || !folder.is_dir())
+            {
+                return Err(error).at("create the folder", &folder);
             }
+        }
+        if is_new {
+            make_shelves(root)?;
         }
         Ok(Self::at(root, true))
     }
@@ -256,6 +260,20 @@ impl Store {
 /// The subfolder by a digest's first two digits: one folder of 100,000 entries is slow in many tools.
 fn sharded(folder: &Path, digest: &Digest) -> PathBuf {
     folder.join(digest.0.get(..2).unwrap_or("__"))
+}
+
+/// Makes every shelf of objects and manifests at once, so that the first results need not each sync a new one. A shelf
+/// that is missing is made when it is needed.
+fn make_shelves(root: &Path) -> Result<(), StoreError> {
+    for folder in ["objects", "manifests"] {
+        let folder = root.join(folder);
+        for shelf in 0..=u8::MAX {
+            let shelf = folder.join(format!("{shelf:02x}"));
+            std::fs::create_dir_all(&shelf).at("create the folder", &shelf)?;
+        }
+        sync_folder(&folder)?;
+    }
+    Ok(())
 }
 
 /// Whether `root` is a store of this format; `false` where it is empty. Anything else is an error.

@@ -91,11 +91,8 @@ impl Store {
             return;
         }
         // The result is committed: what cannot be removed now only takes space until the key is published again.
-        match remove_tree(&work) {
-            Err(error) => {
-                tracing::warn!(%error, "a work folder that is no longer needed stays");
-            }
-            Ok(()) => {}
+        if let Err(error) = remove_tree(&work) {
+            tracing::warn!(%error, "a work folder that is no longer needed stays");
         }
     }
 
@@ -121,7 +118,7 @@ impl Store {
                     }
                     Err(error) if !error.means_damage() => return Err(error),
                     _ => {
-                        self.quarantine_object(&digest, "it was found damaged when the same content was stored again")?
+                        self.quarantine_object(&digest, "it was found damaged when the same content was stored again")?;
                     }
                 }
             }

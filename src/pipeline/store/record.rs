@@ -122,7 +122,7 @@ pub fn link_tensorboard(root: &Path, name: &NodeName, key: &Digest) -> Result<()
     let new =
         tempfile::Builder::new().prefix(".new-").make_in(&folder, |path| std::os::unix::fs::symlink(&target, path));
     let new = new.at("link", &link)?;
-    new.persist(&link).map_err(|error| error.error).map(|_| ()).at("link", &link)
+    new.persist(&link).map_err(|error| error.error).at("link", &link)
 }
 
 /// A name as one component of a path: `/`, `%`, control characters and a leading `.` or lone `_` are escaped, and what is too
@@ -133,7 +133,7 @@ fn segment(name: &str) -> String {
         let escape =
             matches!(character, '/' | '%' | '\\') || character.is_control() || (index == 0 && character == '.');
         if escape || name == "_" {
-            text.push_str(&format!("%{:02X}", u32::from(character)));
+            text.extend(["%".to_owned(), format!("{:02X}", u32::from(character))]);
         } else {
             text.push(character);
         }

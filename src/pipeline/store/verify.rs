@@ -63,7 +63,7 @@ impl Store {
                 Some(Ok(manifest)) => manifests.push(manifest),
                 Some(Err(what)) => report.damaged.push(Damage { key: key.clone(), what }),
                 None => {
-                    report.missing.push(Damage { key: key.clone(), what: format!("there is no result of `{key}`") })
+                    report.missing.push(Damage { key: key.clone(), what: format!("there is no result of `{key}`") });
                 }
             }
             report.manifests += 1;

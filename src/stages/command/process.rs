@@ -112,6 +112,15 @@ impl Program<'_> {
                     };
                     anyhow::bail!("cannot start `{name}`: {why}");
                 }
+                Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                    let name = self.name.display();
+                    let why = if self.name.as_encoded_bytes().contains(&b'/') {
+                        "it is not executable; make it so with `chmod +x`"
+                    } else {
+                        "no such program that may be executed is found in `PATH`"
+                    };
+                    anyhow::bail!("cannot start `{name}`: {why}");
+                }
                 other => return other.with_context(|| format!("cannot start `{}`", self.name.display())),
             }
         }
@@ -136,10 +145,10 @@ fn stop_when_asked(group: Pid, interrupt: &AtomicBool, end: &Receiver<()>) -> bo
 
 /// A group that has no process left is no error.
 fn signal(group: Pid, signal: Signal) {
-    if let Err(error) = kill_process_group(group, signal) {
-        if error != rustix::io::Errno::SRCH {
-            tracing::warn!(group = group.as_raw_nonzero(), %error, "cannot signal a program");
-        }
+    if let Err(error) = kill_process_group(group, signal)
+        && error != rustix::io::Errno::SRCH
+    {
+        tracing::warn!(group = group.as_raw_nonzero(), %error, "cannot signal a program");
     }
 }
 
