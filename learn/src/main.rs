@@ -1,3 +1,25 @@
-fn main() {
-    println!("{}", tch::Cuda::is_available());
+//! `pipe-worker`: runs one stage that computes with libtorch, and ends. `pipe run` starts it; people never need to.
+
+use std::process::ExitCode;
+
+use anyhow::ensure;
+use pipe::pipeline::exec::attempt::Request;
+use pipe::pipeline::exec::worker::{Program, Runner, serve};
+
+/// Every kind that runs here.
+const RUNNERS: &[(&str, Runner)] = &[];
+
+fn main() -> anyhow::Result<ExitCode> {
+    let set_threads = |threads: usize| tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
+    serve(&Program { runners: RUNNERS, prepare, set_threads }).map(ExitCode::from)
+}
+
+/// The driver judges by the files of the GPU driver; libtorch has the last word.
+fn prepare(request: &mut Request) -> anyhow::Result<()> {
+    ensure!(
+        !request.device.starts_with("cuda") || tch::Cuda::is_available(),
+        "the device `{}` was given to the stage, and libtorch finds no usable GPU; set `run.device` to `cpu`",
+        request.device
+    );
+    Ok(())
 }

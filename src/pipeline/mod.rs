@@ -9,6 +9,8 @@
 //! ```
 
 pub mod exec;
+#[cfg(test)]
+mod fixture;
 pub mod plan;
 pub mod spec;
 pub mod stage;

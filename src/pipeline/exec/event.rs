@@ -112,6 +112,9 @@ pub struct Outcome {
     pub blocked: usize,
     /// Saved and stopped, or never begun, because of an interrupt.
     pub interrupted: usize,
+    /// Never begun, because the run stopped at the first failure.
+    #[serde(default)]
+    pub skipped: usize,
     /// Wall seconds of the whole run.
     pub seconds: f64,
 }

@@ -1,12 +1,22 @@
 //! Running a plan: a pure scheduler, backends that start stages, and one closed stream of events to everyone else.
 
 pub mod attempt;
+pub mod device;
+mod driver;
 pub mod event;
+mod local;
+mod request;
 pub mod scheduler;
+pub mod select;
 pub mod slots;
+pub mod throttle;
+pub mod worker;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+
+pub use driver::execute;
 
 /// How to run a plan; nothing of it changes a result.
 #[derive(Clone, Debug, Default)]
@@ -21,4 +31,29 @@ pub struct Options {
     pub again: Vec<String>,
     /// Set by a signal: running stages save and stop.
     pub interrupt: Arc<AtomicBool>,
+    /// Set by a second signal: workers are killed, and their stages go on later from what they saved last.
+    pub kill: Arc<AtomicBool>,
+}
+
+/// Why a run as a whole did not come about, or broke off.
+#[derive(Debug, thiserror::Error)]
+pub enum ExecError {
+    /// A name on the command line means no stage.
+    #[error("no stage `{name}` for `{option}`; {hint}")]
+    UnknownStage {
+        /// The option.
+        option: &'static str,
+        /// The name.
+        name: String,
+        /// Names that there are.
+        hint: String,
+    },
+    /// The worker program is not there.
+    #[error("cannot open the worker program `{}`: {cause}; build it with `cargo build --workspace`", path.display())]
+    NoWorker {
+        /// Where it was looked for.
+        path: PathBuf,
+        /// What the system said.
+        cause: std::io::Error,
+    },
 }

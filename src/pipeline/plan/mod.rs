@@ -94,6 +94,8 @@ pub struct Plan {
     pub nodes: Vec<Node>,
     /// In the order of the files.
     pub trials: Vec<PlannedTrial>,
+    /// The file of each experiment, absolute.
+    pub experiments: BTreeMap<String, PathBuf>,
 }
 
 /// Why no plan can be made.
@@ -153,14 +155,14 @@ impl Node {
 impl Plan {
     /// Merges the stages of all experiments, and looks up what the store has. Without a store everything would run.
     pub fn new(experiments: &[Experiment], store: Option<&Store>) -> Result<Self, PlanError> {
-        let mut files: BTreeMap<&str, &Path> = BTreeMap::new();
+        let mut files: BTreeMap<String, PathBuf> = BTreeMap::new();
         let mut merge =
             Merge { store, nodes: Vec::new(), params: Vec::new(), known: HashMap::new(), files: HashMap::new() };
         let mut trials = Vec::new();
         for experiment in experiments {
-            if let Some(first) = files.insert(&experiment.name, &experiment.path) {
-                let (first, second) = (first.to_owned(), experiment.path.clone());
-                return Err(PlanError::SameName { name: experiment.name.clone(), first, second });
+            let path = std::path::absolute(&experiment.path).unwrap_or_else(|_| experiment.path.clone());
+            if let Some(first) = files.insert(experiment.name.clone(), path.clone()) {
+                return Err(PlanError::SameName { name: experiment.name.clone(), first, second: path });
             }
             for trial in &experiment.trials {
                 let mut stages = BTreeMap::new();
@@ -179,7 +181,7 @@ impl Plan {
         }
         let Merge { mut nodes, params, .. } = merge;
         assess::assess(&mut nodes, &params, store)?;
-        Ok(Self { nodes, trials })
+        Ok(Self { nodes, trials, experiments: files })
     }
 }
 
@@ -255,5 +257,91 @@ impl Merge<'_> {
         let digest = digest.map_err(|error| PlanError::stage(spec, error))?;
         self.files.insert(path.to_owned(), digest.clone());
         Ok(digest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::pipeline::fixture::{Act, Toy, echo, experiment, stage, toy, toys, trial, with_file};
+    use crate::pipeline::spec::Trial;
+
+    fn names(plan: &Plan) -> Vec<&str> {
+        plan.nodes.iter().map(|node| node.name().stage.as_str()).collect()
+    }
+
+    #[test]
+    fn equal_stages_of_all_trials_and_experiments_are_one_node() {
+        let one = |seed: &str| trial(seed, vec![echo("data", "d", &[]), echo("train", seed, &["data"])]);
+        let plan =
+            Plan::new(&[experiment("a", vec![one("1"), one("2")]), experiment("b", vec![one("2")])], None).unwrap();
+        assert_eq!(names(&plan), ["data", "train", "train"]);
+        assert_eq!(plan.nodes[0].names.len(), 3);
+        assert_eq!(plan.nodes[2].names.iter().map(|name| name.experiment.as_str()).collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!(plan.trials[2].stages, BTreeMap::from([("data".into(), 0), ("train".into(), 2)]));
+        assert!(plan.nodes.iter().all(|node| node.state == State::Run && node.reasons == ["never run"]));
+        assert!(plan.nodes[0].key.is_some() && plan.nodes[1].key.is_none());
+    }
+
+    #[test]
+    fn names_places_and_order_do_not_enter_and_everything_else_does() {
+        let recipe = |stages: Vec<StageSpec>| {
+            let plan = Plan::new(&toys(stages), None).unwrap();
+            plan.nodes.last().unwrap().recipe.clone()
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| {
+            std::fs::write(folder.path().join(name), text).unwrap();
+            with_file("x", &folder.path().join(name))
+        };
+        let base = recipe(vec![echo("a", "a", &[]), echo("b", "b", &["a"])]);
+        assert_eq!(base, recipe(vec![echo("z", "a", &[]), echo("b2", "b", &["z.out"])]));
+        let mut elsewhere = stage::<Toy>("b", json!({"inputs": ["a"], "text": "b"}));
+        elsewhere.origin.line = 99;
+        elsewhere.run.cpus = 7;
+        assert_eq!(base, recipe(vec![echo("a", "a", &[]), elsewhere]));
+        assert_ne!(base, recipe(vec![echo("a", "A", &[]), echo("b", "b", &["a"])]));
+        assert_ne!(base, recipe(vec![echo("a", "a", &[]), echo("b", "b", &["a.second"])]));
+        assert_ne!(base, recipe(vec![echo("a", "a", &[]), toy("b", "b", Act::Constant, &["a"])]));
+        let mut newer = echo("b", "b", &["a"]);
+        newer.kind.version = 2;
+        assert_ne!(base, recipe(vec![echo("a", "a", &[]), newer]));
+        assert_eq!(recipe(vec![file("one", "text")]), recipe(vec![file("two", "text")]));
+        assert_ne!(recipe(vec![file("one", "text")]), recipe(vec![file("one", "other")]));
+    }
+
+    #[test]
+    fn mistakes_name_their_stage_and_place() {
+        let error = |trial: Trial| match Plan::new(&[experiment("a", vec![trial])], None) {
+            Ok(_) => panic!("it was planned"),
+            Err(error) => error.to_string(),
+        };
+        let circle = vec![echo("a", "", &["c"]), echo("b", "", &["a"]), echo("c", "", &["b"]), echo("d", "", &["c"])];
+        let circle = error(trial("", circle));
+        assert!(circle.starts_with("toy.toml:3:1: stage `"), "{circle}");
+        assert!(
+            ["a` -> `b` -> `c` -> `a", "b` -> `c` -> `a` -> `b", "c` -> `a` -> `b` -> `c"]
+                .iter()
+                .any(|names| circle.contains(names)),
+            "{circle}"
+        );
+        assert!(error(trial("", vec![echo("a", "", &["b"])])).contains("`b` names no output"));
+        assert!(error(trial("", vec![echo("b", "", &[]), echo("a", "", &["b.third"])])).contains("`b.third`"));
+        assert!(error(trial("", vec![with_file("a", Path::new("/nowhere/x"))])).contains("/nowhere/x"));
+        let twice = Plan::new(&[experiment("a", vec![]), experiment("a", vec![])], None);
+        assert!(twice.is_err_and(|error| error.to_string().contains("two experiments are named `a`")));
+    }
+
+    #[test]
+    fn a_chain_of_a_hundred_thousand_is_planned() {
+        let count = 100_000;
+        let name = |index: usize| format!("s{index:06}");
+        let mut stages = vec![echo(&name(0), "", &[])];
+        stages.extend((1..count).map(|index| echo(&name(index), "", &[&name(index - 1)])));
+        let plan = Plan::new(&toys(stages), None).unwrap();
+        assert_eq!(plan.nodes.len(), count);
+        assert!(plan.nodes.iter().enumerate().all(|(index, node)| node.edges.iter().all(|edge| edge.from < index)));
     }
 }
