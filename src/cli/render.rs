@@ -114,14 +114,15 @@ pub fn columns(header: &[&str], right: &[usize], rows: Vec<Vec<String>>, width: 
     text
 }
 
-/// The names of `known` that look like `wanted`, nearest first, at most three.
+/// The names of `known` that `wanted` may be a slip of, nearest first, at most three.
 pub fn near<'a>(wanted: &str, known: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
-    let mut scored: Vec<(f64, &str)> = known
+    let slips = (wanted.chars().count() / 3).max(1);
+    let mut scored: Vec<(usize, &str)> = known
         .into_iter()
-        .map(|name| (strsim::jaro_winkler(wanted, name), name))
-        .filter(|(score, _)| *score > 0.75)
+        .map(|name| (strsim::damerau_levenshtein(wanted, name), name))
+        .filter(|(distance, _)| *distance <= slips)
         .collect();
-    scored.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(b.1)));
+    scored.sort_unstable();
     scored.into_iter().map(|(_, name)| name).take(3).collect()
 }
 

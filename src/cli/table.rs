@@ -64,6 +64,12 @@ fn print(session: &Session, experiment: &Experiment, comparison: &Comparison) ->
     Ok(())
 }
 
+const METRIC_HEADER: [&str; 5] = ["metric", "arm", "mean", "95 % interval", "n"];
+
+fn tested_header(what: &str) -> [&str; 7] {
+    [what, "arm", "mean", "95 % interval", "n", "p", "p (Holm)"]
+}
+
 /// Blocks of rows: metrics, differences within an arm, differences from the baseline; then what they mean.
 fn text(comparison: &Comparison, width: Option<u16>) -> String {
     if comparison.metrics.is_empty() {
@@ -87,7 +93,7 @@ fn text(comparison: &Comparison, width: Option<u16>) -> String {
             rows.push(row);
         }
     }
-    blocks.push(block(&["metric", "arm", "mean", "95 % interval", "n"], rows, one_arm, width));
+    blocks.push(block(&METRIC_HEADER, rows, one_arm, width));
 
     let mut rows = Vec::new();
     for (first, second) in &comparison.differences {
@@ -99,7 +105,7 @@ fn text(comparison: &Comparison, width: Option<u16>) -> String {
         }
     }
     if !rows.is_empty() {
-        blocks.push(block(&["difference", "arm", "mean", "95 % interval", "n", "p", "p (Holm)"], rows, one_arm, width));
+        blocks.push(block(&tested_header("difference"), rows, one_arm, width));
     }
 
     if let Some(baseline) = &comparison.baseline {
@@ -113,8 +119,8 @@ fn text(comparison: &Comparison, width: Option<u16>) -> String {
             }
         }
         if !rows.is_empty() {
-            let header = &["minus the baseline", "arm", "mean", "95 % interval", "n", "p", "p (Holm)"];
-            blocks.push(format!("baseline: {baseline}\n{}", block(header, rows, false, width)));
+            let table = block(&tested_header("minus the baseline"), rows, false, width);
+            blocks.push(format!("baseline: {baseline}\n{table}"));
         }
     }
     blocks.push(meaning(comparison));
@@ -195,7 +201,7 @@ fn meaning(comparison: &Comparison) -> String {
                 "\nDifferences are paired by instance and seed: Student's t interval, p from sign flips within instances"
             }
         });
-        text.push_str("; Holm's correction is over the block.");
+        text.push_str(".\nHolm's correction is over the tests of a block.");
     }
     text
 }
@@ -236,7 +242,7 @@ mod tests {
 
     #[test]
     fn the_table_reads_well() {
-        insta::assert_snapshot!(text(&comparison(), None));
+        insta::assert_snapshot!(text(&comparison(), None), @"");
     }
 
     #[test]
