@@ -10,3 +10,6 @@ pub mod loss;
 pub mod model;
 pub mod optimizer;
 pub mod training_state;
+
+#[cfg(test)]
+mod sandbox;
