@@ -83,10 +83,7 @@ impl Metrics {
             (Total(sum), Total(more)) => *sum += more,
             (Max(kept), Max(new)) => *kept = if kept.is_nan() || new.is_nan() { f64::NAN } else { kept.max(new) },
             (Min(kept), Min(new)) => *kept = if kept.is_nan() || new.is_nan() { f64::NAN } else { kept.min(new) },
-            (
-                Deviation { count, mean, squares },
-                Deviation { count: further, mean: other, squares: more },
-            ) => {
+            (Deviation { count, mean, squares }, Deviation { count: further, mean: other, squares: more }) => {
                 let (whole, apart) = (*count + further, other - *mean);
                 *squares += more + apart * apart * *count * further / whole;
                 *mean += apart * further / whole;
