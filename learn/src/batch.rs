@@ -77,3 +77,114 @@ impl Batch {
         Tensor::embedding(&hidden.flatten(0, 1), &self.positions, -1, false, false)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use tch::{Kind, no_grad};
+
+    use super::*;
+    use crate::loss::{policy_loss, supervised_loss, token_logprobs};
+    use crate::model::Transformer;
+    use crate::sandbox;
+
+    fn rows() -> Vec<(Vec<i64>, Vec<u8>)> {
+        let lengths = [9usize, 4, 7, 9, 2, 5, 8, 3, 6, 9];
+        lengths
+            .iter()
+            .enumerate()
+            .map(|(row, &length)| {
+                let ids = (0..length).map(|place| ((row * 5 + place * 7 + place * place) % 13) as i64).collect();
+                let mask = (0..length).map(|place| u8::from(place > 0 && (place > 2 || row % 3 == 0))).collect();
+                (ids, mask)
+            })
+            .collect()
+    }
+
+    fn borrowed(rows: &[(Vec<i64>, Vec<u8>)]) -> Vec<Row<'_>> {
+        rows.iter().map(|(ids, mask)| Row { ids, mask }).collect()
+    }
+
+    #[test]
+    fn targets_are_the_marked_tokens_and_positions_precede_them() {
+        let rows = rows();
+        let batch = Batch::new(&borrowed(&rows), 0, Device::Cpu).expect("a batch");
+        assert_eq!(batch.ids.size(), [10, 9]);
+        assert_eq!(batch.count() as u64, borrowed(&rows).iter().map(Row::targets).sum::<u64>());
+        let following = batch.ids.flatten(0, 1).index_select(0, &(&batch.positions + 1));
+        assert_eq!(following, batch.targets);
+        assert_eq!(batch.positions.divide_scalar_mode(9, "floor"), batch.row);
+    }
+
+    #[test]
+    fn rows_that_cannot_be_trained_on_are_refused() {
+        let error = |ids: &[i64], mask: &[u8]| {
+            Batch::new(&[Row { ids, mask }], 0, Device::Cpu).expect_err("it is refused").to_string()
+        };
+        assert!(error(&[1, 2], &[0]).contains("mask has 1"));
+        assert!(error(&[1, 2], &[1, 1]).contains("first token"));
+        assert!(error(&[], &[]).contains("empty"));
+        let none = Batch::new(&[Row { ids: &[1], mask: &[0] }], 0, Device::Cpu).expect("no target is no error");
+        assert_eq!(none.count(), 0);
+    }
+
+    /// A table-driven model: the summed log-probability by the batch is that of a loop over the table of next tokens.
+    #[test]
+    fn summed_log_probabilities_are_those_of_brute_force() {
+        let table: Vec<f32> = (0..169).map(|index| ((index * 37 % 101) as f32 / 20.0).sin() * 2.0).collect();
+        let logits = Tensor::from_slice(&table).view([13, 13]);
+        let rows = rows();
+        let batch = Batch::new(&borrowed(&rows), 0, Device::Cpu).expect("a batch");
+        let hidden = logits.index_select(0, &batch.ids.flatten(0, 1)).view([10, 9, 13]);
+        let ours = token_logprobs(&batch.select(&hidden), &batch.targets, 0.7).sum(Kind::Double).double_value(&[]);
+        let mut brute = 0.0;
+        for (ids, mask) in &rows {
+            for place in 1..ids.len() {
+                let row = &table[ids[place - 1] as usize * 13..][..13];
+                let scaled: Vec<f64> = row.iter().map(|logit| f64::from(*logit) / 0.7).collect();
+                let total: f64 = scaled.iter().map(|logit| logit.exp()).sum();
+                brute += f64::from(mask[place]) * (scaled[ids[place] as usize] - total.ln());
+            }
+        }
+        assert!((ours - brute).abs() < 1e-4, "{ours} against {brute}");
+    }
+
+    /// The gradient of one optimizer batch, computed in micro-batches of `size` rows.
+    fn gradient(model: &Transformer, rows: &[(Vec<i64>, Vec<u8>)], size: usize, policy: bool) -> Tensor {
+        let denominator = borrowed(rows).iter().map(Row::targets).sum::<u64>() as f64;
+        model.zero_gradients();
+        for chunk in rows.chunks(size) {
+            let batch = Batch::new(&borrowed(chunk), 0, Device::Cpu).expect("a batch");
+            let logits = model.logits(&batch.select(&model.hidden(&batch.ids)));
+            let new = token_logprobs(&logits, &batch.targets, 0.9);
+            let loss = if policy {
+                // Old log-probabilities and advantages depend on the token alone, so that they follow rows around.
+                let old = no_grad(|| new.detach() + (&batch.targets * 1.3).sin() * 0.2);
+                let advantages = (&batch.targets * 0.7).cos();
+                policy_loss(&new, &old, &advantages, 0.1, 0.15, denominator).loss
+            } else {
+                supervised_loss(&new, denominator)
+            };
+            loss.backward();
+        }
+        model.weights().gradient().copy()
+    }
+
+    #[test]
+    fn gradients_do_not_depend_on_the_split_or_the_order_of_rows() {
+        let (_folder, model) = sandbox::model(&json!({}));
+        let rows = rows();
+        let mut permuted = rows.clone();
+        permuted.reverse();
+        permuted.swap(1, 6);
+        for policy in [false, true] {
+            let whole = gradient(&model, &rows, rows.len(), policy);
+            assert!(whole.norm().double_value(&[]) > 1e-3);
+            for (rows, size) in [(&rows, 1), (&rows, 2), (&rows, 4), (&rows, 8), (&permuted, 10), (&permuted, 3)] {
+                let distance = sandbox::relative(&gradient(&model, rows, size, policy), &whole);
+                assert!(distance <= 1e-5, "policy {policy}, size {size}: {distance}");
+            }
+            assert_eq!(gradient(&model, &rows, 4, policy), gradient(&model, &rows, 4, policy), "the same bits again");
+        }
+    }
+}

@@ -254,3 +254,165 @@ fn compact(cache: &mut KvCache, rows: &mut Vec<usize>, samples: &[Sample], tenso
     cache.compact(&tensor(&from), &tensor(&to), active as i64);
     true
 }
+
+#[cfg(test)]
+mod tests {
+    use rand_chacha::ChaCha8Rng;
+    use serde_json::json;
+    use tch::{Device, no_grad};
+
+    use super::*;
+    use crate::batch::{Batch, Row};
+    use crate::loss::token_logprobs;
+    use crate::sandbox;
+
+    const NEVER: AtomicBool = AtomicBool::new(false);
+
+    fn groups() -> Vec<Group> {
+        let prompts: [&[i64]; 3] = [&[1, 5, 7, 3], &[1, 9], &[1, 4, 4]];
+        let samples = |instance: u64| (0..4).map(|sample| vec![8, 0, 0, instance, sample]).collect();
+        prompts
+            .iter()
+            .zip(0..)
+            .map(|(prompt, index)| Group { prompt: prompt.to_vec(), samples: samples(index) })
+            .collect()
+    }
+
+    fn run(model: &Transformer, groups: &[Group], temperature: f64) -> Vec<Vec<Completion>> {
+        let sampling = Sampling { temperature, max_new_tokens: 12 };
+        let mut heard = 0;
+        let made = generate(model, groups, &sampling, &NEVER, &mut |count| heard += count).expect("completions");
+        assert_eq!(heard, made.iter().flatten().map(|completion| completion.ids.len() as u64).sum::<u64>());
+        made
+    }
+
+    #[test]
+    fn sampler_and_trainer_agree_on_log_probabilities() {
+        let (_folder, model) = sandbox::model(&json!({}));
+        for temperature in [0.7, 1.0] {
+            let (groups, made) = (groups(), run(&model, &groups(), temperature));
+            let mut compared = 0;
+            for (group, completion) in
+                groups.iter().zip(&made).flat_map(|(group, made)| made.iter().map(move |one| (group, one)))
+            {
+                let ids = [group.prompt.clone(), completion.ids.clone()].concat();
+                let mask: Vec<u8> = (0..ids.len()).map(|place| u8::from(place >= group.prompt.len())).collect();
+                let batch = Batch::new(&[Row { ids: &ids, mask: &mask }], 0, Device::Cpu).expect("a batch");
+                let trained = no_grad(|| {
+                    let logits = model.logits(&batch.select(&model.hidden(&batch.ids)));
+                    token_logprobs(&logits, &batch.targets, temperature)
+                });
+                let sampled = Tensor::from_slice(&completion.logprobs);
+                assert!(sandbox::distance(&trained, &sampled) < 1e-4, "temperature {temperature}");
+                compared += completion.ids.len();
+            }
+            assert!(compared > 50);
+        }
+    }
+
+    #[test]
+    fn tokens_are_the_hand_rolled_inverse_of_the_distribution_without_a_cache() {
+        let (_folder, model) = sandbox::model(&json!({}));
+        let (groups, temperature) = (groups(), 1.3);
+        let made = run(&model, &groups, temperature);
+        for (group, completions) in groups.iter().zip(&made) {
+            for (counters, completion) in group.samples.iter().zip(completions) {
+                let stream = rng("sample", counters);
+                let mut ids = group.prompt.clone();
+                for (token, &written) in completion.ids.iter().enumerate() {
+                    let logits =
+                        no_grad(|| model.logits(&model.hidden(&Tensor::from_slice(&ids).unsqueeze(0)).select(1, -1)));
+                    let logits = Vec::<f64>::try_from(&logits.view(-1).to_kind(Kind::Double)).expect("numbers");
+                    let weights: Vec<f64> = logits.iter().map(|logit| (logit / temperature).exp()).collect();
+                    let mut left = uniform_at(&stream, token as u64) * weights.iter().sum::<f64>();
+                    let chosen = weights.iter().position(|weight| {
+                        left -= weight;
+                        left < 0.0
+                    });
+                    assert_eq!(chosen, Some(written as usize));
+                    ids.push(written);
+                }
+                let ended = completion.ids.last() == Some(&sandbox::END);
+                assert_eq!(completion.finish == Finish::Stop, ended);
+                assert!(ended || completion.ids.len() == 12);
+                assert_eq!(completion.ids.iter().filter(|&&id| id == sandbox::END).count(), usize::from(ended));
+            }
+        }
+        let finished = made.iter().flatten().filter(|completion| completion.finish == Finish::Stop).count();
+        assert!(finished > 0 && finished < 12, "both ends occur, so rows left the batch: {finished}");
+        assert_ne!(made[0][0].ids, made[0][1].ids, "samples of a group differ");
+    }
+
+    #[test]
+    fn the_same_chunk_gives_the_same_bits_and_batch_mates_do_not_matter() {
+        let (_folder, model) = sandbox::model(&json!({}));
+        let made = run(&model, &groups(), 1.0);
+        assert_eq!(made, run(&model, &groups(), 1.0));
+        let alone = run(&model, &groups()[1..2], 1.0);
+        let ids = |completions: &[Completion]| completions.iter().map(|one| one.ids.clone()).collect::<Vec<_>>();
+        assert_eq!(ids(&made[1]), ids(&alone[0]));
+    }
+
+    #[test]
+    fn frequencies_are_the_probabilities() {
+        let logits = [0.5f32, -1.0, 2.0, 0.0];
+        let weights: Vec<f64> = logits.iter().map(|logit| (f64::from(*logit) / 0.7).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        let (draws, mut counts) = (20_000u64, [0f64; 4]);
+        for index in 0..draws {
+            let (id, logprob) = draw(&logits, 0.7, || uniform_at(&rng("sample", &[index]), 0)).expect("finite");
+            counts[id as usize] += 1.0;
+            assert!((f64::from(logprob) - (weights[id as usize] / total).ln()).abs() < 1e-6);
+        }
+        for (count, weight) in counts.iter().zip(&weights) {
+            let p = weight / total;
+            let deviation = (p * (1.0 - p) / draws as f64).sqrt();
+            assert!((count / draws as f64 - p).abs() < 4.0 * deviation, "{count} for {p}");
+        }
+    }
+
+    #[test]
+    fn the_borders_of_the_sampler() {
+        let only = |logits: &[f32], u: f64| draw(logits, 1.0, || u).map(|(id, _)| id);
+        assert_eq!(only(&[0.0, 0.0], 0.0), Some(0));
+        assert_eq!(only(&[0.0, 0.0], 0.5), Some(1), "strictly greater than");
+        assert_eq!(only(&[-200.0, 0.0], 0.0), Some(0), "a tiny probability holds the beginning of its range");
+        assert_eq!(only(&[0.0, f32::NAN], 0.5), None);
+        assert_eq!(only(&[0.0, f32::NEG_INFINITY], 0.5), None);
+        let unused = || -> f64 { unreachable!("greedy choice draws nothing") };
+        assert_eq!(draw(&[1.0, 3.0, 3.0], 0.0, unused).map(|(id, _)| id), Some(1), "the lowest of equals");
+        let (_, logprob) = draw(&[0.0, 0.0], 0.0, unused).expect("finite");
+        assert!((f64::from(logprob) - 0.5f64.ln()).abs() < 1e-7);
+    }
+
+    #[test]
+    fn what_cannot_be_generated_is_refused() {
+        let (_folder, model) = sandbox::model(&json!({}));
+        let error = |groups: &[Group], temperature: f64, max_new_tokens: usize, stop: bool| {
+            let sampling = Sampling { temperature, max_new_tokens };
+            let made = generate(&model, groups, &sampling, &AtomicBool::new(stop), &mut |_| {});
+            made.expect_err("it is refused")
+        };
+        let with = |prompt: &[i64]| vec![Group { prompt: prompt.to_vec(), samples: vec![vec![1]] }];
+        assert!(error(&with(&[]), 1.0, 4, false).to_string().contains("empty"));
+        assert!(error(&with(&[13]), 1.0, 4, false).to_string().contains("13"));
+        assert!(error(&with(&[1]), 1.0, 64, false).to_string().contains("64 positions"));
+        assert!(error(&with(&[1]), -1.0, 4, false).to_string().contains("temperature"));
+        assert!(error(&with(&[1]), f64::NAN, 4, false).to_string().contains("temperature"));
+        assert!(error(&groups(), 1.0, 4, true).is::<Interrupted>());
+        sandbox::stir(&model, f64::NAN);
+        assert!(error(&groups(), 1.0, 4, false).to_string().contains("not finite"));
+        let none: Vec<Group> = vec![Group { prompt: vec![1], samples: vec![] }];
+        assert_eq!(run(&model, &none, 1.0), vec![Vec::new()]);
+    }
+
+    #[test]
+    fn greedy_needs_no_stream() {
+        let (_folder, model) = sandbox::model(&json!({}));
+        let other: Vec<Group> =
+            groups().into_iter().map(|group| Group { samples: vec![vec![99]; 4], ..group }).collect();
+        assert_eq!(run(&model, &groups(), 0.0), run(&model, &other, 0.0));
+        let stream: ChaCha8Rng = rng("sample", &[99]);
+        assert!(uniform_at(&stream, 0) < 1.0);
+    }
+}

@@ -20,3 +20,6 @@ pub mod session;
 pub mod training;
 pub mod training_state;
 pub mod validate;
+
+#[cfg(test)]
+mod sandbox;

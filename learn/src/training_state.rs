@@ -135,3 +135,71 @@ fn parse(sequence: u64, bytes: &[u8]) -> Result<State> {
     }
     Ok(State { sequence, tensors, blobs, json })
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn state(sequence: u64) -> State {
+        let mut state = State::new(sequence, &json!({"step": sequence, "loss": 0.1})).expect("a state");
+        state.tensors.insert("weights".to_owned(), Tensor::from_slice(&[1.5f32, -0.0, sequence as f32]).view([3, 1]));
+        state.tensors.insert("sums".to_owned(), Tensor::from_slice(&[0.1f64, 1e300]));
+        state.blobs.insert("pending".to_owned(), vec![0, 255, 7]);
+        state.blobs.insert("empty".to_owned(), Vec::new());
+        state
+    }
+
+    fn sequence(folder: &Path) -> Option<u64> {
+        load(folder).expect("readable").map(|state| state.sequence)
+    }
+
+    #[test]
+    fn a_state_comes_back_bit_for_bit() {
+        let folder = tempfile::tempdir().expect("a folder");
+        assert!(load(&folder.path().join("none")).expect("no folder is no state").is_none());
+        assert!(load(folder.path()).expect("readable").is_none());
+        let saved = state(3);
+        save(folder.path(), &saved).expect("saved");
+        let loaded = load(folder.path()).expect("readable").expect("a state");
+        assert_eq!((loaded.sequence, &loaded.json, &loaded.blobs), (3, &saved.json, &saved.blobs));
+        assert_eq!(loaded.tensors.keys().collect::<Vec<_>>(), saved.tensors.keys().collect::<Vec<_>>());
+        for (name, tensor) in &saved.tensors {
+            assert_eq!(loaded.tensors[name], *tensor);
+            assert_eq!(loaded.tensors[name].kind(), tensor.kind());
+        }
+        let read: BTreeMap<String, f64> = loaded.read().expect("its own type");
+        assert_eq!((read["step"], read["loss"]), (3.0, 0.1));
+        assert!(loaded.read::<Vec<u64>>().is_err());
+    }
+
+    #[test]
+    fn two_states_are_kept_and_damage_falls_back_to_the_older() {
+        let folder = tempfile::tempdir().expect("a folder");
+        for step in 1..=4 {
+            save(folder.path(), &state(step)).expect("saved");
+        }
+        let states = listed(folder.path()).expect("listed");
+        assert_eq!(states.iter().map(|(step, _, _)| *step).collect::<Vec<_>>(), [4, 3]);
+        let whole = fs::read(&states[0].2).expect("the newest");
+        for length in [0, 1, 100, whole.len() - 1] {
+            fs::write(&states[0].2, &whole[..length]).expect("torn");
+            assert_eq!(sequence(folder.path()), Some(3), "torn at {length}");
+        }
+        for place in [0, 9, whole.len() / 2, whole.len() - 1] {
+            let mut flipped = whole.clone();
+            flipped[place] ^= 1;
+            fs::write(&states[0].2, &flipped).expect("flipped");
+            assert_eq!(sequence(folder.path()), Some(3), "flipped at {place}");
+        }
+        fs::write(folder.path().join("state.partial"), &whole[..50]).expect("killed while writing");
+        assert_eq!(sequence(folder.path()), Some(3));
+        // What is saved after a fall-back replaces the damaged one.
+        save(folder.path(), &state(4)).expect("saved");
+        assert_eq!(sequence(folder.path()), Some(4));
+        fs::write(&states[1].2, b"damaged too").expect("written");
+        fs::write(&states[0].2, b"damaged").expect("written");
+        assert_eq!(sequence(folder.path()), None);
+    }
+}

@@ -2,6 +2,7 @@
 
 pub mod evaluate;
 pub mod grpo;
+pub mod model;
 pub mod sft;
 pub mod table;
 pub mod tokens;
@@ -10,4 +11,5 @@ pub mod training;
 use crate::pipeline::stage::Kind;
 
 /// Every kind that a file may name.
-pub static KINDS: &[Kind] = &[Kind::of::<sft::Sft>(), Kind::of::<grpo::Grpo>(), Kind::of::<evaluate::Evaluate>()];
+pub static KINDS: &[Kind] =
+    &[Kind::of::<model::Model>(), Kind::of::<sft::Sft>(), Kind::of::<grpo::Grpo>(), Kind::of::<evaluate::Evaluate>()];

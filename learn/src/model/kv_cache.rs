@@ -159,3 +159,67 @@ impl<'a> Decoder<'a> {
         normalise(hidden, self.model.config().rms_norm_eps).linear(&self.head, None::<&Tensor>)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use tch::Device;
+
+    use super::*;
+    use crate::sandbox;
+
+    /// Logits at the last place of one row, without a cache.
+    fn uncached(model: &Transformer, ids: &[i64]) -> Tensor {
+        no_grad(|| {
+            let hidden = model.hidden(&Tensor::from_slice(ids).unsqueeze(0));
+            model.logits(&hidden.select(1, -1))
+        })
+    }
+
+    #[test]
+    fn cached_logits_are_the_uncached_ones() {
+        for extra in [json!({}), json!({"kv_heads": 4, "tie_word_embeddings": false})] {
+            let (_folder, model) = sandbox::model(&extra);
+            let decoder = model.decoder();
+            // Two prompts of unequal lengths; the second is expanded to two rows.
+            let mut rows = vec![vec![1, 5, 7, 3], vec![1, 9], vec![1, 9]];
+            let prompts = Tensor::from_slice2(&[[1i64, 5, 7, 3], [1, 9, 0, 0]]);
+            let (prefilled, logits) = decoder.prefill(&prompts, &Tensor::from_slice(&[4i64, 2]));
+            for (row, prompt) in [0, 1].into_iter().zip(&rows) {
+                assert!(sandbox::distance(&logits.narrow(0, row, 1), &uncached(&model, prompt)) < 1e-5);
+            }
+            let mut cache = prefilled.expand(&Tensor::from_slice(&[0i64, 1, 1]), 10);
+            let hidden = f32::NEG_INFINITY;
+            let mut mask = Tensor::zeros([3, 1, 1, 10], (Kind::Float, Device::Cpu));
+            let _ = mask.narrow(0, 1, 2).narrow(3, 2, 2).fill_(f64::from(hidden));
+            for token in 0..3i64 {
+                let tokens = [3 + token, 6 + token, 11 - token];
+                let positions: Vec<i64> = rows.iter().map(|row| row.len() as i64).collect();
+                rows.iter_mut().zip(tokens).for_each(|(row, id)| row.push(id));
+                let logits = decoder.step(
+                    &Tensor::from_slice(&tokens),
+                    &Tensor::from_slice(&positions),
+                    &mut cache,
+                    Some(&mask),
+                );
+                for (index, row) in rows.iter().enumerate() {
+                    let ours = logits.narrow(0, index as i64, 1);
+                    let distance = sandbox::distance(&ours, &uncached(&model, row));
+                    assert!(distance < 1e-5, "row {index} at token {token}: {distance}");
+                }
+            }
+            // The first row leaves, the last takes its place.
+            cache.compact(&Tensor::from_slice(&[2i64]), &Tensor::from_slice(&[0i64]), 2);
+            mask = mask.index_select(0, &Tensor::from_slice(&[2i64, 1]));
+            rows.swap_remove(0);
+            assert_eq!((cache.rows(), cache.used()), (2, 7));
+            let positions: Vec<i64> = rows.iter().map(|row| row.len() as i64).collect();
+            rows.iter_mut().for_each(|row| row.push(4));
+            let logits =
+                decoder.step(&Tensor::from_slice(&[4i64, 4]), &Tensor::from_slice(&positions), &mut cache, Some(&mask));
+            for (index, row) in rows.iter().enumerate() {
+                assert!(sandbox::distance(&logits.narrow(0, index as i64, 1), &uncached(&model, row)) < 1e-5);
+            }
+        }
+    }
+}

@@ -351,3 +351,106 @@ impl Turned {
         turned.view(size.as_slice())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sandbox;
+
+    fn ids(rows: &[&[i64]]) -> Tensor {
+        Tensor::from_slice2(rows)
+    }
+
+    fn all_logits(model: &Transformer, ids: &Tensor) -> Tensor {
+        no_grad(|| {
+            let hidden = model.hidden(ids);
+            model.logits(&hidden.flatten(0, 1)).view([ids.size()[0], ids.size()[1], -1])
+        })
+    }
+
+    /// The golden numbers come from `tests/fixtures/qwen2.py`, run with transformers.
+    #[test]
+    fn logits_are_those_of_transformers() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/qwen2");
+        for name in ["tied", "untied"] {
+            let model = Transformer::load(&folder.join(name), Device::Cpu).expect("the fixture loads");
+            let text = fs::read_to_string(folder.join(name).join("golden.json")).expect("golden numbers");
+            let golden: Value = serde_json::from_str(&text).expect("JSON");
+            let ids: Vec<Vec<i64>> = serde_json::from_value(golden["ids"].clone()).expect("ids");
+            let logits: Vec<f32> = serde_json::from_value(golden["logits"].clone()).expect("logits");
+            let ours = all_logits(&model, &Tensor::from_slice2(&ids));
+            let theirs = Tensor::from_slice(&logits).view_as(&ours);
+            let distance = sandbox::distance(&ours, &theirs);
+            assert!(distance < 1e-4, "{name}: {distance}");
+            assert!(theirs.abs().max().double_value(&[]) > 0.5, "{name}: the logits say something");
+        }
+    }
+
+    #[test]
+    fn saving_is_byte_reproducible_and_loading_gives_the_same_model() {
+        let (source, model) = sandbox::model(&json!({}));
+        fs::write(source.path().join("tokenizer.json"), "{}").expect("a companion");
+        let folders = [tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder")];
+        for folder in &folders {
+            model.save(folder.path(), source.path()).expect("saved");
+        }
+        for name in ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"] {
+            let read = |folder: &tempfile::TempDir| fs::read(folder.path().join(name)).expect(name);
+            assert_eq!(read(&folders[0]), read(&folders[1]), "{name}");
+        }
+        let again = Transformer::load(folders[0].path(), Device::Cpu).expect("a model");
+        assert_eq!(again.weights().flat(), model.weights().flat());
+        assert_eq!(again.config(), model.config());
+    }
+
+    #[test]
+    fn a_folder_with_other_weights_is_refused() {
+        let refuse = |written: &Value, claimed: &Value| {
+            let folder = tempfile::tempdir().expect("a folder");
+            sandbox::write(folder.path(), claimed);
+            let config = fs::read(folder.path().join("config.json")).expect("config");
+            sandbox::write(folder.path(), written);
+            fs::write(folder.path().join("config.json"), config).expect("written");
+            format!("{:#}", Transformer::load(folder.path(), Device::Cpu).expect_err("it does not fit"))
+        };
+        let missing = refuse(&json!({}), &json!({"layers": 3}));
+        assert!(missing.contains("`model.layers.2.input_layernorm.weight` is missing"), "{missing}");
+        let unused = refuse(&json!({"layers": 3}), &json!({}));
+        assert!(unused.contains("model.layers.2") && unused.contains("no place"), "{unused}");
+        let untied = refuse(&json!({"tie_word_embeddings": false}), &json!({}));
+        assert!(untied.contains("lm_head.weight"), "{untied}");
+        let shape = refuse(&json!({"intermediate_size": 32}), &json!({}));
+        assert!(shape.contains("[32, 16]") && shape.contains("[24, 16]"), "{shape}");
+    }
+
+    #[test]
+    fn padding_and_batch_mates_do_not_reach_a_row() {
+        for extra in [json!({}), json!({"kv_heads": 4, "tie_word_embeddings": false})] {
+            let (_folder, model) = sandbox::model(&extra);
+            let alone = all_logits(&model, &ids(&[&[1, 5, 7, 3]]));
+            let padded = all_logits(&model, &ids(&[&[1, 5, 7, 3, 0, 0, 9], &[4, 4, 8, 2, 6, 1, 1]]));
+            let distance = sandbox::distance(&padded.narrow(0, 0, 1).narrow(1, 0, 4), &alone);
+            assert!(distance < 1e-5, "{distance}");
+        }
+    }
+
+    #[test]
+    fn every_weight_gets_a_gradient_in_the_common_buffer() {
+        let (_folder, model) = sandbox::model(&json!({}));
+        let loss =
+            || model.logits(&model.hidden(&ids(&[&[1, 5, 7, 3, 8, 9, 2]])).flatten(0, 1)).square().sum(Kind::Float);
+        loss().backward();
+        let once = model.weights().gradient().copy();
+        for ((name, leaf), (_, gathered)) in
+            model.parameters().iter().zip(model.weights().named("", model.weights().gradient()))
+        {
+            assert!(gathered.abs().max().double_value(&[]) > 0.0, "{name} has no gradient");
+            assert_eq!(leaf.grad(), gathered, "{name}");
+        }
+        loss().backward();
+        assert!(sandbox::relative(model.weights().gradient(), &(&once * 2.0)) < 1e-6, "gradients add up");
+        model.zero_gradients();
+        loss().backward();
+        assert_eq!(*model.weights().gradient(), once, "the same pass gives the same bits");
+    }
+}
