@@ -258,9 +258,7 @@ mod tests {
 
     #[test]
     fn malformed_expressions_are_complaints_and_errors() {
-        for text in
-            ["", "  ", "1 +", "(solved", "max(solved)", "solved +* 2", "foo(solved)", "solved solved", "@"]
-        {
+        for text in ["", "  ", "1 +", "(solved", "max(solved)", "solved +* 2", "foo(solved)", "solved solved", "@"] {
             let complaints = expression(text).check(MEASURES);
             assert!(!complaints.is_empty(), "`{text}` is taken");
             let error = expression(text).score(&verdict([1.0; 5])).unwrap_err();
