@@ -157,7 +157,10 @@ mod tests {
     fn rows_that_would_spoil_a_run_are_named() {
         let good = tokens(&[(&[1, 5, 6, 3], &[0, 0, 1, 1], 2), (&[1, 3], &[0, 0], 1)]);
         let note = rows(&good, &[0, 1], &config()).unwrap();
-        assert!(note.contains("2 rows of 2 to 4 tokens (limit 6), 2 targets") && note.contains("1 rows have no"), "{note}");
+        assert!(
+            note.contains("2 rows of 2 to 4 tokens (limit 6), 2 targets") && note.contains("1 rows have no"),
+            "{note}"
+        );
         let cases: [(&[i32], &[u8], &str); 5] = [
             (&[1, 5, 6, 7, 8, 9, 3], &[0, 0, 0, 0, 0, 1, 1], "has 7 tokens"),
             (&[1, 5, 6], &[0, 1, 1], "0 end-of-sequence targets"),

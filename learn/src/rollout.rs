@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Context as _;
-use pipe::pipeline::stage::StageContext;
+use pipe::pipeline::stage::{StageContext, StageEvent};
 use pipe::rewards::{Reward, total};
 use pipe::stages::grpo::Grpo;
 use pipe::stages::table::{Column, ColumnType, TableWriter};
@@ -97,9 +97,10 @@ impl<'a> Rollouts<'a> {
         committed: u64,
         step: u64,
     ) -> anyhow::Result<Self> {
-        let rewards = params.rewards.iter().map(|(name, spec)| {
-            Reward::new(spec).with_context(|| format!("the reward `{name}` cannot be computed"))
-        });
+        let rewards = params
+            .rewards
+            .iter()
+            .map(|(name, spec)| Reward::new(spec).with_context(|| format!("the reward `{name}` cannot be computed")));
         let rewards = rewards.collect::<anyhow::Result<_>>()?;
         // Chunks of later steps were sampled from weights that this attempt has yet to reach again.
         let (journal, replay) = Journal::open(path, committed, |chunk: &Chunk| chunk.step == step)?;
@@ -157,6 +158,8 @@ impl<'a> Rollouts<'a> {
                 };
                 groups.extend(done.groups);
                 next += count;
+                let along = groups.len() as f64;
+                context.tell(StageEvent::Metrics { values: BTreeMap::from([("rollout/groups".to_owned(), along)]) });
             }
             rounds += 1;
             let kept = groups.iter().filter(|group: &&ScoredGroup| group.kept).count() as u64;
@@ -336,6 +339,10 @@ pub fn distinct(columns: &[(&str, ColumnType)]) -> anyhow::Result<()> {
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     columns.iter().for_each(|(name, _)| *counts.entry(name).or_default() += 1);
     let twice = counts.iter().find(|(_, count)| **count > 1);
-    anyhow::ensure!(twice.is_none(), "two columns are called `{}`: rename the measurement", twice.map_or("", |(name, _)| name));
+    anyhow::ensure!(
+        twice.is_none(),
+        "two columns are called `{}`: rename the measurement",
+        twice.map_or("", |(name, _)| name)
+    );
     Ok(())
 }

@@ -87,10 +87,8 @@ impl Validation {
         let (mut metrics, mut logged) = (Metrics::default(), Vec::new());
         for rows in self.rows.chunks(CHUNK) {
             let counters = |row: usize| vec![self.seed, Purpose::Validation as u64, step, row as u64];
-            let groups: Vec<Group> = rows
-                .iter()
-                .map(|&row| Group { prompt: prompts.prompt(row), samples: vec![counters(row)] })
-                .collect();
+            let groups: Vec<Group> =
+                rows.iter().map(|&row| Group { prompt: prompts.prompt(row), samples: vec![counters(row)] }).collect();
             let completions = generate(model, &groups, &self.sampling, interrupt, &mut |_| {})?;
             for (&row, completion) in rows.iter().zip(completions.into_iter().flatten()) {
                 let graded = prompts.grade(row, completion)?;

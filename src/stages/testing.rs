@@ -54,6 +54,6 @@ pub(crate) fn digest(folder: &Path) -> String {
 pub(crate) fn strings(column: Column) -> Vec<String> {
     match column {
         Column::Text(values) => values.into_iter().map(Option::unwrap).collect(),
-        Column::Integer(_) => panic!("a column of integers"),
+        other => panic!("{other:?} is no text"),
     }
 }

@@ -123,9 +123,10 @@ fn write_examples(prompts: &Prompts, rows: &[usize], graded: &[Graded], path: &P
         Column::text(graded.iter().map(|graded| graded.text.clone())),
         Column::text(graded.iter().map(|graded| finish_name(graded.finish).to_owned())),
     ];
-    values.extend((0..prompts.measures().len()).map(|measure| {
-        Column::Number(graded.iter().map(|graded| Some(graded.measurements[measure])).collect())
-    }));
+    values.extend(
+        (0..prompts.measures().len())
+            .map(|measure| Column::Number(graded.iter().map(|graded| Some(graded.measurements[measure])).collect())),
+    );
     let mut table = TableWriter::create(path, &columns)?;
     table.write(values)?;
     table.finish()

@@ -57,8 +57,8 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     let (mut training, resumed) = Training::<Own>::resume(model, &params.optimizer, &states)?;
     let recorded = training.counters.step - u64::from(training.counters.unrecorded.is_some());
     let journal = states.join("rollouts.jsonl");
-    let (committed, step) = (training.counters.own.journal, training.counters.step);
-    let mut rollouts = Rollouts::open(params, &prompts, rows, &journal, committed, step)?;
+    let (committed, at) = (training.counters.own.journal, training.counters.step);
+    let mut rollouts = Rollouts::open(params, &prompts, rows, &journal, committed, at)?;
     let recorded = (resumed || rollouts.replayed() > 0).then_some(recorded);
     let mut validation = None;
     if let Some(validate) = &params.validate {
@@ -141,12 +141,7 @@ fn step(
 }
 
 /// The updates of a step over the groups that are kept.
-fn train(
-    params: &Grpo,
-    prompts: &Prompts,
-    rollout: &Rollout,
-    training: &mut Training<Own>,
-) -> anyhow::Result<Metrics> {
+fn train(params: &Grpo, prompts: &Prompts, rollout: &Rollout, training: &mut Training<Own>) -> anyhow::Result<Metrics> {
     let began = Instant::now();
     let Training { model, optimizer, counters, .. } = training;
     let mut metrics = Metrics::default();

@@ -104,8 +104,7 @@ fn step(
     let rows = order.take(step * params.batch_size, params.batch_size);
     let ids: Vec<Vec<i64>> =
         rows.iter().map(|&row| tokens.row_ids(row).iter().map(|id| i64::from(*id)).collect()).collect();
-    let rows: Vec<Row<'_>> =
-        rows.iter().zip(&ids).map(|(&row, ids)| Row { ids, mask: tokens.row_mask(row) }).collect();
+    let rows: Vec<Row<'_>> = rows.iter().zip(&ids).map(|(&row, ids)| Row { ids, mask: tokens.row_mask(row) }).collect();
     // Counted over the whole batch before the first backward pass, so that micro-batches do not change the gradient.
     let targets: u64 = rows.iter().map(Row::targets).sum();
     let read: u64 = ids.iter().map(|ids| ids.len() as u64).sum();
