@@ -9,8 +9,7 @@ use serde_json::{Value, json};
 
 use crate::pipeline::spec::{Experiment, Origin, StageSpec, TableSpec, Trial};
 use crate::pipeline::stage::{
-    Any, ArtifactType, Input, Interrupted, Kind, Output, Part, Place, RunOptions, SourceFile, Stage,
-    StageContext,
+    Any, ArtifactType, Input, Interrupted, Kind, Output, Part, Place, RunOptions, SourceFile, Stage, StageContext,
 };
 
 /// What a toy does.
