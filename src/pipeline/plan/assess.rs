@@ -35,14 +35,12 @@ pub(super) fn assess(nodes: &mut [Node], params: &[Value], store: Option<&Store>
         let ready = edges.iter().all(|edge| matches!(input(edge), InputNow::Is(_)));
         let key = ready.then(|| key::key(&parts)).transpose().map_err(|error| PlanError::stage(&node.spec, error))?;
         let lookup = match (&key, store) {
-            (Some(key), Some(store)) => match found.get(key) {
-                Some(lookup) => lookup.clone(),
-                None => {
-                    let lookup = store.lookup(key)?;
-                    found.insert(key.clone(), lookup.clone());
-                    lookup
+            (Some(key), Some(store)) => {
+                if !found.contains_key(key) {
+                    found.insert(key.clone(), store.lookup(key)?);
                 }
-            },
+                found[key].clone()
+            }
             _ => Lookup::Miss,
         };
         let (state, reasons) = if let Lookup::Hit(manifest) = lookup {

@@ -3,6 +3,7 @@
 //! Nothing here recurses, because a chain may be 100,000 stages long. It must never know keys or the store.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use petgraph::algo::toposort;
 use petgraph::graph::{DiGraph, NodeIndex};
@@ -86,8 +87,8 @@ fn cycle_from<'a>(graph: &DiGraph<&'a str, ()>, start: NodeIndex) -> Vec<&'a str
     let mut queue = std::collections::VecDeque::from([start]);
     while let Some(node) = queue.pop_front() {
         for next in graph.neighbors(node) {
-            if !parent.contains_key(&next) {
-                parent.insert(next, node);
+            if let Entry::Vacant(unseen) = parent.entry(next) {
+                unseen.insert(node);
                 queue.push_back(next);
             }
         }

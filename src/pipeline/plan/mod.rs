@@ -6,6 +6,7 @@ pub mod key;
 pub mod reason;
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -127,7 +128,7 @@ pub enum PlanError {
 }
 
 impl PlanError {
-    fn stage(spec: &StageSpec, problem: impl ToString) -> Self {
+    fn stage(spec: &StageSpec, problem: impl fmt::Display) -> Self {
         let origin = &spec.origin;
         Self::Stage {
             place: format!("{}:{}:{}", origin.file.display(), origin.line, origin.column),
