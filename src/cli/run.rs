@@ -86,7 +86,8 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         table::print_after_run(session, &experiments, &plan, &store)?;
     }
     let curves = session.store.join("tensorboard");
-    if outcome.run > 0 && curves.is_dir() {
+    let has_curves = std::fs::read_dir(&curves).is_ok_and(|mut entries| entries.next().is_some());
+    if outcome.run > 0 && has_curves {
         ui.note(&format!("curves: tensorboard --logdir {}", curves.display()));
     }
     Ok(())
