@@ -316,6 +316,111 @@ fn split(name: &str) -> (&str, &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pipeline::stage::{Kind, Output, StageContext};
+    use crate::pipeline::{exec, spec};
+
+    /// A stage that writes an evaluation in which the first `solved` of ten mazes but the `seed`-th are solved.
+    #[derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+    #[serde(deny_unknown_fields)]
+    struct Fake {
+        solved: usize,
+        seed: u64,
+    }
+
+    impl crate::pipeline::stage::Stage for Fake {
+        const KIND: &'static str = "fake";
+        const VERSION: u32 = 1;
+        fn outputs(&self) -> Vec<Output> {
+            vec![Output::new("evaluation", ArtifactType::Evaluation)]
+        }
+        fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
+            let names: Vec<String> = (0..10).map(|place| format!("maze{place}")).collect();
+            let rows: Vec<_> = names
+                .iter()
+                .enumerate()
+                .map(|(place, name)| {
+                    let solved = place < self.solved && place as u64 != self.seed;
+                    let stratum = if place < 5 { "short" } else { "long" };
+                    (name.as_str(), Some(stratum), f64::from(u8::from(solved)), Some(place as f64))
+                })
+                .collect();
+            crate::cli::results::fake::evaluation(&context.output("evaluation"), &rows);
+            Ok(())
+        }
+    }
+
+    static KINDS: &[Kind] = &[Kind::of::<Fake>()];
+
+    fn compared(text: &str, run: bool) -> Comparison {
+        let place = tempfile::tempdir().unwrap();
+        let file = place.path().join("maze.toml");
+        std::fs::write(&file, text).unwrap();
+        let experiments = spec::read(&[file], &[], KINDS).unwrap_or_else(|mistakes| panic!("{mistakes}"));
+        let store = Store::open(&place.path().join("store")).unwrap();
+        let plan = Plan::new(&experiments, Some(&store)).unwrap();
+        if run {
+            exec::execute(&plan, &store, &exec::Options::default(), &mut |_| {}).unwrap();
+        }
+        let plan = Plan::new(&experiments, Some(&store)).unwrap();
+        Comparison::new(&experiments[0], &plan, Some(&store)).unwrap()
+    }
+
+    const SWEPT: &str = r#"
+        [stages.before]
+        kind = "fake"
+        solved = 4
+        seed = 9
+        [stages.after]
+        kind = "fake"
+        solved = 8
+        seed = 9
+        [sweep.grid]
+        "stages.after.solved" = [8, 6]
+        [table]
+        metrics = ["after.solved", "after.solved.long", "after.speed"]
+        baseline = { "stages.after.solved" = 8 }
+        differences = [["after.solved", "before.solved"]]
+    "#;
+
+    #[test]
+    fn results_become_arms_differences_and_notes() {
+        let found = compared(SWEPT, true);
+        assert_eq!(found.claim, Claim::Checkpoints);
+        assert_eq!(found.baseline.as_deref(), Some("solved=8"));
+        let arm = |name: &str| found.arms.iter().find(|arm| arm.arm == name).unwrap();
+        let solved = arm("solved=8").metrics["after.solved"].unwrap();
+        assert_eq!((solved.mean.to_bits(), solved.n), (0.8f64.to_bits(), 10));
+        assert_eq!(arm("solved=8").metrics["after.solved.long"].unwrap().n, 5);
+        assert_eq!(arm("solved=8").metrics["after.speed"], None);
+        assert!(arm("solved=8").versus_baseline.is_none());
+        let versus = arm("solved=6").versus_baseline.as_ref().unwrap()["after.solved"].unwrap();
+        assert!((versus.difference.mean + 0.2).abs() < 1e-12);
+        let within = arm("solved=6").differences["after.solved - before.solved"].unwrap();
+        assert!((within.difference.mean - 0.2).abs() < 1e-12);
+        assert_eq!(found.notes, ["`after` measured no `speed`; it has solved, steps"]);
+    }
+
+    #[test]
+    fn what_has_not_run_is_noted_and_null() {
+        let found = compared(SWEPT, false);
+        assert!(!found.has_results());
+        assert_eq!(
+            found.notes,
+            ["`after` has no result yet in 2 of 2 trials", "`before` has no result yet in 2 of 2 trials"]
+        );
+    }
+
+    #[test]
+    fn five_seeds_make_a_claim_about_the_recipe() {
+        let seeded = "[stages.test]\nkind = \"fake\"\nsolved = 8\n\
+                      [sweep]\nseeds = { path = \"stages.test.seed\", values = [1, 2, 3, 4, 9] }\n";
+        let found = compared(seeded, true);
+        assert_eq!((found.claim, found.arms.len(), found.arms[0].seeds), (Claim::Recipe, 1, 5));
+        assert_eq!(found.metrics, ["test.solved", "test.steps"]);
+        let solved = found.arms[0].metrics["test.solved"].unwrap();
+        assert_eq!(solved.n, 5);
+        assert!((solved.mean - 0.72).abs() < 1e-12, "four seeds miss one maze each");
+    }
 
     #[test]
     fn a_name_splits_at_its_first_dot() {

@@ -27,7 +27,7 @@ use clap::Parser;
 
 use crate::cli::failure::Failure;
 use crate::cli::ui::{Color, Ui};
-use crate::pipeline::plan::Plan;
+use crate::pipeline::plan::{Plan, PlanError};
 use crate::pipeline::spec::{self, Experiment};
 use crate::pipeline::store::Store;
 use crate::stages::KINDS;
@@ -54,8 +54,17 @@ pub struct Global {
     /// Print JSON to stdout
     #[arg(long, global = true, help_heading = "Everywhere")]
     json: bool,
-    /// When to use colour
-    #[arg(long, global = true, value_enum, default_value_t, value_name = "WHEN", help_heading = "Everywhere")]
+    /// When to use colour [default: auto, which honours `NO_COLOR`]
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        default_value_t,
+        value_name = "auto|always|never",
+        hide_possible_values = true,
+        hide_default_value = true,
+        help_heading = "Everywhere"
+    )]
     color: Color,
     /// Say nothing but errors and what was asked for
     #[arg(short, long, global = true, help_heading = "Everywhere")]
@@ -143,7 +152,10 @@ impl Session {
 
     /// The plan of `experiments` over the store as it is. Changes nothing.
     pub fn plan(&self, experiments: &[Experiment], store: Option<&Store>) -> Result<Plan, Failure> {
-        Plan::new(experiments, store).map_err(|error| Failure::input(&error))
+        Plan::new(experiments, store).map_err(|error| match error {
+            PlanError::Store(error) => Failure::input(&error).hint(store_hint(&self.store)),
+            other => Failure::input(&other),
+        })
     }
 }
 

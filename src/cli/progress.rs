@@ -125,7 +125,7 @@ impl<'a> Progress<'a> {
 
     fn line(&self, word: &str, look: Look, name: &NodeName, text: &str) {
         let word = look.on(&format!("{word:>8}"), self.ui.error_color());
-        self.ui.note(&format!("{word}  {}  {text}", self.label(name)));
+        self.ui.note(format!("{word}  {}  {text}", self.label(name)).trim_end());
     }
 
     fn start(&mut self, node: usize, name: &NodeName) {

@@ -8,10 +8,10 @@ use signal_hook::iterator::Signals;
 
 use crate::cli::failure::Failure;
 use crate::cli::progress::Progress;
+use crate::cli::ui::last_words;
 use crate::cli::{Files, Session, render, store_hint, table};
 use crate::pipeline::exec::event::{Event, Outcome};
-use crate::pipeline::exec::{self, Options};
-use crate::pipeline::plan::Plan;
+use crate::pipeline::exec::{self, ExecError, Options};
 use crate::pipeline::store::Store;
 
 /// Run what is missing of the experiments in FILES
@@ -39,13 +39,8 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     let experiments = session.read(&args.files.files, &args.files.sets)?;
     let store = Store::open(&session.store).map_err(|error| Failure::input(&error).hint(store_hint(&session.store)))?;
     let plan = session.plan(&experiments, Some(&store))?;
-    known_stages(
-        &plan,
-        args.until.iter().map(|name| ("--until", name)).chain(args.again.iter().map(|name| ("--again", name))),
-    )?;
 
-    let interrupt = Arc::new(AtomicBool::new(false));
-    let kill = Arc::new(AtomicBool::new(false));
+    let (interrupt, kill) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
     watch_signals(session, &interrupt, &kill)?;
     let options = Options {
         jobs: args.jobs,
@@ -64,14 +59,19 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         }
     });
     progress.clear();
-    let outcome = outcome.map_err(|error| Failure::stage(&error))?;
+    let outcome = outcome.map_err(|error| match error {
+        ExecError::UnknownStage { option, name, hint } => {
+            Failure::wrong(format!("no stage is called `{name}`, as `{option}` asks")).hint(hint)
+        }
+        other @ ExecError::NoWorker { .. } => Failure::stage(&other),
+    })?;
     if let Some(failure) = unwritten {
         return Err(failure);
     }
 
     ui.note(&summary(&outcome));
     if outcome.failed > 0 {
-        if !args.keep_going && outcome.interrupted + outcome.blocked > 0 {
+        if !args.keep_going && outcome.skipped > 0 {
             ui.hint("`--keep-going` goes on with what does not rest on a failed stage");
         }
         return Err(Failure::silent(1));
@@ -86,7 +86,8 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         table::print_after_run(session, &experiments, &plan, &store)?;
     }
     let curves = session.store.join("tensorboard");
-    if outcome.run > 0 && curves.is_dir() {
+    let has_curves = std::fs::read_dir(&curves).is_ok_and(|mut entries| entries.next().is_some());
+    if outcome.run > 0 && has_curves {
         ui.note(&format!("curves: tensorboard --logdir {}", curves.display()));
     }
     Ok(())
@@ -94,58 +95,45 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
 
 /// `9 run, 3 cached, 0 failed in 4m 10s`, or that there was nothing to do.
 fn summary(outcome: &Outcome) -> String {
-    let Outcome { run, cached, failed, blocked, interrupted, seconds, .. } = *outcome;
-    if run + failed + blocked + interrupted == 0 {
+    let Outcome { run, cached, failed, blocked, interrupted, skipped, seconds } = *outcome;
+    if run + failed + blocked + interrupted + skipped == 0 {
         return format!("nothing to run: {} cached", render::plural(cached, "stage"));
     }
-    let counts =
-        [(run, "run"), (cached, "cached"), (failed, "failed"), (blocked, "blocked"), (interrupted, "interrupted")];
+    let counts = [
+        (run, "run"),
+        (cached, "cached"),
+        (failed, "failed"),
+        (blocked, "blocked"),
+        (interrupted, "interrupted"),
+        (skipped, "not begun"),
+    ];
     let shown = counts.into_iter().enumerate().filter(|(place, (count, _))| *place < 3 || *count > 0);
     let shown: Vec<String> =
         shown.map(|(_, (count, word))| format!("{} {word}", render::count(count as u64))).collect();
     format!("{} in {}", shown.join(", "), render::duration(seconds))
 }
 
-/// Stages named on the command line must be in the plan.
-fn known_stages<'a>(plan: &Plan, named: impl Iterator<Item = (&'a str, &'a String)>) -> Result<(), Failure> {
-    let known: std::collections::BTreeSet<&str> =
-        plan.trials.iter().flat_map(|trial| trial.stages.keys().map(String::as_str)).collect();
-    for (option, name) in named {
-        if !known.contains(name.as_str()) {
-            let failure = Failure::wrong(format!("no stage is called `{name}`, as `{option}` asks"));
-            let near = render::near(name, known.iter().copied());
-            return Err(match near.first() {
-                Some(near) => failure.hint(format!("did you mean `{near}`?")),
-                None => failure.hint(format!("stages: {}", known.into_iter().collect::<Vec<_>>().join(", "))),
-            });
-        }
-    }
-    Ok(())
-}
-
-/// The first SIGINT or SIGTERM asks stages to save and stop; the second kills the workers, and the run ends.
+/// The first SIGINT or SIGTERM asks stages to save and stop, the second kills them, the third ends the process at once.
 fn watch_signals(session: &Session, interrupt: &Arc<AtomicBool>, kill: &Arc<AtomicBool>) -> Result<(), Failure> {
-    let mut signals = Signals::new([SIGINT, SIGTERM])
-        .map_err(|error| Failure::failed(format!("cannot listen for signals: {error}")))?;
+    let deaf = |error: std::io::Error| Failure::failed(format!("cannot listen for signals: {error}"));
+    let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(deaf)?;
     let (interrupt, kill) = (Arc::clone(interrupt), Arc::clone(kill));
     let (bars, quiet) = (session.ui.bars().clone(), session.ui.is_quiet());
-    std::thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(move || {
-            for _ in signals.forever() {
-                if interrupt.swap(true, Ordering::Relaxed) {
-                    kill.store(true, Ordering::Relaxed);
-                    bars.suspend(|| crate::cli::ui::last_words("stopping at once"));
-                    continue;
-                }
-                if !quiet {
-                    let said = "saving and stopping; a second interrupt stops at once";
-                    bars.suspend(|| crate::cli::ui::last_words(said));
-                }
+    let watch = move || {
+        for _ in signals.forever() {
+            let said = if !interrupt.swap(true, Ordering::Relaxed) {
+                "saving and stopping; a second interrupt stops at once"
+            } else if !kill.swap(true, Ordering::Relaxed) {
+                "stopping at once; the next run goes on from what was saved last"
+            } else {
+                std::process::exit(130);
+            };
+            if !quiet {
+                bars.suspend(|| last_words(said));
             }
-        })
-        .map_err(|error| Failure::failed(format!("cannot listen for signals: {error}")))?;
-    Ok(())
+        }
+    };
+    std::thread::Builder::new().name("signals".to_owned()).spawn(watch).map(drop).map_err(deaf)
 }
 
 #[cfg(test)]
@@ -154,7 +142,7 @@ mod tests {
 
     #[test]
     fn the_summary_says_what_happened() {
-        let outcome = Outcome { run: 9, cached: 3, failed: 0, blocked: 0, interrupted: 0, skipped: 0, seconds: 250.0 };
+        let outcome = Outcome { run: 9, cached: 3, failed: 0, seconds: 250.0, ..Outcome::default() };
         assert_eq!(summary(&outcome), "9 run, 3 cached, 0 failed in 4m 10s");
         assert_eq!(summary(&Outcome { run: 0, cached: 10, ..outcome }), "nothing to run: 10 stages cached");
         let failed = Outcome { failed: 1, blocked: 2, seconds: 1.0, ..outcome };

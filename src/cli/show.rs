@@ -127,6 +127,10 @@ fn recorded(target: &Target<'_>, store: &Store) -> Result<(Digest, Digest), Fail
     let trials = store.recorded_trials(target.experiment).map_err(failed)?;
     if trials.is_empty() {
         let experiments = store.recorded_experiments().map_err(failed)?;
+        if experiments.is_empty() {
+            return Err(Failure::wrong(format!("nothing has run in the store `{}`", store.root().display()))
+                .hint("`pipe run` fills it; `--store DIR` or PIPE_STORE names another"));
+        }
         return Err(unknown("experiment", target.experiment, experiments.iter().map(String::as_str)));
     }
     let wanted: Vec<_> =
