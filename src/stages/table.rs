@@ -146,7 +146,7 @@ fn read_columns(path: &Path, names: &[&str]) -> anyhow::Result<Vec<Column>> {
                 Column::Integer(values) => values.extend(array.as_primitive::<Int64Type>().iter()),
                 Column::Text(values) => match array.data_type() {
                     DataType::Utf8 => {
-                        values.extend(array.as_string::<i32>().iter().map(|text| text.map(str::to_owned)))
+                        values.extend(array.as_string::<i32>().iter().map(|text| text.map(str::to_owned)));
                     }
                     DataType::LargeUtf8 => {
                         values.extend(array.as_string::<i64>().iter().map(|text| text.map(str::to_owned)));
