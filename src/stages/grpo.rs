@@ -203,8 +203,8 @@ impl Stage for Grpo {
                 .push(problem.hint("add a table such as `[stages.NAME.rewards.correct]` with `kind = \"correct\"`"));
         }
         let reference = &self.prompts.reference;
-        problems.extend(check_select(upstream, reference, self.validate.as_ref()));
-        if let Some(task) = task_of(upstream, reference) {
+        problems.extend(check_select(*upstream, reference, self.validate.as_ref()));
+        if let Some(task) = task_of(*upstream, reference) {
             for (name, reward) in &self.rewards {
                 for (field, message, hint) in reward.check(task.measures()) {
                     let place = [name, field.as_str()].into_iter().filter(|part| !part.is_empty());
@@ -213,7 +213,7 @@ impl Stage for Grpo {
                 }
             }
         }
-        if self.prompts_per_step % self.updates_per_step != 0 {
+        if !self.prompts_per_step.is_multiple_of(self.updates_per_step) {
             let message = format!(
                 "`updates_per_step` {} does not divide the {} groups of a step",
                 self.updates_per_step, self.prompts_per_step

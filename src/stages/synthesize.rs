@@ -104,6 +104,9 @@ impl Stage for Synthesize {
     }
 
     fn check(&self, _: &Upstream<'_>) -> Vec<Problem> {
+        if let Err(error) = open(&self.task, &FormatSpec::default()) {
+            return vec![Problem::new("task", error.to_string())];
+        }
         let mut problems = Vec::new();
         if self.splits.is_empty() {
             let problem = Problem::new("splits", "no split is asked for");
@@ -371,14 +374,14 @@ mod tests {
             let columns: Vec<Vec<String>> = table::read(&path, &names).unwrap().into_iter().map(strings).collect();
             assert_eq!(columns[0].len(), rows);
             assert_eq!(columns[0][17], format!("{split}-000017"));
-            for row in 0..rows {
-                assert_eq!(columns[1][row], split);
-                assert_eq!(*owner.entry(columns[2][row].clone()).or_insert(split), split, "a layout in two splits");
-                let instance: Value = serde_json::from_str(&columns[4][row]).unwrap();
+            assert!(columns[1].iter().all(|name| name == split));
+            for ((layout, stratum), data) in columns[2].iter().zip(&columns[3]).zip(&columns[4]) {
+                assert_eq!(*owner.entry(layout.clone()).or_insert(split), split, "a layout in two splits");
+                let instance: Value = serde_json::from_str(data).unwrap();
                 let canonical = task.canonical(&instance).unwrap();
-                assert_eq!(blake3::hash(&canonical).to_hex()[..32], columns[2][row]);
-                assert_eq!(task.stratum(&instance), Some(columns[3][row].as_str()));
-                assert!(seen.insert(columns[4][row].clone()), "an instance stands twice");
+                assert_eq!(blake3::hash(&canonical).to_hex()[..32], *layout);
+                assert_eq!(task.stratum(&instance), Some(stratum.as_str()));
+                assert!(seen.insert(data.clone()), "an instance stands twice");
             }
         }
     }
@@ -453,5 +456,6 @@ mod tests {
         assert_eq!(paths(&|value| value["lengths"] = "balanced".into()), ["lengths"]);
         assert_eq!(paths(&|value| value["max_length"] = 16.into()), ["max_length"]);
         assert_eq!(paths(&|value| value["min_length"] = 16.into()), ["min_length"]);
+        assert_eq!(paths(&|value| value["task"]["rows"] = 33.into()), ["task"]);
     }
 }

@@ -296,7 +296,7 @@ impl Rows {
                 ("offsets", TensorView::new(Dtype::I64, vec![rows + 1], &offsets)?),
                 ("prompt_lengths", TensorView::new(Dtype::I32, vec![rows], &lengths)?),
             ];
-            safetensors::serialize_to_file(tensors, None, &path)
+            anyhow::Ok(fs::write(&path, safetensors::serialize(tensors, None)?)?)
         };
         save().with_context(|| format!("writing `{}`", path.display()))
     }

@@ -122,12 +122,12 @@ pub(crate) fn task_parts() -> impl Iterator<Item = Part> {
 }
 
 /// The task behind the tokens `reference`, where the file tells.
-pub(crate) fn task_of(upstream: &Upstream<'_>, reference: &str) -> Option<TaskSpec> {
+pub(crate) fn task_of(upstream: Upstream<'_>, reference: &str) -> Option<TaskSpec> {
     upstream.nearest(reference, "task").and_then(|task| serde_json::from_value(task.clone()).ok())
 }
 
 /// Whether `validate.select` names a measurement of the task behind the tokens `reference`.
-pub(crate) fn check_select(upstream: &Upstream<'_>, reference: &str, validate: Option<&Validate>) -> Option<Problem> {
+pub(crate) fn check_select(upstream: Upstream<'_>, reference: &str, validate: Option<&Validate>) -> Option<Problem> {
     let (message, hint) = unknown_measure(&validate?.select, task_of(upstream, reference)?.measures())?;
     Some(Problem { path: "validate.select".to_owned(), message, hint })
 }

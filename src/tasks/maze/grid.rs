@@ -36,6 +36,7 @@ impl Direction {
     }
 
     /// The way back.
+    #[must_use]
     pub const fn opposite(self) -> Self {
         match self {
             Self::Up => Self::Down,
