@@ -177,7 +177,7 @@ fn read_columns(path: &Path, names: &[&str]) -> anyhow::Result<Vec<Column>> {
                 }
                 Column::Text(values) => match array.data_type() {
                     DataType::Utf8 => {
-                        values.extend(array.as_string::<i32>().iter().map(|text| text.map(str::to_owned)))
+                        values.extend(array.as_string::<i32>().iter().map(|text| text.map(str::to_owned)));
                     }
                     DataType::LargeUtf8 => {
                         values.extend(array.as_string::<i64>().iter().map(|text| text.map(str::to_owned)));
