@@ -107,7 +107,12 @@ mod tests {
         let (journal, lines) = Journal::open::<u64>(&path, 0, |_| true).unwrap();
         assert_eq!(lines, [10, 11, 12]);
         let mut all = Vec::new();
-        journal.each(|line: u64| anyhow::Ok(all.push(line))).unwrap();
+        journal
+            .each(|line: u64| {
+                all.push(line);
+                Ok(())
+            })
+            .unwrap();
         assert_eq!(all, [10, 11, 12]);
         assert!(Journal::open::<u64>(&path, 100, |_| true).is_err());
     }

@@ -53,15 +53,12 @@ pub fn rows(tokens: &TokensFolder, rows: &[usize], config: &ModelConfig) -> anyh
         total += ids.len();
     }
     ensure!(targets > 0, "no row has a target: there is nothing to learn");
-    let mut note = format!(
+    let rest = if untargeted == 0 { String::new() } else { format!("; {untargeted} rows have no target") };
+    Ok(format!(
         "{} rows of {shortest} to {longest} tokens (limit {limit}), {targets} targets among {total} tokens, one end of \
-         sequence a row",
+         sequence a row{rest}",
         rows.len()
-    );
-    if untargeted > 0 {
-        note += &format!("; {untargeted} rows have no target and teach nothing");
-    }
-    Ok(note)
+    ))
 }
 
 /// Refuses prompts from which `max_new_tokens` would lead past the model's positions; gives one sentence on the others.

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::Context as _;
@@ -61,10 +62,17 @@ pub struct ScoredGroup {
 /// A line of the journal: one generation chunk.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Chunk {
+    at: Place,
+    groups: Vec<ScoredGroup>,
+}
+
+/// Where in a run a chunk belongs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Place {
     step: u64,
     round: u64,
-    chunk: u64,
-    groups: Vec<ScoredGroup>,
+    /// Prompts drawn in the whole run before the chunk's first.
+    drawn: u64,
 }
 
 /// The rollout of one step.
@@ -103,7 +111,7 @@ impl<'a> Rollouts<'a> {
             .map(|(name, spec)| Reward::new(spec).with_context(|| format!("the reward `{name}` cannot be computed")));
         let rewards = rewards.collect::<anyhow::Result<_>>()?;
         // Chunks of later steps were sampled from weights that this attempt has yet to reach again.
-        let (journal, replay) = Journal::open(path, committed, |chunk: &Chunk| chunk.step == step)?;
+        let (journal, replay) = Journal::open(path, committed, |chunk: &Chunk| chunk.at.step == step)?;
         let order = Order::new("grpo.order", params.seed, rows);
         Ok(Self { params, prompts, order, rewards, journal, replay: replay.into() })
     }
@@ -113,10 +121,14 @@ impl<'a> Rollouts<'a> {
         self.replay.len()
     }
 
-    /// The bytes of the journal once all that was written is on the disk.
-    pub fn commit(&self) -> anyhow::Result<u64> {
-        self.journal.sync()?;
-        Ok(self.journal.length())
+    /// Bytes of the journal so far.
+    pub fn journal_length(&self) -> u64 {
+        self.journal.length()
+    }
+
+    /// Waits until all finished chunks are on the disk: before a state is saved that counts on them.
+    pub fn sync(&self) -> anyhow::Result<()> {
+        self.journal.sync()
     }
 
     /// The rollout of `step`: a round over as many new prompts as the step has groups, then, with dynamic sampling, further
@@ -138,26 +150,22 @@ impl<'a> Rollouts<'a> {
         let mut missing = self.params.prompts_per_step;
         while rounds < most && missing > 0 {
             let last = next + missing;
-            for chunk in 0.. {
-                if next == last {
-                    break;
-                }
-                let count = self.params.generation_chunk.min(last - next);
-                let rows = self.order.take(next, count);
-                let done = match self.replay.pop_front() {
-                    Some(done) => self.check(done, step, rounds, chunk, &rows)?,
-                    None => {
-                        context.stop_if_interrupted()?;
-                        let mut on_tokens = |tokens| generated += tokens;
-                        let groups =
-                            self.generate(model, step, rounds, next, &rows, &context.interrupt, &mut on_tokens)?;
-                        let done = Chunk { step, round: rounds, chunk, groups };
-                        self.journal.append(&done)?;
-                        done
-                    }
+            while next < last {
+                let rows = self.order.take(next, self.params.generation_chunk.min(last - next));
+                let at = Place { step, round: rounds, drawn: next };
+                let done = if let Some(done) = self.replay.pop_front() {
+                    check(&done, at, &rows)?;
+                    done
+                } else {
+                    context.stop_if_interrupted()?;
+                    let mut on_tokens = |tokens| generated += tokens;
+                    let groups = self.generate(model, at, &rows, &context.interrupt, &mut on_tokens)?;
+                    let done = Chunk { at, groups };
+                    self.journal.append(&done)?;
+                    done
                 };
                 groups.extend(done.groups);
-                next += count;
+                next += rows.len() as u64;
                 let along = groups.len() as f64;
                 context.tell(StageEvent::Metrics { values: BTreeMap::from([("rollout/groups".to_owned(), along)]) });
             }
@@ -169,34 +177,20 @@ impl<'a> Rollouts<'a> {
         Ok(Rollout { groups, rounds, tokens_per_second: rate(generated, began) })
     }
 
-    /// A chunk that was read back, if it is the one that is due.
-    fn check(&self, done: Chunk, step: u64, round: u64, chunk: u64, rows: &[usize]) -> anyhow::Result<Chunk> {
-        let there = done.groups.iter().map(|group| group.row);
-        anyhow::ensure!(
-            (done.step, done.round, done.chunk) == (step, round, chunk) && there.eq(rows.iter().copied()),
-            "the journal of rollouts does not continue at step {step}, round {round}, chunk {chunk}; remove the work \
-             folder to begin anew"
-        );
-        Ok(done)
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "the place of a chunk in the run is five numbers")]
     fn generate(
         &self,
         model: &Transformer,
-        step: u64,
-        round: u64,
-        drawn: u64,
+        at: Place,
         rows: &[usize],
-        interrupt: &std::sync::atomic::AtomicBool,
+        interrupt: &AtomicBool,
         on_tokens: &mut dyn FnMut(u64),
     ) -> anyhow::Result<Vec<ScoredGroup>> {
-        let seed = self.params.seed;
+        let Place { step, round, drawn } = at;
         let asked: Vec<Group> = (drawn..)
             .zip(rows)
             .map(|(drawn, &row)| {
                 // The number of the draw stands for the instance: a small split may come by twice in one step.
-                let place = |sample| vec![seed, Purpose::Training as u64, step, round, drawn, sample];
+                let place = |sample| vec![self.params.seed, Purpose::Training as u64, step, round, drawn, sample];
                 Group { prompt: self.prompts.prompt(row), samples: (0..self.params.group_size).map(place).collect() }
             })
             .collect();
@@ -264,7 +258,7 @@ impl<'a> Rollouts<'a> {
         let about = |group: &ScoredGroup| &self.prompts.tokens.rows[group.row];
         let ids = |sample: &Sample| sample.graded.ids.iter().map(|id| *id as i32).collect();
         let mut columns = vec![
-            Column::integer(rows.iter().map(|_| chunk.step as i64)),
+            Column::integer(rows.iter().map(|_| chunk.at.step as i64)),
             Column::integer(rows.iter().map(|(group, _, _)| group.round as i64)),
             Column::text(rows.iter().map(|(group, _, _)| about(group).instance.clone())),
             Column::integer(rows.iter().map(|(_, index, _)| *index as i64)),
@@ -317,6 +311,16 @@ impl<'a> Rollouts<'a> {
     }
 }
 
+/// Refuses a chunk that was read back and is not the one that is due.
+fn check(done: &Chunk, at: Place, rows: &[usize]) -> anyhow::Result<()> {
+    let there = done.groups.iter().map(|group| group.row);
+    anyhow::ensure!(
+        done.at == at && there.eq(rows.iter().copied()),
+        "the journal of rollouts does not continue at {at:?}; remove the work folder to begin anew"
+    );
+    Ok(())
+}
+
 /// The sums over a group of `(r - mean r)(R - mean R)` and `(R - mean R)^2`, r being one reward and R the total.
 fn spread(group: &ScoredGroup, reward: usize) -> (f64, f64) {
     let count = group.samples.len() as f64;
@@ -337,7 +341,9 @@ pub fn finish_name(finish: Finish) -> &'static str {
 /// Refuses a table with two columns of one name, as a measurement called `prompt` would make.
 pub fn distinct(columns: &[(&str, ColumnType)]) -> anyhow::Result<()> {
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
-    columns.iter().for_each(|(name, _)| *counts.entry(name).or_default() += 1);
+    for (name, _) in columns {
+        *counts.entry(name).or_default() += 1;
+    }
     let twice = counts.iter().find(|(_, count)| **count > 1);
     anyhow::ensure!(
         twice.is_none(),

@@ -123,7 +123,9 @@ mod tests {
     fn a_deviation_is_that_of_all_parts_together() {
         let deviation = |values: &[f64]| {
             let mut metrics = Metrics::default();
-            values.iter().for_each(|value| metrics.deviation("spread", *value));
+            for value in values {
+                metrics.deviation("spread", *value);
+            }
             metrics
         };
         let mut merged = deviation(&[2.0, 4.0, 4.0, 4.0]);

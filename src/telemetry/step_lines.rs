@@ -67,10 +67,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
         let line = |step: u64| json!({"step": step, "loss": 1.0 / (step as f64 + 1.0)});
-        let mut whole = String::new();
-        for step in 1..=6 {
-            whole += &format!("{}\n", line(step));
-        }
+        let whole: Vec<String> = (1..=6).map(|step| line(step).to_string()).collect();
         let mut lines = StepLines::open(&path, None).unwrap();
         for step in 1..=5 {
             lines.append(&line(step)).unwrap();
@@ -83,7 +80,7 @@ mod tests {
         for step in 4..=6 {
             lines.append(&line(step)).unwrap();
         }
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), whole);
+        assert_eq!(std::fs::read_to_string(&path).unwrap().lines().collect::<Vec<_>>(), whole);
         StepLines::open(&path, None).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"");
     }

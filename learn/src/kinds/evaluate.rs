@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use anyhow::Context as _;
 use pipe::pipeline::stage::{StageContext, StageEvent};
@@ -74,7 +74,7 @@ pub fn run(params: &Evaluate, context: &mut StageContext) -> anyhow::Result<()> 
     // Loop.
     for rows in chunks.iter().skip(graded.len().div_ceil(params.generation_chunk as usize)) {
         context.stop_if_interrupted()?;
-        let chunk = step(params, &model, &prompts, rows, &Arc::clone(&context.interrupt))?;
+        let chunk = step(params, &model, &prompts, rows, &context.interrupt)?;
         journal.append(&chunk)?;
         graded.extend(chunk.graded);
         context.progress(graded.len() as u64, total, "rows");
@@ -97,7 +97,7 @@ fn step(
     model: &Transformer,
     prompts: &Prompts,
     rows: &[usize],
-    interrupt: &std::sync::atomic::AtomicBool,
+    interrupt: &AtomicBool,
 ) -> anyhow::Result<Chunk> {
     let place = |row: usize| vec![params.seed, Purpose::Evaluation as u64, row as u64];
     let groups: Vec<Group> =
@@ -152,7 +152,7 @@ fn metrics(prompts: &Prompts, rows: &[usize], graded: &[Graded]) -> BTreeMap<Str
     }
     let mut values = metrics.values();
     if let Some(solved) = solved {
-        let successes = graded.iter().filter(|graded| graded.measurements[solved] == 1.0).count() as u64;
+        let successes = graded.iter().filter(|graded| graded.measurements[solved] > 0.5).count() as u64;
         if let Some(interval) = wilson(successes, graded.len() as u64, LEVEL) {
             values.extend(interval.low.map(|low| ("solved_low".to_owned(), low)));
             values.extend(interval.high.map(|high| ("solved_high".to_owned(), high)));

@@ -75,7 +75,7 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
                 Ok(metrics) => metrics,
                 Err(error) if error.is::<Interrupted>() => {
                     // Within a rollout the weights are those of the step's beginning; the journal has the rest.
-                    training.save()?;
+                    save(&mut training, &rollouts)?;
                     return Err(error);
                 }
                 Err(error) => return Err(error),
@@ -90,7 +90,7 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
                 }
                 Err(error) if error.is::<Interrupted>() => {
                     training.counters.unrecorded = Some(metrics);
-                    training.save()?;
+                    save(&mut training, &rollouts)?;
                     return Err(error);
                 }
                 Err(error) => return Err(error.context(format!("validating step {done}"))),
@@ -98,11 +98,11 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
         }
         session.record(context, done, metrics);
         if context.interrupted() && done < params.steps {
-            training.save()?;
+            save(&mut training, &rollouts)?;
             return Err(Interrupted.into());
         }
         if session.save_is_due(context) {
-            training.save()?;
+            save(&mut training, &rollouts)?;
             session.saved();
         }
     }
@@ -110,6 +110,12 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     // Finish.
     rollouts.publish(&context.output("rollouts").join(ROLLOUTS_FILE))?;
     training.publish(&context.output("last"), &context.output("best"), &folder)
+}
+
+/// Saves the state, and before it what it counts on.
+fn save(training: &mut Training<Own>, rollouts: &Rollouts<'_>) -> anyhow::Result<()> {
+    rollouts.sync()?;
+    training.save()
 }
 
 /// One step: a rollout, then its updates; gives its metrics.
@@ -123,9 +129,8 @@ fn step(
     let step = training.counters.step;
     let mut drawn = training.counters.own.drawn;
     let rollout = rollouts.collect(&training.model, step, &mut drawn, context);
-    let rollout = rollout.map_err(|error| match error.is::<Interrupted>() {
-        true => error,
-        false => error.context(format!("in the rollout of step {}", step + 1)),
+    let rollout = rollout.map_err(|error| {
+        if error.is::<Interrupted>() { error } else { error.context(format!("in the rollout of step {}", step + 1)) }
     })?;
     let mut metrics = rollouts.metrics(&rollout);
     metrics.merge(&train(params, prompts, &rollout, training).with_context(|| format!("at step {}", step + 1))?);
@@ -133,7 +138,7 @@ fn step(
     let own = &mut training.counters.own;
     own.tokens += generated.sum::<u64>();
     own.drawn = drawn;
-    own.journal = rollouts.commit()?;
+    own.journal = rollouts.journal_length();
     metrics.total("tokens", own.tokens as f64);
     metrics.total("updates/steps_without", own.without_update as f64);
     training.counters.step += 1;

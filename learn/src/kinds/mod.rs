@@ -8,6 +8,7 @@ pub mod sft;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
+#[expect(clippy::float_cmp, reason = "the laws under test are about equal bytes")]
 mod tests;
 
 use anyhow::Context as _;
