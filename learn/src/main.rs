@@ -4,10 +4,8 @@ use std::process::ExitCode;
 
 use anyhow::ensure;
 use pipe::pipeline::exec::attempt::Request;
-use pipe::pipeline::exec::worker::{Program, Runner, serve};
-
-/// Every kind that runs here.
-const RUNNERS: &[(&str, Runner)] = &[];
+use pipe::pipeline::exec::worker::{Program, serve};
+use pipe_learn::kinds::RUNNERS;
 
 fn main() -> anyhow::Result<ExitCode> {
     let set_threads = |threads: usize| tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
