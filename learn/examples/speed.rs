@@ -9,6 +9,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::Result;
+use pipe::pipeline::stage::Resources;
 use pipe::stages::model::{Architecture, SpecialIds, write_fresh};
 use pipe::stages::training::Optimizer;
 use pipe_learn::batch::{Batch, Row};
@@ -25,13 +26,18 @@ fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().collect();
     let which = arguments.get(1).map_or("both", String::as_str);
     let seconds: f64 = arguments.get(2).map_or(Ok(10.0), |text| text.parse())?;
-    tch::set_num_threads(arguments.get(3).map_or(Ok(2), |text| text.parse())?);
+    let threads = arguments.get(3).map_or(Ok(2), |text| text.parse())?;
+    let device = pipe_learn::device::open(&Resources {
+        device: "cpu".to_owned(),
+        threads,
+        save_every: std::time::Duration::from_secs(60),
+    })?;
     let folder = tempfile::tempdir()?;
     let architecture: Architecture =
         serde_json::from_value(serde_json::json!({"kind": "qwen2", "hidden_size": 128, "layers": 4, "heads": 4}))?;
     let ids = SpecialIds { pad: Some(0), bos: Some(1), eos: None };
     write_fresh(folder.path(), &architecture, 128, ids, 1)?;
-    let model = Transformer::load(folder.path(), Device::Cpu)?;
+    let model = Transformer::load(folder.path(), device)?;
     if which != "generate" {
         report("train", seconds, || train(&model))?;
     }

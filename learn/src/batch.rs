@@ -71,10 +71,8 @@ impl Batch {
     }
 
     /// The hidden states `[N, H]` that predict the targets, of all hidden states `[B, T, H]`.
-    ///
-    /// `embedding` is used for its backward pass, which is fast and reproducible where rows are picked.
     pub fn select(&self, hidden: &Tensor) -> Tensor {
-        Tensor::embedding(&hidden.flatten(0, 1), &self.positions, -1, false, false)
+        hidden.flatten(0, 1).index_select(0, &self.positions)
     }
 }
 

@@ -10,6 +10,7 @@ use tch::{Cuda, Device};
 pub fn open(resources: &Resources) -> Result<Device> {
     ensure!(resources.threads > 0, "a stage needs at least one thread");
     tch::set_num_threads(resources.threads as i32);
+    keep_memory();
     let name = resources.device.as_str();
     let Some(index) = name.strip_prefix("cuda").map(|rest| rest.strip_prefix(':').unwrap_or("0")) else {
         ensure!(name == "cpu", "unknown device `{name}`: expected `cpu` or `cuda:0`");
@@ -24,6 +25,27 @@ pub fn open(resources: &Resources) -> Result<Device> {
     ensure!((index as i64) < count, "the device `{name}` was asked for, but there are only {count} CUDA devices");
     Ok(Device::Cuda(index))
 }
+
+/// Lets the allocator keep the memory of freed tensors for the next ones.
+///
+/// By default every tensor above some hundred KiB is mapped afresh and zeroed page by page by the kernel, in every
+/// operation of every step.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[expect(
+    unsafe_code,
+    reason = "the allocator's thresholds can be set through C alone; the call touches no memory of ours"
+)]
+fn keep_memory() {
+    // The largest threshold that glibc takes. A refusal leaves the defaults, which are slower and nothing else.
+    let (mapped, trimmed) = (32 << 20, i32::MAX);
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, mapped);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, trimmed);
+    }
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+fn keep_memory() {}
 
 #[cfg(test)]
 mod tests {

@@ -6,9 +6,9 @@
 
 use tch::{Kind, Tensor, no_grad};
 
-use crate::model::transformer::{Transformer, Turned, attend, normalise};
+use crate::model::transformer::{Transformer, Turn, attend, normalise, paired};
 
-/// Keys and values of all layers, `[layers, 2, rows, slots, kv heads, D]` f32.
+/// Keys and values of all layers, `[layers, 2, rows, kv heads, slots, D]` f32: what a head attends to lies together.
 #[derive(Debug)]
 pub struct KvCache {
     entries: Tensor,
@@ -34,9 +34,9 @@ impl KvCache {
         no_grad(|| {
             let rows = source.size()[0];
             let mut size = self.entries.size();
-            (size[2], size[3]) = (rows, slots);
+            (size[2], size[4]) = (rows, slots);
             let entries = Tensor::empty(size.as_slice(), (self.entries.kind(), self.entries.device()));
-            entries.narrow(3, 0, self.used).copy_(&self.entries.narrow(3, 0, self.used).index_select(2, source));
+            entries.narrow(4, 0, self.used).copy_(&self.entries.narrow(4, 0, self.used).index_select(2, source));
             Self { entries, rows, used: self.used }
         })
     }
@@ -44,23 +44,41 @@ impl KvCache {
     /// Copies row `from[i]` over row `to[i]` (both `[M]` i64, disjoint) and forgets all rows from `rows` on.
     pub fn compact(&mut self, from: &Tensor, to: &Tensor, rows: i64) {
         no_grad(|| {
-            let mut used = self.entries.narrow(3, 0, self.used);
+            let mut used = self.entries.narrow(4, 0, self.used);
             let moved = used.index_select(2, from);
             let _ = used.index_copy_(2, to, &moved);
         });
         self.rows = rows;
     }
 
-    /// Appends keys and values `[rows, T, kv heads, D]` of `layer` and gives all of that layer so far.
+    /// Appends keys and values `[rows, T, kv heads, D]` of `layer` and gives all of that layer so far, `[rows, kv heads, S, D]`.
     fn append(&self, layer: i64, key: &Tensor, value: &Tensor) -> (Tensor, Tensor) {
         let length = key.size()[1];
         let store = |which: i64, new: &Tensor| {
             let rows = self.entries.get(layer).get(which).narrow(0, 0, self.rows);
-            rows.narrow(1, self.used, length).copy_(new);
-            rows.narrow(1, 0, self.used + length)
+            rows.narrow(2, self.used, length).copy_(&new.transpose(1, 2));
+            rows.narrow(2, 0, self.used + length)
         };
         (store(0, key), store(1, value))
     }
+}
+
+/// Attention of one query a row, `[R, 1, heads, D]`, over `keys` and `values` `[R, kv heads, S, D]`; gives `[R, heads * D]`.
+///
+/// Two products over all heads at once beat the fused kernel here, which is made for many queries a head, and query heads
+/// that share a key head are rows of one product, so nothing is repeated.
+fn attend_last(query: &Tensor, keys: &Tensor, values: &Tensor, mask: Option<&Tensor>) -> Tensor {
+    let size = keys.size();
+    let [rows, shared, slots, width] = [size[0], size[1], size[2], size[3]];
+    let heads = query.size()[2];
+    let query = query.reshape([rows * shared, heads / shared, width]) * (width as f64).powf(-0.5);
+    let mut scores = query.bmm(&keys.view([rows * shared, slots, width]).transpose(1, 2));
+    if let Some(mask) = mask {
+        let mut by_row = scores.view([rows, shared, heads / shared, slots]);
+        by_row += mask;
+    }
+    scores = scores.softmax(-1, Kind::Float);
+    scores.bmm(&values.view([rows * shared, slots, width])).view([rows, heads * width])
 }
 
 /// One layer's weights with its norms multiplied in and its projections stacked.
@@ -86,14 +104,21 @@ impl<'a> Decoder<'a> {
         let config = model.config();
         let weights = model.weights();
         let projected = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_size();
+        let turning = config.num_attention_heads + config.num_key_value_heads;
+        // Queries and keys come first in the stack; their rows are paired, those of values are not.
+        let paired_stack = |stack: &Tensor| {
+            let rows = turning * config.head_size();
+            let values = stack.narrow(0, rows, projected - rows);
+            Tensor::cat(&[paired(&stack.narrow(0, 0, rows), turning), values], 0)
+        };
         let layers = (0..config.num_hidden_layers)
             .map(|layer| {
                 let name = |name: &str| format!("model.layers.{layer}.{name}");
                 let leaf = |short: &str| weights.leaf(&name(short)).detach();
+                let projection = weights.stacked(&name("self_attn.q_proj.weight"), projected);
                 Layer {
-                    projection: weights.stacked(&name("self_attn.q_proj.weight"), projected)
-                        * leaf("input_layernorm.weight"),
-                    bias: weights.stacked(&name("self_attn.q_proj.bias"), projected),
+                    projection: paired_stack(&(projection * leaf("input_layernorm.weight"))),
+                    bias: paired_stack(&weights.stacked(&name("self_attn.q_proj.bias"), projected)),
                     output: leaf("self_attn.o_proj.weight"),
                     gate_up: weights.stacked(&name("mlp.gate_proj.weight"), 2 * config.intermediate_size)
                         * leaf("post_attention_layernorm.weight"),
@@ -110,7 +135,7 @@ impl<'a> Decoder<'a> {
         no_grad(|| {
             let (rows, length) = ids.size2().expect("ids have two dimensions");
             let config = self.model.config();
-            let size = [config.num_hidden_layers, 2, rows, length, config.num_key_value_heads, config.head_size()];
+            let size = [config.num_hidden_layers, 2, rows, config.num_key_value_heads, length, config.head_size()];
             let entries = Tensor::empty(size, (Kind::Float, self.model.device()));
             let mut cache = KvCache { entries, rows, used: 0 };
             let hidden = self.forward(ids, &mut cache, &self.model.rotation().first(length), None);
@@ -131,7 +156,7 @@ impl<'a> Decoder<'a> {
         })
     }
 
-    fn forward(&self, ids: &Tensor, cache: &mut KvCache, rotation: &Turned, mask: Option<&Tensor>) -> Tensor {
+    fn forward(&self, ids: &Tensor, cache: &mut KvCache, rotation: &Turn, mask: Option<&Tensor>) -> Tensor {
         let (rows, length) = ids.size2().expect("ids have two dimensions");
         let config = self.model.config();
         let (heads, shared, size) = (config.num_attention_heads, config.num_key_value_heads, config.head_size());
@@ -143,8 +168,10 @@ impl<'a> Decoder<'a> {
             // Queries and keys lie side by side and turn together.
             let turned = rotation.apply(&projected.narrow(2, 0, heads + shared));
             let (query, key) = (turned.narrow(2, 0, heads), turned.narrow(2, heads, shared));
-            let (keys, values) = cache.append(index as i64, &key, &projected.narrow(2, heads + shared, shared));
-            let mixed = attend(&query, &keys, &values, mask, length > 1);
+            let value = projected.narrow(2, heads + shared, shared);
+            let (keys, values) = cache.append(index as i64, &key, &value);
+            let mixed =
+                if length == 1 { attend_last(&query, &keys, &values, mask) } else { attend(&query, &key, &value) };
             x += mixed.reshape([rows, length, heads * size]).linear(&layer.output, None::<&Tensor>);
             let normed = normalise(&x, config.rms_norm_eps);
             let mut parts = normed.linear(&layer.gate_up, None::<&Tensor>).chunk(2, -1).into_iter();

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use tch::{Device, Kind, Tensor, no_grad};
+use tch::{Device, Tensor, no_grad};
 
 use crate::model::ModelConfig;
 use crate::model::kv_cache::Decoder;
@@ -52,6 +52,12 @@ impl Linear {
     /// `x * norm @ weight^T + bias`, with `norm` multiplied into the weight; `x` is `[.., in]`.
     fn after_norm(&self, norm: &Tensor, x: &Tensor) -> Tensor {
         x.linear(&(&self.weight * norm), self.bias.as_ref())
+    }
+
+    /// [`Linear::after_norm`] with the output's rows [`paired`] within each of `heads`.
+    fn paired_after_norm(&self, norm: &Tensor, x: &Tensor, heads: i64) -> Tensor {
+        let bias = self.bias.as_ref().map(|bias| paired(bias, heads));
+        x.linear(&paired(&(&self.weight * norm), heads), bias.as_ref())
     }
 
     fn forward(&self, x: &Tensor) -> Tensor {
@@ -180,14 +186,14 @@ impl Transformer {
         for layer in &self.layers {
             // 1. Project to heads [B, T, heads, D] and rotate by position.
             let normed = normalise(&x, self.config.rms_norm_eps);
-            let project = |linear: &Linear, heads: i64| {
-                linear.after_norm(&layer.input_norm, &normed).view([rows, length, heads, size])
+            let turned = |linear: &Linear, heads: i64| {
+                let heads_of = linear.paired_after_norm(&layer.input_norm, &normed, heads);
+                rotation.apply(&heads_of.view([rows, length, heads, size]))
             };
-            let query = rotation.apply(&project(&layer.query, heads));
-            let key = rotation.apply(&project(&layer.key, shared));
-            let value = project(&layer.value, shared);
+            let (query, key) = (turned(&layer.query, heads), turned(&layer.key, shared));
+            let value = layer.value.after_norm(&layer.input_norm, &normed).view([rows, length, shared, size]);
             // 2. Attend causally.
-            let mixed = attend(&query, &key, &value, None, true);
+            let mixed = attend(&query, &key, &value);
             x = x + layer.output.forward(&mixed.reshape([rows, length, heads * size]));
             // 3. Feed forward (SwiGLU).
             let normed = normalise(&x, self.config.rms_norm_eps);
@@ -270,16 +276,18 @@ fn copy_companions(from: &Path, to: &Path) -> Result<()> {
 
 /// `x / sqrt(mean(x^2) + epsilon)` over the last dimension (RMSNorm without its weight, Zhang and Sennrich 2019).
 pub(crate) fn normalise(x: &Tensor, epsilon: f64) -> Tensor {
-    let square = (x * x).mean_dim(-1, true, Kind::Float);
-    x * (square + epsilon).rsqrt()
+    // The vector norm reads x once and keeps no squares for the backward pass.
+    let width = x.size()[x.dim() - 1] as f64;
+    let norm = x.norm_scalaropt_dim(2, [-1i64].as_slice(), true);
+    x * (norm.square() / width + epsilon).rsqrt()
 }
 
-/// Attention over `[B, T, heads, D]`; gives `[B, T, heads, D]`. Query heads share key heads in equal runs.
-pub(crate) fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor>, causal: bool) -> Tensor {
+/// Causal attention over `[B, T, heads, D]`; gives `[B, T, heads, D]`. Query heads share key heads in equal runs.
+pub(crate) fn attend(query: &Tensor, key: &Tensor, value: &Tensor) -> Tensor {
     let heads = query.size()[2];
     let (key, value) = (repeat_heads(key, heads).transpose(1, 2), repeat_heads(value, heads).transpose(1, 2));
-    let query = query.transpose(1, 2);
-    Tensor::scaled_dot_product_attention(&query, &key, &value, mask, 0.0, causal, None, false).transpose(1, 2)
+    let (query, mask) = (query.transpose(1, 2), None::<&Tensor>);
+    Tensor::scaled_dot_product_attention(&query, &key, &value, mask, 0.0, true, None, false).transpose(1, 2)
 }
 
 fn repeat_heads(shared: &Tensor, heads: i64) -> Tensor {
@@ -291,69 +299,66 @@ fn repeat_heads(shared: &Tensor, heads: i64) -> Tensor {
     shared.unsqueeze(3).expand([size[0], size[1], size[2], times, size[3]], false).flatten(2, 3)
 }
 
-/// Rotary position embedding (Su et al. 2021) in the layout of Hugging Face: element i turns with element i + D/2.
+/// The rows of a query or key projection reordered so that those which turn together are neighbours.
 ///
-/// A head is seen as `[2, D/2]`; the rotation is `x * cosine + flip(x) * sine` with the sine's first half negated.
+/// Hugging Face turns element i of a head with element i + D/2. As neighbours they are one complex number, and turning is
+/// one product. The order of a head's elements is the same for queries and keys, so no score depends on it.
+pub(crate) fn paired(rows: &Tensor, heads: i64) -> Tensor {
+    let size = rows.size();
+    let half = size[0] / heads / 2;
+    rows.view([heads, 2, half, -1]).transpose(1, 2).reshape(size.as_slice())
+}
+
+/// Rotary position embedding (Su et al. 2021) of heads in the order of [`paired`].
 #[derive(Debug)]
 pub(crate) struct Rotation {
-    /// `[positions, 2, D/2]`.
-    cosine: Tensor,
-    /// `[positions, 2, D/2]`.
-    sine: Tensor,
+    /// `exp(i angle)`, `[positions, D/2]` complex.
+    table: Tensor,
 }
 
 impl Rotation {
     fn new(config: &ModelConfig, device: Device) -> Self {
         let half = config.head_size() / 2;
-        let (mut cosine, mut sine) = (Vec::new(), Vec::new());
-        for position in 0..config.max_position_embeddings {
-            // The angle is formed in f32, as transformers does, so that far positions agree with it.
-            let angles: Vec<f32> = (0..half)
-                .map(|index| {
-                    let exponent = (2 * index) as f32 / config.head_size() as f32;
-                    position as f32 * (1.0 / config.rope_theta.powf(f64::from(exponent))) as f32
-                })
-                .collect();
-            cosine.extend(angles.iter().chain(&angles).map(|angle| angle.cos()));
-            sine.extend(angles.iter().map(|angle| -angle.sin()).chain(angles.iter().map(|angle| angle.sin())));
-        }
-        let shape = [config.max_position_embeddings, 2, half];
-        let tensor = |values: &[f32]| Tensor::from_slice(values).view(shape).to_device(device);
-        Self { cosine: tensor(&cosine), sine: tensor(&sine) }
+        // Frequencies and angles are formed in f32, as transformers does, so that far positions agree with it.
+        let frequency = |index: i64| {
+            let exponent = (2 * index) as f32 / config.head_size() as f32;
+            1.0 / (config.rope_theta as f32).powf(exponent)
+        };
+        let angles: Vec<f32> = (0..config.max_position_embeddings)
+            .flat_map(|position| (0..half).map(move |index| position as f32 * frequency(index)))
+            .collect();
+        let angles = Tensor::from_slice(&angles).view([-1, half]);
+        Self { table: Tensor::complex(&angles.cos(), &angles.sin()).to_device(device) }
     }
 
     /// The table for positions 0 to `length` of every row.
-    pub(crate) fn first(&self, length: i64) -> Turned {
-        let cut = |table: &Tensor| table.narrow(0, 0, length).unsqueeze(0).unsqueeze(2);
-        Turned { cosine: cut(&self.cosine), sine: cut(&self.sine) }
+    pub(crate) fn first(&self, length: i64) -> Turn {
+        Turn(self.table.narrow(0, 0, length).unsqueeze(0).unsqueeze(2))
     }
 
     /// The table for one position a row: `positions` is `[R]` i64.
-    pub(crate) fn at(&self, positions: &Tensor) -> Turned {
-        let pick = |table: &Tensor| table.index_select(0, positions).unsqueeze(1).unsqueeze(1);
-        Turned { cosine: pick(&self.cosine), sine: pick(&self.sine) }
+    pub(crate) fn at(&self, positions: &Tensor) -> Turn {
+        Turn(self.table.index_select(0, positions).unsqueeze(1).unsqueeze(1))
     }
 }
 
-/// Cosines and sines that broadcast over `[B, T, heads, 2, D/2]`.
+/// A rotation that broadcasts over `[B, T, heads, D/2]` complex.
 #[derive(Debug)]
-pub(crate) struct Turned {
-    cosine: Tensor,
-    sine: Tensor,
-}
+pub(crate) struct Turn(Tensor);
 
-impl Turned {
-    /// Rotates `[B, T, heads, D]`.
+impl Turn {
+    /// Rotates `[B, T, heads, D]` f32.
     pub(crate) fn apply(&self, x: &Tensor) -> Tensor {
         let size = x.size();
-        let halves = x.view([size[0], size[1], size[2], 2, size[3] / 2]);
-        let turned = (&halves * &self.cosine).addcmul(&halves.flip(3), &self.sine);
-        turned.view(size.as_slice())
+        let pairs = x.view([size[0], size[1], size[2], size[3] / 2, 2]).view_as_complex();
+        (pairs * &self.0).view_as_real().view(size.as_slice())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use tch::Kind;
+
     use super::*;
     use crate::sandbox;
 
