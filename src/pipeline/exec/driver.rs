@@ -223,7 +223,14 @@ impl Driver<'_, '_> {
             let parts = request::parts(planned, &planned.spec.stage.params(), &self.made)?;
             key::key(&parts).map_err(|error| error.to_string())?
         };
+        // What the plan has just seen need not be looked up twice; whoever uses it reads every byte anyway.
+        let seen = planned.result.as_ref().filter(|result| self.keys[node].is_none() && result.key == key);
         self.keys[node] = Some(key.clone());
+        if let Some(manifest) = seen {
+            self.made[node] = Some(made_of(manifest));
+            self.as_planned[node] = true;
+            return Ok(Input::Found { node, key, cached: true });
+        }
         let cached = match self.store.lookup(&key).map_err(|error| error.to_string())? {
             Lookup::Hit(manifest) => {
                 self.made[node] = Some(made_of(&manifest));
