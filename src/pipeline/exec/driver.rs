@@ -753,6 +753,10 @@ mod tests {
 
     /// Started under the name of a worker, this is one; started as a test, it finds no driver.
     #[test]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "as a worker it is a program, and the test harness must not speak after it"
+    )]
     fn the_worker_side() {
         let program = Program { runners: &[("remote", run_remote)], prepare: |_| Ok(()), set_threads: |_| {} };
         if std::env::args().next().is_some_and(|name| name.ends_with(WORKER)) {
