@@ -8,13 +8,14 @@ pub mod reason;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::pipeline::spec::{Experiment, StageSpec};
 use crate::pipeline::stage::ArtifactType;
-use crate::pipeline::store::{Digest, KeyParts, Store, StoreError, source_digest};
+use crate::pipeline::store::{Digest, KeyParts, Manifest, Store, StoreError, source_digest};
 
 /// What a run would do with a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,6 +76,8 @@ pub struct Node {
     pub state: State,
     /// Why, shortest first; for people.
     pub reasons: Vec<String>,
+    /// The result, where it is cached.
+    pub result: Option<Arc<Manifest>>,
 }
 
 /// A trial as node indices.
@@ -242,6 +245,7 @@ impl Merge<'_> {
             files,
             state: State::Run,
             reasons: Vec::new(),
+            result: None,
         });
         self.params.push(params);
         Ok(node)
