@@ -301,7 +301,7 @@ impl Results {
             }
             let Some(result) = having.iter().find_map(|trial| self.result(trial, stage)) else { continue };
             if result.values(metric).is_none() {
-                let known = result.metrics();
+                let known = result.known();
                 notes.push(format!("`{stage}` measured no `{metric}`; it has {}", known.join(", ")));
             }
         }

@@ -24,7 +24,8 @@ use crate::pipeline::store::{Manifest, Store};
 pub struct Examples {
     instances: Vec<Arc<str>>,
     strata: Vec<Option<String>>,
-    measurements: BTreeMap<String, Vec<Option<f64>>>,
+    /// In the order of the columns, which is the task's own.
+    measurements: Vec<(String, Vec<Option<f64>>)>,
 }
 
 /// A stage's result as far as tables need it.
@@ -60,12 +61,20 @@ impl StageResult {
         measured.map(Values::Instances).or_else(|| self.metrics.get(metric).copied().map(Values::Whole))
     }
 
-    /// The metrics to show where none is asked for: the headline numbers, or else every measurement.
+    /// The metrics to show where none is asked for: every measurement, or else every headline number.
     pub fn metrics(&self) -> Vec<&str> {
-        if !self.metrics.is_empty() {
-            return self.metrics.keys().map(String::as_str).collect();
-        }
-        self.examples.iter().flat_map(|examples| examples.measurements.keys()).map(String::as_str).collect()
+        let measured: Vec<&str> = self.measured().collect();
+        if measured.is_empty() { self.metrics.keys().map(String::as_str).collect() } else { measured }
+    }
+
+    /// The name of every metric: measurements first.
+    pub fn known(&self) -> Vec<&str> {
+        let headlines = self.metrics.keys().map(String::as_str);
+        self.measured().chain(headlines.filter(|name| !self.measured().any(|measured| measured == *name))).collect()
+    }
+
+    fn measured(&self) -> impl Iterator<Item = &str> {
+        self.examples.iter().flat_map(|examples| &examples.measurements).map(|(name, _)| name.as_str())
     }
 }
 
@@ -107,7 +116,10 @@ impl Examples {
                     continue;
                 }
                 if let Some(numbers) = numbers(column) {
-                    examples.measurements.entry(field.name().clone()).or_default().extend(numbers);
+                    match examples.measurements.iter_mut().find(|(name, _)| name == field.name()) {
+                        Some((_, column)) => column.extend(numbers),
+                        None => examples.measurements.push((field.name().clone(), numbers)),
+                    }
                 }
             }
         }
@@ -116,13 +128,15 @@ impl Examples {
 
     /// The mean of a measurement by instance; rows without a value do not count. `MEASUREMENT.STRATUM` takes the rows of one stratum.
     fn values(&self, metric: &str) -> Option<BTreeMap<Arc<str>, f64>> {
-        let (column, stratum) = match self.measurements.get(metric) {
+        let measured =
+            |wanted: &str| self.measurements.iter().find(|(name, _)| name == wanted).map(|(_, column)| column);
+        let (column, stratum) = match measured(metric) {
             Some(column) => (column, None),
             // Either name may hold dots: the split is at the dot that leaves a measurement before it.
             None => metric
                 .match_indices('.')
                 .rev()
-                .find_map(|(dot, _)| Some((self.measurements.get(&metric[..dot])?, Some(&metric[dot + 1..]))))?,
+                .find_map(|(dot, _)| Some((measured(&metric[..dot])?, Some(&metric[dot + 1..]))))?,
         };
         let mut sums: BTreeMap<Arc<str>, (f64, u32)> = BTreeMap::new();
         for ((instance, own), value) in self.instances.iter().zip(&self.strata).zip(column) {
@@ -252,7 +266,10 @@ mod tests {
         assert_eq!(result.values("loss"), Some(Values::Whole(0.3)));
         assert!(matches!(result.values("solved"), Some(Values::Instances(_))));
         assert_eq!(result.values("missing"), None);
-        assert_eq!(result.metrics(), ["loss", "solved"]);
+        assert_eq!(result.metrics(), ["solved", "steps"]);
+        assert_eq!(result.known(), ["solved", "steps", "loss"]);
+        let plain = StageResult { examples: None, ..result };
+        assert_eq!(plain.metrics(), ["loss", "solved"]);
     }
 
     #[test]
