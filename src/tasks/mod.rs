@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-pub use spec::{Algorithm, FormatSpec, SearchTrace, TaskSpec, Trace, open, parts};
+pub use spec::{Algorithm, FormatSpec, SearchOrder, SearchTrace, TaskSpec, Trace, open, parts};
 
 /// Named numbers that a task measures in an episode; rewards, metrics and expressions read them.
 pub type Measurements = BTreeMap<String, f64>;

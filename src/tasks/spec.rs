@@ -46,7 +46,18 @@ pub enum Trace {
     Direct,
 }
 
-/// What stands between `<think>` and `</think>` in a demonstration of the `compact` format.
+/// Which way a search tries first at every cell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SearchOrder {
+    /// Any.
+    #[default]
+    Random,
+    /// One that leads closer to the target as the crow flies, where there is one; else any.
+    Toward,
+}
+
+/// What stands between `<think>` and `</think>` in a demonstration of the formats `compact` and `fused`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum SearchTrace {
@@ -74,6 +85,19 @@ pub enum FormatSpec {
         /// What demonstrations think before they answer.
         #[serde(default)]
         trace: SearchTrace,
+        /// Which way a search tries first.
+        #[serde(default)]
+        order: SearchOrder,
+    },
+    /// One token a cell and one a step: a cell's coordinate and walls are fused, and so are a move of the trace and the
+    /// cell it leads to; the coordinates of origin and target end the prompt. The shortest rows, the largest vocabulary.
+    Fused {
+        /// What demonstrations think before they answer.
+        #[serde(default)]
+        trace: SearchTrace,
+        /// Which way a search tries first.
+        #[serde(default)]
+        order: SearchOrder,
     },
 }
 
@@ -105,15 +129,17 @@ impl FormatSpec {
         match self {
             Self::Alphamaze { .. } => ("format.alphamaze", maze::ALPHAMAZE_VERSION),
             Self::Compact { .. } => ("format.compact", maze::COMPACT_VERSION),
+            Self::Fused { .. } => ("format.fused", maze::FUSED_VERSION),
         }
     }
 }
 
 /// Every task and format with its version: for the keys of stages that learn from their input alone which task it is.
-pub fn parts() -> [(&'static str, u32); 3] {
+pub fn parts() -> [(&'static str, u32); 4] {
     [
         ("format.alphamaze", maze::ALPHAMAZE_VERSION),
         ("format.compact", maze::COMPACT_VERSION),
+        ("format.fused", maze::FUSED_VERSION),
         ("task.maze", maze::VERSION),
     ]
 }

@@ -10,7 +10,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::random;
 use crate::tasks::maze::grid::{CLOSED, Direction, Maze};
-use crate::tasks::{FormatSpec, SearchTrace, Trace};
+use crate::tasks::{FormatSpec, SearchOrder, SearchTrace, Trace};
 
 /// Padding; never part of a text.
 pub const PAD: &str = "<|pad|>";
@@ -23,6 +23,14 @@ pub const THINK: &str = "<think>";
 /// Ends the trace.
 pub const END_THINK: &str = "</think>";
 
+/// How cells and the steps of a trace are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Style {
+    Alphamaze,
+    Compact,
+    Fused,
+}
+
 /// What stands in a demonstration between `<think>` and `</think>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Thought {
@@ -34,8 +42,9 @@ enum Thought {
 /// A way of writing mazes.
 #[derive(Clone, Debug)]
 pub(super) struct Format {
-    fused: bool,
+    style: Style,
     thought: Thought,
+    order: SearchOrder,
     rows: usize,
     columns: usize,
 }
@@ -52,30 +61,45 @@ pub(super) struct Answer {
 impl Format {
     /// The format `spec` for mazes of `rows` x `columns`.
     pub(super) fn new(spec: &FormatSpec, rows: usize, columns: usize) -> Self {
-        let (fused, thought) = match spec {
-            FormatSpec::Alphamaze { trace: Trace::Path } => (false, Thought::Path),
-            FormatSpec::Alphamaze { trace: Trace::Direct } => (false, Thought::Direct),
-            FormatSpec::Compact { trace: SearchTrace::Search } => (true, Thought::Search),
-            FormatSpec::Compact { trace: SearchTrace::Path } => (true, Thought::Path),
-            FormatSpec::Compact { trace: SearchTrace::Direct } => (true, Thought::Direct),
+        let thought = |trace: SearchTrace| match trace {
+            SearchTrace::Search => Thought::Search,
+            SearchTrace::Path => Thought::Path,
+            SearchTrace::Direct => Thought::Direct,
         };
-        Self { fused, thought, rows, columns }
+        let (style, thought, order) = match *spec {
+            FormatSpec::Alphamaze { trace: Trace::Path } => (Style::Alphamaze, Thought::Path, SearchOrder::Random),
+            FormatSpec::Alphamaze { trace: Trace::Direct } => (Style::Alphamaze, Thought::Direct, SearchOrder::Random),
+            FormatSpec::Compact { trace, order } => (Style::Compact, thought(trace), order),
+            FormatSpec::Fused { trace, order } => (Style::Fused, thought(trace), order),
+        };
+        Self { style, thought, order, rows, columns }
     }
 
     /// Every token, in the order of ids: specials, thinking, then what cells and moves are written with.
     pub(super) fn vocabulary(&self) -> Vec<String> {
         let mut tokens: Vec<String> = [PAD, BEGIN, END, THINK, END_THINK].map(str::to_owned).into();
-        let coordinates = (0..self.rows * self.columns).map(|cell| self.coordinate(cell));
+        let cells = 0..self.rows * self.columns;
+        let coordinates = cells.clone().map(|cell| self.coordinate(cell));
         let moves = Direction::ALL.map(move_token);
-        if self.fused {
-            tokens.extend(moves);
-            tokens.extend(coordinates);
-            tokens.extend((0..=CLOSED).flat_map(|mask| MARKERS.map(|marker| fused_token(mask, marker))));
-        } else {
-            tokens.extend(coordinates);
-            tokens.extend(moves);
-            tokens.extend(["<|blank|>", "<|origin|>", "<|target|>"].map(str::to_owned));
-            tokens.extend((0..=CLOSED).map(wall_token));
+        match self.style {
+            Style::Alphamaze => {
+                tokens.extend(coordinates);
+                tokens.extend(moves);
+                tokens.extend(["<|blank|>", "<|origin|>", "<|target|>"].map(str::to_owned));
+                tokens.extend((0..=CLOSED).map(wall_token));
+            }
+            Style::Compact => {
+                tokens.extend(moves);
+                tokens.extend(coordinates);
+                tokens.extend((0..=CLOSED).flat_map(|mask| MARKERS.map(|marker| marked_token(mask, marker))));
+            }
+            Style::Fused => {
+                tokens.extend(moves);
+                tokens.extend(coordinates);
+                tokens
+                    .extend(cells.clone().flat_map(|cell| Direction::ALL.map(|direction| self.step(direction, cell))));
+                tokens.extend(cells.flat_map(|cell| (0..=CLOSED).map(move |mask| self.place(cell, mask))));
+            }
         }
         tokens
     }
@@ -91,11 +115,17 @@ impl Format {
             } else {
                 "blank"
             };
-            if self.fused {
-                text += &fused_token(mask, marker);
-            } else {
-                let _ = write!(text, "{}{}<|{marker}|>", self.coordinate(cell), wall_token(mask));
+            match self.style {
+                Style::Alphamaze => {
+                    let _ = write!(text, "{}{}<|{marker}|>", self.coordinate(cell), wall_token(mask));
+                }
+                Style::Compact => text += &marked_token(mask, marker),
+                Style::Fused => text += &self.place(cell, mask),
             }
+        }
+        if self.style == Style::Fused {
+            text += &self.coordinate(maze.origin);
+            text += &self.coordinate(maze.target);
         }
         text
     }
@@ -105,7 +135,7 @@ impl Format {
         let path = maze.path();
         let mut text = THINK.to_owned();
         match self.thought {
-            Thought::Search => self.write_walk(&mut text, maze, &search(maze, random)),
+            Thought::Search => self.write_walk(&mut text, maze, &search(maze, self.order, random)),
             Thought::Path => self.write_walk(&mut text, maze, &path),
             Thought::Direct => {}
         }
@@ -121,9 +151,23 @@ impl Format {
         *text += &self.coordinate(cell);
         for &direction in walk {
             cell = maze.step(cell, direction).expect("a walk of a demonstration goes through no wall");
-            *text += &move_token(direction);
-            *text += &self.coordinate(cell);
+            if self.style == Style::Fused {
+                *text += &self.step(direction, cell);
+            } else {
+                *text += &move_token(direction);
+                *text += &self.coordinate(cell);
+            }
         }
+    }
+
+    /// A cell of a fused prompt.
+    fn place(&self, cell: usize, mask: u8) -> String {
+        format!("<|{}-{}_{}|>", cell / self.columns, cell % self.columns, wall_name(mask))
+    }
+
+    /// A step of a fused trace: the move and the cell it leads to.
+    fn step(&self, direction: Direction, cell: usize) -> String {
+        format!("<|{}_{}-{}|>", direction.name(), cell / self.columns, cell % self.columns)
     }
 
     fn coordinate(&self, cell: usize) -> String {
@@ -212,18 +256,26 @@ fn wall_token(mask: u8) -> String {
     format!("<|{}|>", wall_name(mask))
 }
 
-fn fused_token(mask: u8, marker: &str) -> String {
+fn marked_token(mask: u8, marker: &str) -> String {
     if marker == "blank" { wall_token(mask) } else { format!("<|{}_{marker}|>", wall_name(mask)) }
 }
 
-/// A depth-first search for the target: at every cell the ways on are tried in an order of their own, drawn at random;
-/// a dead end is left cell by cell the way it was entered. Ends where the target is entered.
-fn search(maze: &Maze, random: &mut ChaCha8Rng) -> Vec<Direction> {
+/// A depth-first search for the target: at every cell the ways on are tried in an order of their own, drawn at random
+/// within what `order` says; a dead end is left cell by cell the way it was entered. Ends where the target is entered.
+fn search(maze: &Maze, order: SearchOrder, random: &mut ChaCha8Rng) -> Vec<Direction> {
+    let away = |cell: usize| {
+        let (row, column) = (cell / maze.columns, cell % maze.columns);
+        row.abs_diff(maze.target / maze.columns) + column.abs_diff(maze.target % maze.columns)
+    };
     let ways = |seen: &mut Vec<bool>, cell: usize, random: &mut ChaCha8Rng| {
         seen[cell] = true;
         let open = |&direction: &Direction| maze.step(cell, direction).is_some_and(|next| !seen[next]);
         let mut ways: Vec<Direction> = Direction::ALL.into_iter().filter(open).collect();
         random::shuffle(random, &mut ways);
+        if order == SearchOrder::Toward {
+            // The last one is tried first.
+            ways.sort_by_key(|&direction| maze.step(cell, direction).is_some_and(|next| away(next) < away(cell)));
+        }
         ways
     };
     let mut seen = vec![false; maze.walls.len()];
@@ -256,9 +308,10 @@ mod tests {
 
     fn formats() -> Vec<FormatSpec> {
         let traces = [SearchTrace::Search, SearchTrace::Path, SearchTrace::Direct];
-        let compact = traces.map(|trace| FormatSpec::Compact { trace });
+        let compact = traces.map(|trace| FormatSpec::Compact { trace, order: SearchOrder::Random });
+        let fused = traces.map(|trace| FormatSpec::Fused { trace, order: SearchOrder::Toward });
         let alphamaze = [Trace::Path, Trace::Direct].map(|trace| FormatSpec::Alphamaze { trace });
-        compact.into_iter().chain(alphamaze).collect()
+        compact.into_iter().chain(alphamaze).chain(fused).collect()
     }
 
     fn maze(index: u64) -> Maze {
@@ -292,7 +345,11 @@ mod tests {
             assert_eq!(format.prompt(&maze), format.prompt(&Maze { length: 0, ..maze.clone() }));
             let other = Maze { origin: maze.target, target: maze.origin, ..maze.clone() };
             assert_ne!(format.prompt(&maze), format.prompt(&other));
-            let tokens = if format.fused { 20 } else { 60 };
+            let tokens = match format.style {
+                Style::Alphamaze => 60,
+                Style::Compact => 20,
+                Style::Fused => 22,
+            };
             assert_eq!(Pieces(&format.prompt(&maze)).count(), tokens);
         }
     }
@@ -302,7 +359,8 @@ mod tests {
         let mut walks = std::collections::BTreeSet::new();
         let maze = (0..100).map(maze).find(|maze| maze.length > 8).unwrap();
         for seed in 0..50 {
-            let walk = search(&maze, &mut random::rng("trace", &[seed]));
+            let order = if seed % 2 == 0 { SearchOrder::Random } else { SearchOrder::Toward };
+            let walk = search(&maze, order, &mut random::rng("trace", &[seed]));
             let mut cell = maze.origin;
             for (at, &direction) in walk.iter().enumerate() {
                 assert!(cell != maze.target, "the search goes on at {at}");
@@ -313,6 +371,15 @@ mod tests {
             walks.insert(walk.iter().map(|direction| direction.name()).collect::<Vec<_>>());
         }
         assert!(walks.len() > 1, "several seeds give several searches");
+    }
+
+    #[test]
+    fn a_search_toward_the_target_is_shorter_on_average() {
+        let steps = |order| -> usize {
+            (0..200).map(|index| search(&maze(index), order, &mut random::rng("trace", &[index])).len()).sum()
+        };
+        let (random, toward) = (steps(SearchOrder::Random), steps(SearchOrder::Toward));
+        assert!(toward * 100 < random * 95, "{toward} and {random}");
     }
 
     #[test]
@@ -328,10 +395,9 @@ mod tests {
         {
             assert!(paper.iter().any(|token| token == wall), "{wall}");
         }
-        assert_eq!(
-            Format::new(&FormatSpec::Compact { trace: SearchTrace::Search }, 5, 5).vocabulary().len(),
-            5 + 4 + 25 + 48
-        );
+        let (trace, order) = (SearchTrace::Search, SearchOrder::Random);
+        assert_eq!(Format::new(&FormatSpec::Compact { trace, order }, 5, 5).vocabulary().len(), 5 + 4 + 25 + 48);
+        assert_eq!(Format::new(&FormatSpec::Fused { trace, order }, 5, 5).vocabulary().len(), 5 + 4 + 25 + 100 + 400);
     }
 
     #[test]

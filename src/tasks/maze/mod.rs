@@ -25,6 +25,9 @@ pub const ALPHAMAZE_VERSION: u32 = 1;
 /// The version of the texts of the format `compact`.
 pub const COMPACT_VERSION: u32 = 1;
 
+/// The version of the texts of the format `fused`.
+pub const FUSED_VERSION: u32 = 1;
+
 /// What a verdict measures.
 pub const MEASURES: &[Measure] = &[
     Measure {
