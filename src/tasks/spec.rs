@@ -46,7 +46,18 @@ pub enum Trace {
     Direct,
 }
 
-/// What stands between `<think>` and `</think>` in a demonstration of the `compact` format.
+/// Which way a search tries first at every cell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SearchOrder {
+    /// Any.
+    #[default]
+    Random,
+    /// One that leads closer to the target as the crow flies, where there is one; else any.
+    Toward,
+}
+
+/// What stands between `<think>` and `</think>` in a demonstration of the formats `compact` and `fused`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum SearchTrace {
@@ -57,17 +68,6 @@ pub enum SearchTrace {
     Path,
     /// Nothing: the answer follows at once.
     Direct,
-}
-
-/// In which order a demonstrated search tries the ways on from a cell.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum SearchOrder {
-    /// In an order of its own at every cell, drawn at random.
-    #[default]
-    Random,
-    /// Ways that come closer to the target, counted without walls, before ways that lead away; drawn among equals.
-    Toward,
 }
 
 /// How a task is written for a model.
@@ -85,14 +85,17 @@ pub enum FormatSpec {
         /// What demonstrations think before they answer.
         #[serde(default)]
         trace: SearchTrace,
+        /// Which way a search tries first.
+        #[serde(default)]
+        order: SearchOrder,
     },
-    /// One token a cell that fuses coordinate and walls, the endpoints after them, and one token a step of the trace
-    /// that fuses the move and the cell it leads to: the fewest tokens, the largest vocabulary.
+    /// One token a cell and one a step: a cell's coordinate and walls are fused, and so are a move of the trace and the
+    /// cell it leads to; the coordinates of origin and target end the prompt. The shortest rows, the largest vocabulary.
     Fused {
         /// What demonstrations think before they answer.
         #[serde(default)]
         trace: SearchTrace,
-        /// How a demonstrated search chooses its way.
+        /// Which way a search tries first.
         #[serde(default)]
         order: SearchOrder,
     },

@@ -37,7 +37,8 @@ fn run(inputs: &Path, name: &str, change: &Value) -> anyhow::Result<PathBuf> {
 fn formats() -> Vec<Value> {
     let compact = ["search", "path", "direct"].map(|trace| json!({"kind": "compact", "trace": trace}));
     let alphamaze = ["path", "direct"].map(|trace| json!({"kind": "alphamaze", "trace": trace}));
-    compact.into_iter().chain(alphamaze).collect()
+    let fused = [json!({"kind": "fused", "trace": "search", "order": "toward"})];
+    compact.into_iter().chain(alphamaze).chain(fused).collect()
 }
 
 #[test]

@@ -23,9 +23,9 @@ pub const THINK: &str = "<think>";
 /// Ends the trace.
 pub const END_THINK: &str = "</think>";
 
-/// How cells and steps become tokens.
+/// How cells and the steps of a trace are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Writing {
+enum Style {
     Alphamaze,
     Compact,
     Fused,
@@ -34,26 +34,17 @@ enum Writing {
 /// What stands in a demonstration between `<think>` and `</think>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Thought {
-    Search(SearchOrder),
+    Search,
     Path,
     Direct,
-}
-
-impl Thought {
-    fn new(trace: SearchTrace, order: SearchOrder) -> Self {
-        match trace {
-            SearchTrace::Search => Self::Search(order),
-            SearchTrace::Path => Self::Path,
-            SearchTrace::Direct => Self::Direct,
-        }
-    }
 }
 
 /// A way of writing mazes.
 #[derive(Clone, Debug)]
 pub(super) struct Format {
-    writing: Writing,
+    style: Style,
     thought: Thought,
+    order: SearchOrder,
     rows: usize,
     columns: usize,
 }
@@ -70,39 +61,44 @@ pub(super) struct Answer {
 impl Format {
     /// The format `spec` for mazes of `rows` x `columns`.
     pub(super) fn new(spec: &FormatSpec, rows: usize, columns: usize) -> Self {
-        let (writing, thought) = match *spec {
-            FormatSpec::Alphamaze { trace: Trace::Path } => (Writing::Alphamaze, Thought::Path),
-            FormatSpec::Alphamaze { trace: Trace::Direct } => (Writing::Alphamaze, Thought::Direct),
-            FormatSpec::Compact { trace } => (Writing::Compact, Thought::new(trace, SearchOrder::Random)),
-            FormatSpec::Fused { trace, order } => (Writing::Fused, Thought::new(trace, order)),
+        let thought = |trace: SearchTrace| match trace {
+            SearchTrace::Search => Thought::Search,
+            SearchTrace::Path => Thought::Path,
+            SearchTrace::Direct => Thought::Direct,
         };
-        Self { writing, thought, rows, columns }
+        let (style, thought, order) = match *spec {
+            FormatSpec::Alphamaze { trace: Trace::Path } => (Style::Alphamaze, Thought::Path, SearchOrder::Random),
+            FormatSpec::Alphamaze { trace: Trace::Direct } => (Style::Alphamaze, Thought::Direct, SearchOrder::Random),
+            FormatSpec::Compact { trace, order } => (Style::Compact, thought(trace), order),
+            FormatSpec::Fused { trace, order } => (Style::Fused, thought(trace), order),
+        };
+        Self { style, thought, order, rows, columns }
     }
 
     /// Every token, in the order of ids: specials, thinking, then what cells and moves are written with.
     pub(super) fn vocabulary(&self) -> Vec<String> {
         let mut tokens: Vec<String> = [PAD, BEGIN, END, THINK, END_THINK].map(str::to_owned).into();
-        let coordinates = (0..self.rows * self.columns).map(|cell| self.coordinate(cell));
+        let cells = 0..self.rows * self.columns;
+        let coordinates = cells.clone().map(|cell| self.coordinate(cell));
         let moves = Direction::ALL.map(move_token);
-        match self.writing {
-            Writing::Alphamaze => {
+        match self.style {
+            Style::Alphamaze => {
                 tokens.extend(coordinates);
                 tokens.extend(moves);
                 tokens.extend(["<|blank|>", "<|origin|>", "<|target|>"].map(str::to_owned));
                 tokens.extend((0..=CLOSED).map(wall_token));
             }
-            Writing::Compact => {
+            Style::Compact => {
                 tokens.extend(moves);
                 tokens.extend(coordinates);
                 tokens.extend((0..=CLOSED).flat_map(|mask| MARKERS.map(|marker| marked_token(mask, marker))));
             }
-            Writing::Fused => {
-                let cells = || 0..self.rows * self.columns;
+            Style::Fused => {
                 tokens.extend(moves);
                 tokens.extend(coordinates);
                 tokens
-                    .extend(cells().flat_map(|cell| Direction::ALL.map(|direction| self.step_token(direction, cell))));
-                tokens.extend(cells().flat_map(|cell| (0..=CLOSED).map(move |mask| self.cell_token(cell, mask))));
+                    .extend(cells.clone().flat_map(|cell| Direction::ALL.map(|direction| self.step(direction, cell))));
+                tokens.extend(cells.flat_map(|cell| (0..=CLOSED).map(move |mask| self.place(cell, mask))));
             }
         }
         tokens
@@ -119,15 +115,15 @@ impl Format {
             } else {
                 "blank"
             };
-            match self.writing {
-                Writing::Alphamaze => {
+            match self.style {
+                Style::Alphamaze => {
                     let _ = write!(text, "{}{}<|{marker}|>", self.coordinate(cell), wall_token(mask));
                 }
-                Writing::Compact => text += &marked_token(mask, marker),
-                Writing::Fused => text += &self.cell_token(cell, mask),
+                Style::Compact => text += &marked_token(mask, marker),
+                Style::Fused => text += &self.place(cell, mask),
             }
         }
-        if self.writing == Writing::Fused {
+        if self.style == Style::Fused {
             text += &self.coordinate(maze.origin);
             text += &self.coordinate(maze.target);
         }
@@ -139,7 +135,7 @@ impl Format {
         let path = maze.path();
         let mut text = THINK.to_owned();
         match self.thought {
-            Thought::Search(order) => self.write_walk(&mut text, maze, &search(maze, order, random)),
+            Thought::Search => self.write_walk(&mut text, maze, &search(maze, self.order, random)),
             Thought::Path => self.write_walk(&mut text, maze, &path),
             Thought::Direct => {}
         }
@@ -155,8 +151,8 @@ impl Format {
         *text += &self.coordinate(cell);
         for &direction in walk {
             cell = maze.step(cell, direction).expect("a walk of a demonstration goes through no wall");
-            if self.writing == Writing::Fused {
-                *text += &self.step_token(direction, cell);
+            if self.style == Style::Fused {
+                *text += &self.step(direction, cell);
             } else {
                 *text += &move_token(direction);
                 *text += &self.coordinate(cell);
@@ -164,14 +160,14 @@ impl Format {
         }
     }
 
-    /// A step of a trace: the move and the cell it leads to.
-    fn step_token(&self, direction: Direction, cell: usize) -> String {
-        format!("<|{}:{}-{}|>", direction.name(), cell / self.columns, cell % self.columns)
+    /// A cell of a fused prompt.
+    fn place(&self, cell: usize, mask: u8) -> String {
+        format!("<|{}-{}_{}|>", cell / self.columns, cell % self.columns, wall_name(mask))
     }
 
-    /// A cell of a prompt: its coordinate and its walls.
-    fn cell_token(&self, cell: usize, mask: u8) -> String {
-        format!("<|{}-{}:{}|>", cell / self.columns, cell % self.columns, wall_name(mask))
+    /// A step of a fused trace: the move and the cell it leads to.
+    fn step(&self, direction: Direction, cell: usize) -> String {
+        format!("<|{}_{}-{}|>", direction.name(), cell / self.columns, cell % self.columns)
     }
 
     fn coordinate(&self, cell: usize) -> String {
@@ -264,20 +260,21 @@ fn marked_token(mask: u8, marker: &str) -> String {
     if marker == "blank" { wall_token(mask) } else { format!("<|{}_{marker}|>", wall_name(mask)) }
 }
 
-/// A depth-first search for the target: at every cell the ways on are tried in an order of their own; a dead end is left
-/// cell by cell the way it was entered. Ends where the target is entered.
+/// A depth-first search for the target: at every cell the ways on are tried in an order of their own, drawn at random
+/// within what `order` says; a dead end is left cell by cell the way it was entered. Ends where the target is entered.
 fn search(maze: &Maze, order: SearchOrder, random: &mut ChaCha8Rng) -> Vec<Direction> {
+    let away = |cell: usize| {
+        let (row, column) = (cell / maze.columns, cell % maze.columns);
+        row.abs_diff(maze.target / maze.columns) + column.abs_diff(maze.target % maze.columns)
+    };
     let ways = |seen: &mut Vec<bool>, cell: usize, random: &mut ChaCha8Rng| {
         seen[cell] = true;
         let open = |&direction: &Direction| maze.step(cell, direction).is_some_and(|next| !seen[next]);
         let mut ways: Vec<Direction> = Direction::ALL.into_iter().filter(open).collect();
         random::shuffle(random, &mut ways);
         if order == SearchOrder::Toward {
-            // The last is tried first. The sort keeps the drawn order among ways that come equally close.
-            ways.sort_by_key(|&direction| {
-                let distance = maze.step(cell, direction).map_or(0, |next| straight_distance(maze, next));
-                std::cmp::Reverse(distance)
-            });
+            // The last one is tried first.
+            ways.sort_by_key(|&direction| maze.step(cell, direction).is_some_and(|next| away(next) < away(cell)));
         }
         ways
     };
@@ -305,23 +302,14 @@ fn search(maze: &Maze, order: SearchOrder, random: &mut ChaCha8Rng) -> Vec<Direc
     walk
 }
 
-/// Moves from a cell to the target if there were no walls.
-fn straight_distance(maze: &Maze, cell: usize) -> usize {
-    let place = |cell: usize| (cell / maze.columns, cell % maze.columns);
-    let ((row, column), (target_row, target_column)) = (place(cell), place(maze.target));
-    row.abs_diff(target_row) + column.abs_diff(target_column)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn formats() -> Vec<FormatSpec> {
         let traces = [SearchTrace::Search, SearchTrace::Path, SearchTrace::Direct];
-        let compact = traces.map(|trace| FormatSpec::Compact { trace });
-        let fused = [SearchOrder::Random, SearchOrder::Toward]
-            .into_iter()
-            .flat_map(|order| traces.map(|trace| FormatSpec::Fused { trace, order }));
+        let compact = traces.map(|trace| FormatSpec::Compact { trace, order: SearchOrder::Random });
+        let fused = traces.map(|trace| FormatSpec::Fused { trace, order: SearchOrder::Toward });
         let alphamaze = [Trace::Path, Trace::Direct].map(|trace| FormatSpec::Alphamaze { trace });
         compact.into_iter().chain(alphamaze).chain(fused).collect()
     }
@@ -357,10 +345,10 @@ mod tests {
             assert_eq!(format.prompt(&maze), format.prompt(&Maze { length: 0, ..maze.clone() }));
             let other = Maze { origin: maze.target, target: maze.origin, ..maze.clone() };
             assert_ne!(format.prompt(&maze), format.prompt(&other));
-            let tokens = match format.writing {
-                Writing::Alphamaze => 60,
-                Writing::Compact => 20,
-                Writing::Fused => 22,
+            let tokens = match format.style {
+                Style::Alphamaze => 60,
+                Style::Compact => 20,
+                Style::Fused => 22,
             };
             assert_eq!(Pieces(&format.prompt(&maze)).count(), tokens);
         }
@@ -386,6 +374,15 @@ mod tests {
     }
 
     #[test]
+    fn a_search_toward_the_target_is_shorter_on_average() {
+        let steps = |order| -> usize {
+            (0..200).map(|index| search(&maze(index), order, &mut random::rng("trace", &[index])).len()).sum()
+        };
+        let (random, toward) = (steps(SearchOrder::Random), steps(SearchOrder::Toward));
+        assert!(toward * 100 < random * 95, "{toward} and {random}");
+    }
+
+    #[test]
     fn vocabularies_are_those_of_the_paper_and_of_its_fused_form() {
         let paper = Format::new(&FormatSpec::default(), 5, 5).vocabulary();
         assert_eq!(paper.len(), 5 + 48);
@@ -398,10 +395,9 @@ mod tests {
         {
             assert!(paper.iter().any(|token| token == wall), "{wall}");
         }
-        assert_eq!(
-            Format::new(&FormatSpec::Compact { trace: SearchTrace::Search }, 5, 5).vocabulary().len(),
-            5 + 4 + 25 + 48
-        );
+        let (trace, order) = (SearchTrace::Search, SearchOrder::Random);
+        assert_eq!(Format::new(&FormatSpec::Compact { trace, order }, 5, 5).vocabulary().len(), 5 + 4 + 25 + 48);
+        assert_eq!(Format::new(&FormatSpec::Fused { trace, order }, 5, 5).vocabulary().len(), 5 + 4 + 25 + 100 + 400);
     }
 
     #[test]

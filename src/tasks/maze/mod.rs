@@ -24,7 +24,8 @@ pub const VERSION: u32 = 1;
 pub const ALPHAMAZE_VERSION: u32 = 1;
 /// The version of the texts of the format `compact`.
 pub const COMPACT_VERSION: u32 = 1;
-/// Raised when the `fused` format writes or reads otherwise.
+
+/// The version of the texts of the format `fused`.
 pub const FUSED_VERSION: u32 = 1;
 
 /// What a verdict measures.

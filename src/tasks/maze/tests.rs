@@ -3,13 +3,14 @@
 #![expect(clippy::float_cmp, reason = "measurements of known walks are exact")]
 
 use super::*;
-use crate::tasks::{SearchTrace, TaskSpec, Trace, open};
+use crate::tasks::{SearchOrder, SearchTrace, TaskSpec, Trace, open};
 
 fn specs() -> Vec<FormatSpec> {
     let traces = [SearchTrace::Search, SearchTrace::Path, SearchTrace::Direct];
-    let compact = traces.map(|trace| FormatSpec::Compact { trace });
+    let compact = traces.map(|trace| FormatSpec::Compact { trace, order: SearchOrder::Random });
+    let fused = traces.map(|trace| FormatSpec::Fused { trace, order: SearchOrder::Toward });
     let alphamaze = [Trace::Path, Trace::Direct].map(|trace| FormatSpec::Alphamaze { trace });
-    compact.into_iter().chain(alphamaze).collect()
+    compact.into_iter().chain(alphamaze).chain(fused).collect()
 }
 
 fn task(format: &FormatSpec) -> Box<dyn Task> {
