@@ -154,7 +154,9 @@ fn train(params: &Grpo, prompts: &Prompts, rollout: &Rollout, training: &mut Tra
     let (mut read, mut updates) = (0, 0);
     let groups_an_update = (params.prompts_per_step / params.updates_per_step) as usize;
     for groups in kept.chunks(groups_an_update) {
-        let rows: Vec<Sequence<'_>> = groups.iter().flat_map(|group| sequences(prompts, group)).collect();
+        let mut rows: Vec<Sequence<'_>> = groups.iter().flat_map(|group| sequences(prompts, group)).collect();
+        // Neighbours of like length share a micro-batch with little padding.
+        rows.sort_by_key(|row| row.ids.len());
         // Counted over the whole update before the first backward pass, so that micro-batches do not change the gradient.
         let denominator: usize = rows.iter().map(|row| row.sample.logprobs.len()).sum();
         model.zero_gradients();

@@ -101,7 +101,9 @@ fn step(
     let began = Instant::now();
     let Training { model, optimizer, counters, .. } = training;
     let step = counters.step;
-    let rows = order.take(step * params.batch_size, params.batch_size);
+    let mut rows = order.take(step * params.batch_size, params.batch_size);
+    // Neighbours of like length share a micro-batch with little padding; which rows are in the batch is settled before.
+    rows.sort_by_key(|&row| tokens.row_ids(row).len());
     let ids: Vec<Vec<i64>> =
         rows.iter().map(|&row| tokens.row_ids(row).iter().map(|id| i64::from(*id)).collect()).collect();
     let rows: Vec<Row<'_>> = rows.iter().zip(&ids).map(|(&row, ids)| Row { ids, mask: tokens.row_mask(row) }).collect();
