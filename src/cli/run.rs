@@ -81,8 +81,8 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         return Err(Failure::silent(130));
     }
     if !ui.is_json() {
-        // Planned anew: the keys of what just ran are known only now.
-        let plan = session.plan(&experiments, Some(&store))?;
+        // Planned anew where something ran: only now are its keys known.
+        let plan = if outcome.run > 0 { session.plan(&experiments, Some(&store))? } else { plan };
         table::print_after_run(session, &experiments, &plan, &store)?;
     }
     let curves = session.store.join("tensorboard");
