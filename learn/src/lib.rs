@@ -1,1 +1,25 @@
-//! x
+//! Everything of `pipe` that holds a tensor: models, generation, losses, the optimizer, the state of a training.
+//!
+//! It knows the parameters of stages and nothing of the command line. Mathematics stands once, in the modules named here;
+//! the loops over it are in `kinds`.
+
+pub mod batch;
+pub mod codec;
+pub mod device;
+pub mod generate;
+pub mod journal;
+pub mod kinds;
+pub mod loss;
+pub mod model;
+pub mod optimizer;
+pub mod order;
+pub mod preflight;
+pub mod prompts;
+pub mod rollout;
+pub mod session;
+pub mod training;
+pub mod training_state;
+pub mod validate;
+
+#[cfg(test)]
+mod sandbox;

@@ -9,8 +9,7 @@ use serde_json::{Value, json};
 
 use crate::pipeline::spec::{Experiment, Origin, StageSpec, TableSpec, Trial};
 use crate::pipeline::stage::{
-    Any, ArtifactType, Input, Interrupted, Kind, Output, Part, Place, RunOptions, SourceFile, Stage,
-    StageContext,
+    Any, ArtifactType, Input, Interrupted, Kind, Output, Part, Place, RunOptions, SourceFile, Stage, StageContext,
 };
 
 /// What a toy does.
@@ -65,14 +64,13 @@ impl Stage for Toy {
         let before = state.exists();
         match self.act {
             Act::Echo | Act::Constant => {}
+            Act::Flaky | Act::Wait if before => {}
             Act::Fail => anyhow::bail!("it was meant to fail"),
             Act::Panic => panic!("it was meant to panic"),
-            Act::Flaky if before => {}
             Act::Flaky => {
                 std::fs::write(state, "")?;
                 anyhow::bail!("the first attempt fails")
             }
-            Act::Wait if before => {}
             Act::Wait => {
                 context.progress(1, 2, "waits");
                 while !context.interrupted() {

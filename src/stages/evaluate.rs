@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::pipeline::stage::{ArtifactType, Checkpoint, Input, Output, Part, Place, Stage, Tokens};
-use crate::stages::training::versions;
+use crate::stages::training::{task_parts, versions};
 
 /// Let a model act on held-out instances and measure every episode by simulation.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -55,6 +55,9 @@ impl Stage for Evaluate {
     }
 
     fn parts(&self) -> Vec<Part> {
-        vec![Part::new("learn.generate", versions::GENERATE), Part::new("learn.model", versions::MODEL)]
+        let mut parts =
+            vec![Part::new("learn.generate", versions::GENERATE), Part::new("learn.model", versions::MODEL)];
+        parts.extend(task_parts());
+        parts
     }
 }

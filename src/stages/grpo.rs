@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::pipeline::stage::{ArtifactType, Checkpoint, Input, Output, Part, Place, Problem, Stage, Tokens, Upstream};
 use crate::rewards::RewardSpec;
-use crate::stages::training::{Optimizer, Schedule, Validate, versions};
+use crate::stages::training::{Optimizer, Schedule, Validate, check_select, task_of, task_parts, versions};
 
 /// What a group's rewards are divided by after their mean is taken away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -188,12 +188,13 @@ impl Stage for Grpo {
             Part::new("learn.optimizer", versions::OPTIMIZER),
         ];
         parts.extend(self.rewards.values().map(|reward| Part::new(reward.part().0, reward.part().1)));
+        parts.extend(task_parts());
         parts.sort();
         parts.dedup();
         parts
     }
 
-    fn check(&self, _upstream: &Upstream<'_>) -> Vec<Problem> {
+    fn check(&self, upstream: &Upstream<'_>) -> Vec<Problem> {
         let rows = self.prompts_per_step * self.group_size / self.updates_per_step.max(1);
         let mut problems = crate::stages::training::check(self.micro_batch_size, rows, self.validate.as_ref());
         if self.rewards.is_empty() {
@@ -201,7 +202,18 @@ impl Stage for Grpo {
             problems
                 .push(problem.hint("add a table such as `[stages.NAME.rewards.correct]` with `kind = \"correct\"`"));
         }
-        if self.prompts_per_step % self.updates_per_step != 0 {
+        let reference = &self.prompts.reference;
+        problems.extend(check_select(*upstream, reference, self.validate.as_ref()));
+        if let Some(task) = task_of(*upstream, reference) {
+            for (name, reward) in &self.rewards {
+                for (field, message, hint) in reward.check(task.measures()) {
+                    let place = [name, field.as_str()].into_iter().filter(|part| !part.is_empty());
+                    let path = ["rewards"].into_iter().chain(place).collect::<Vec<_>>().join(".");
+                    problems.push(Problem { path, message, hint });
+                }
+            }
+        }
+        if !self.prompts_per_step.is_multiple_of(self.updates_per_step) {
             let message = format!(
                 "`updates_per_step` {} does not divide the {} groups of a step",
                 self.updates_per_step, self.prompts_per_step
@@ -213,5 +225,56 @@ impl Stage for Grpo {
             problems.push(problem.hint("train on `rl`; `test` is for `evaluate`"));
         }
         problems
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn problems(rewards: &Value, select: &str) -> Vec<Problem> {
+        let maze = json!({"kind": "maze", "rows": 4, "columns": 4, "algorithm": "dfs"});
+        let stages: BTreeMap<String, Value> = [
+            ("mazes".to_owned(), json!({"task": maze})),
+            ("tokens".to_owned(), json!({"dataset": {"$input": "mazes", "wants": "dataset"}})),
+        ]
+        .into();
+        let stage: Grpo = serde_json::from_value(json!({
+            "model": "sft", "prompts": "tokens", "steps": 1, "max_new_tokens": 8, "rewards": rewards,
+            "validate": {"every": 1, "samples": 1, "select": select},
+        }))
+        .unwrap();
+        Stage::check(&stage, &Upstream { stages: &stages })
+    }
+
+    #[test]
+    fn rewards_and_selection_may_only_name_what_the_task_measures() {
+        let good =
+            json!({"right": {"kind": "correct"}, "close": {"kind": "expression", "expression": "progress / shortest"}});
+        assert_eq!(problems(&good, "solved"), []);
+        let bad = json!({"close": {"kind": "expression", "expression": "progres + 1"}, "form": {"kind": "format"}});
+        let found = problems(&bad, "solvd");
+        let wanted = [
+            Problem::new("validate.select", "the task has no measurement `solvd`").hint("did you mean `solved`?"),
+            Problem::new("rewards.close.expression", "the task has no measurement `progres`")
+                .hint("did you mean `progress`?"),
+        ];
+        assert_eq!(found, wanted);
+        let malformed = json!({"close": {"kind": "expression", "expression": "1 +"}});
+        assert_eq!(problems(&malformed, "solved")[0].path, "rewards.close.expression");
+    }
+
+    #[test]
+    fn the_versions_of_tasks_and_rewards_are_parts() {
+        let stage: Grpo = serde_json::from_value(json!({
+            "model": "sft", "prompts": "tokens", "steps": 1, "max_new_tokens": 8, "rewards": {"r": {"kind": "correct"}},
+        }))
+        .unwrap();
+        let names: Vec<String> = Stage::parts(&stage).into_iter().map(|part| part.name).collect();
+        assert!(
+            names.is_sorted() && ["reward.correct", "task.maze"].iter().all(|name| names.contains(&(*name).into()))
+        );
     }
 }

@@ -1,17 +1,31 @@
 //! The kinds of stages. [`KINDS`] is the one list; a new kind is a file here and a line there.
 
 pub mod command;
+pub mod dataset;
 pub mod evaluate;
 pub mod grpo;
+pub mod model;
 pub mod sft;
+pub mod synthesize;
+pub mod table;
+#[cfg(test)]
+mod testing;
+pub mod tokenize;
+pub mod tokenizer;
+pub mod tokens;
 pub mod training;
 
 use crate::pipeline::stage::Kind;
 
 /// Every kind that a file may name.
 pub static KINDS: &[Kind] = &[
-    Kind::of::<command::Command>(),
+    Kind::of::<synthesize::Synthesize>(),
+    Kind::of::<dataset::Dataset>(),
+    Kind::of::<tokenizer::Tokenizer>(),
+    Kind::of::<tokenize::Tokenize>(),
+    Kind::of::<model::Model>(),
     Kind::of::<sft::Sft>(),
     Kind::of::<grpo::Grpo>(),
     Kind::of::<evaluate::Evaluate>(),
+    Kind::of::<command::Command>(),
 ];

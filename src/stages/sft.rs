@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::pipeline::stage::{ArtifactType, Checkpoint, Input, Output, Part, Place, Problem, Stage, Tokens, Upstream};
-use crate::stages::training::{Optimizer, Schedule, Validate, versions};
+use crate::stages::training::{Optimizer, Schedule, Validate, check_select, task_parts, versions};
 
 /// Fine-tune a model on tokenized examples with a token-mean cross-entropy over the tokens that the mask marks.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -67,15 +67,22 @@ impl Stage for Sft {
     }
 
     fn parts(&self) -> Vec<Part> {
-        vec![
+        let mut parts = vec![
             Part::new("learn.model", versions::MODEL),
             Part::new("learn.generate", versions::GENERATE),
             Part::new("learn.loss", versions::LOSS),
             Part::new("learn.optimizer", versions::OPTIMIZER),
-        ]
+        ];
+        if self.validate.is_some() {
+            parts.extend(task_parts());
+        }
+        parts
     }
 
-    fn check(&self, _: &Upstream<'_>) -> Vec<Problem> {
-        crate::stages::training::check(self.micro_batch_size, self.batch_size, self.validate.as_ref())
+    fn check(&self, upstream: &Upstream<'_>) -> Vec<Problem> {
+        let validate = self.validate.as_ref();
+        let mut problems = crate::stages::training::check(self.micro_batch_size, self.batch_size, validate);
+        problems.extend(check_select(*upstream, &self.data.reference, validate));
+        problems
     }
 }

@@ -3,7 +3,9 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::pipeline::stage::Problem;
+use crate::pipeline::stage::{Part, Problem, Upstream};
+use crate::rewards::unknown_measure;
+use crate::tasks::TaskSpec;
 
 /// AdamW and gradient clipping (Loshchilov and Hutter 2019, decoupled weight decay).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -112,6 +114,22 @@ pub mod versions {
     pub const OPTIMIZER: u32 = 1;
     /// Losses and advantages.
     pub const LOSS: u32 = 1;
+}
+
+/// Every task and format as parts of a key: which of them judges completions stands in the tokens, not in parameters.
+pub(crate) fn task_parts() -> impl Iterator<Item = Part> {
+    crate::tasks::parts().into_iter().map(|(name, version)| Part::new(name, version))
+}
+
+/// The task behind the tokens `reference`, where the file tells.
+pub(crate) fn task_of(upstream: Upstream<'_>, reference: &str) -> Option<TaskSpec> {
+    upstream.nearest(reference, "task").and_then(|task| serde_json::from_value(task.clone()).ok())
+}
+
+/// Whether `validate.select` names a measurement of the task behind the tokens `reference`.
+pub(crate) fn check_select(upstream: Upstream<'_>, reference: &str, validate: Option<&Validate>) -> Option<Problem> {
+    let (message, hint) = unknown_measure(&validate?.select, task_of(upstream, reference)?.measures())?;
+    Some(Problem { path: "validate.select".to_owned(), message, hint })
 }
 
 /// What the shared parameters may not say together.

@@ -4,9 +4,14 @@
 //! [`Task::vocabulary`] turns it into ids without loss. The split of an instance is a range of the hash of its canonical
 //! form, so two splits never share a layout whatever their seeds.
 
+pub mod maze;
+mod spec;
+
 use std::collections::BTreeMap;
 
 use serde_json::Value;
+
+pub use spec::{Algorithm, FormatSpec, SearchOrder, SearchTrace, TaskSpec, Trace, open, parts};
 
 /// Named numbers that a task measures in an episode; rewards, metrics and expressions read them.
 pub type Measurements = BTreeMap<String, f64>;

@@ -136,13 +136,12 @@ pub(super) struct WorkerProgram {
 impl WorkerProgram {
     /// The program that `PIPE_WORKER` names, or the `pipe-worker` beside this program.
     pub(super) fn open() -> Result<Self, ExecError> {
-        let path = match std::env::var_os("PIPE_WORKER") {
-            Some(path) => PathBuf::from(path),
-            None => {
-                let own = std::env::current_exe()
-                    .map_err(|cause| ExecError::NoWorker { path: "pipe-worker".into(), cause })?;
-                own.with_file_name("pipe-worker")
-            }
+        let path = if let Some(path) = std::env::var_os("PIPE_WORKER") {
+            PathBuf::from(path)
+        } else {
+            let own = std::env::current_exe();
+            own.map_err(|cause| ExecError::NoWorker { path: "pipe-worker".into(), cause })?
+                .with_file_name("pipe-worker")
         };
         Self::at(path, Vec::new())
     }

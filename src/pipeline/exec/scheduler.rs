@@ -234,7 +234,7 @@ impl Scheduler {
             Input::Interrupt => self.interrupt(&mut actions),
         }
         if self.ending.is_none() {
-            while let Some((node, grant)) = self.slots.next() {
+            while let Some((node, grant)) = self.slots.start_next() {
                 self.nodes[node].phase = Phase::Running;
                 self.nodes[node].grant = Some(grant);
                 self.running.insert(node);

@@ -99,7 +99,7 @@ impl Slots {
     }
 
     /// Gives the first node that fits its share and takes it out of the queue.
-    pub fn next(&mut self) -> Option<(usize, Grant)> {
+    pub fn start_next(&mut self) -> Option<(usize, Grant)> {
         if self.free_jobs == 0 {
             return None;
         }
@@ -146,10 +146,10 @@ mod tests {
         let mut slots = Slots::new(Limits { cpus: 2, gpus: 0, jobs: 8 });
         slots.push(0, need(64, Gpu::Any));
         slots.push(1, need(1, Gpu::None));
-        assert_eq!(slots.next(), Some((0, Grant { cpus: 2, gpu: None })));
-        assert_eq!(slots.next(), None, "no core is left");
+        assert_eq!(slots.start_next(), Some((0, Grant { cpus: 2, gpu: None })));
+        assert_eq!(slots.start_next(), None, "no core is left");
         slots.release(Grant { cpus: 2, gpu: None });
-        assert_eq!(slots.next(), Some((1, Grant { cpus: 1, gpu: None })));
+        assert_eq!(slots.start_next(), Some((1, Grant { cpus: 1, gpu: None })));
     }
 
     #[test]
@@ -161,11 +161,11 @@ mod tests {
         slots.push(2, need(1, Gpu::None));
         slots.push(3, need(1, Gpu::Any));
         slots.push(4, need(1, Gpu::Any));
-        let started: Vec<_> = std::iter::from_fn(|| slots.next()).collect();
+        let started: Vec<_> = std::iter::from_fn(|| slots.start_next()).collect();
         let expected = [(0, Some(1)), (2, None), (3, Some(0))].map(|(node, gpu)| (node, Grant { cpus: 1, gpu }));
         assert_eq!(started, expected);
         slots.release(Grant { cpus: 1, gpu: Some(1) });
-        assert_eq!(slots.next(), Some((1, Grant { cpus: 1, gpu: Some(1) })));
+        assert_eq!(slots.start_next(), Some((1, Grant { cpus: 1, gpu: Some(1) })));
     }
 
     #[test]
@@ -174,8 +174,8 @@ mod tests {
         slots.push(0, need(1, Gpu::None));
         slots.push(1, need(1, Gpu::None));
         slots.remove(0, need(1, Gpu::None));
-        assert_eq!(slots.next(), Some((1, Grant { cpus: 1, gpu: None })));
+        assert_eq!(slots.start_next(), Some((1, Grant { cpus: 1, gpu: None })));
         slots.push(2, need(1, Gpu::None));
-        assert_eq!(slots.next(), None);
+        assert_eq!(slots.start_next(), None);
     }
 }

@@ -127,7 +127,9 @@ fn one_request(
     let (mut throttle, events) = (Throttle::default(), speaker.clone());
     let events = Box::new(move |event: StageEvent| {
         if throttle.lets_through(&event, Instant::now()) {
-            finite(event).into_iter().for_each(|event| events.say(&Message::Event { event }));
+            for event in finite(event) {
+                events.say(&Message::Event { event });
+            }
         }
     });
     let run = |context: &mut StageContext| {

@@ -3,24 +3,22 @@
 //! It must never change the store, and looks no key up twice.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 
 use serde_json::Value;
 
 use crate::pipeline::plan::reason::{InputNow, Now, Reason};
 use crate::pipeline::plan::{Edge, Node, NodeName, PlanError, State, key};
-use crate::pipeline::store::{Digest, KeyParts, Lookup, Manifest, Store, StoreError};
+use crate::pipeline::store::{Digest, KeyParts, Lookup, Store, StoreError};
 
 /// Gives every node its key, state and reasons.
 pub(super) fn assess(nodes: &mut [Node], params: &[Value], store: Option<&Store>) -> Result<(), PlanError> {
-    let mut results: Vec<Option<Arc<Manifest>>> = vec![None; nodes.len()];
     let mut found: HashMap<Digest, Lookup> = HashMap::new();
     let mut last = LastRuns { store, manifests: HashMap::new() };
     for at in 0..nodes.len() {
         let (before, rest) = nodes.split_at_mut(at);
         let (node, params) = (&mut rest[0], &params[at]);
         let edges = &node.edges;
-        let input = |edge: &Edge| match (&results[edge.from], before[edge.from].state) {
+        let input = |edge: &Edge| match (&before[edge.from].result, before[edge.from].state) {
             (Some(manifest), _) => match manifest.outputs.iter().find(|output| output.name == edge.output) {
                 Some(output) => InputNow::Is(output.digest.clone()),
                 None => InputNow::Runs,
@@ -35,18 +33,16 @@ pub(super) fn assess(nodes: &mut [Node], params: &[Value], store: Option<&Store>
         let ready = edges.iter().all(|edge| matches!(input(edge), InputNow::Is(_)));
         let key = ready.then(|| key::key(&parts)).transpose().map_err(|error| PlanError::stage(&node.spec, error))?;
         let lookup = match (&key, store) {
-            (Some(key), Some(store)) => match found.get(key) {
-                Some(lookup) => lookup.clone(),
-                None => {
-                    let lookup = store.lookup(key)?;
-                    found.insert(key.clone(), lookup.clone());
-                    lookup
+            (Some(key), Some(store)) => {
+                if !found.contains_key(key) {
+                    found.insert(key.clone(), store.lookup(key)?);
                 }
-            },
+                found[key].clone()
+            }
             _ => Lookup::Miss,
         };
         let (state, reasons) = if let Lookup::Hit(manifest) = lookup {
-            results[at] = Some(manifest);
+            node.result = Some(manifest);
             (State::Cached, Vec::new())
         } else {
             let by_reference =

@@ -3,6 +3,7 @@
 //! Nothing here recurses, because a chain may be 100,000 stages long. It must never know keys or the store.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use petgraph::algo::toposort;
 use petgraph::graph::{DiGraph, NodeIndex};
@@ -41,7 +42,9 @@ pub(super) fn order(trial: &Trial) -> Result<Vec<Placed<'_>>, PlanError> {
     let index: HashMap<&str, (usize, Vec<Output>)> =
         trial.stages.iter().enumerate().map(|(at, (name, spec))| (name.as_str(), (at, spec.stage.outputs()))).collect();
     let mut graph = DiGraph::<&str, ()>::with_capacity(trial.stages.len(), trial.stages.len());
-    for name in trial.stages.keys() {
+    // The sort puts what it meets last first, so nodes are added from the end: unrelated stages keep their order.
+    let last = trial.stages.len().wrapping_sub(1);
+    for name in trial.stages.keys().rev() {
         graph.add_node(name);
     }
     let mut placed = Vec::with_capacity(trial.stages.len());
@@ -65,7 +68,7 @@ pub(super) fn order(trial: &Trial) -> Result<Vec<Placed<'_>>, PlanError> {
                 let problem = format!("`{reference}` names no output of a stage");
                 return Err(PlanError::stage(spec, problem));
             };
-            graph.add_edge(NodeIndex::new(from_at), NodeIndex::new(at), ());
+            graph.add_edge(NodeIndex::new(last - from_at), NodeIndex::new(last - at), ());
             edges.push(NamedEdge { reference, from, output: output.name, artifact: output.artifact });
         }
         placed.push(Some(Placed { spec, name, params, edges }));
@@ -75,7 +78,7 @@ pub(super) fn order(trial: &Trial) -> Result<Vec<Placed<'_>>, PlanError> {
         let spec = &trial.stages[names[0]];
         PlanError::stage(spec, format!("stages need each other in a circle: `{}`", names.join("` -> `")))
     })?;
-    Ok(sorted.into_iter().filter_map(|node| placed[node.index()].take()).collect())
+    Ok(sorted.into_iter().filter_map(|node| placed[last - node.index()].take()).collect())
 }
 
 /// The stages of a circle through `start`, the first one again at the end: a breadth-first walk back to itself.
@@ -84,8 +87,8 @@ fn cycle_from<'a>(graph: &DiGraph<&'a str, ()>, start: NodeIndex) -> Vec<&'a str
     let mut queue = std::collections::VecDeque::from([start]);
     while let Some(node) = queue.pop_front() {
         for next in graph.neighbors(node) {
-            if !parent.contains_key(&next) {
-                parent.insert(next, node);
+            if let Entry::Vacant(unseen) = parent.entry(next) {
+                unseen.insert(node);
                 queue.push_back(next);
             }
         }

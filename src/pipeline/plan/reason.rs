@@ -110,7 +110,11 @@ impl fmt::Display for Reason {
 fn shown(value: &Value) -> String {
     let text = match value.get("$input").or_else(|| value.get("$file")) {
         Some(Value::String(text)) => text.clone(),
-        _ => value.to_string(),
+        _ => match value.as_f64().filter(|number| number.abs() < 1e-3 && *number != 0.0) {
+            // As people write learning rates.
+            Some(number) => format!("{number:e}"),
+            None => value.to_string(),
+        },
     };
     match text.char_indices().nth(SHOWN) {
         Some((end, _)) => format!("{}...", &text[..end]),

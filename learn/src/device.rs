@@ -1,0 +1,45 @@
+//! The device and the threads that a stage was given.
+
+use anyhow::{Result, bail, ensure};
+use pipe::pipeline::stage::Resources;
+use tch::{Cuda, Device};
+
+/// The device that `resources` names (`cpu` or `cuda:N`), after setting libtorch's threads.
+///
+/// TF32 needs no switch: libtorch multiplies fp32 matrices in fp32 unless told otherwise.
+pub fn open(resources: &Resources) -> Result<Device> {
+    ensure!(resources.threads > 0, "a stage needs at least one thread");
+    tch::set_num_threads(resources.threads as i32);
+    let name = resources.device.as_str();
+    let Some(index) = name.strip_prefix("cuda").map(|rest| rest.strip_prefix(':').unwrap_or("0")) else {
+        ensure!(name == "cpu", "unknown device `{name}`: expected `cpu` or `cuda:0`");
+        return Ok(Device::Cpu);
+    };
+    let Ok(index) = index.parse::<usize>() else { bail!("unknown device `{name}`: expected `cpu` or `cuda:0`") };
+    ensure!(
+        Cuda::is_available(),
+        "the device `{name}` was asked for, but libtorch finds no CUDA device: set `device = \"cpu\"` or check the driver"
+    );
+    let count = Cuda::device_count();
+    ensure!((index as i64) < count, "the device `{name}` was asked for, but there are only {count} CUDA devices");
+    Ok(Device::Cuda(index))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn resources(device: &str) -> Resources {
+        Resources { device: device.to_owned(), threads: 2, save_every: Duration::from_secs(60) }
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_is_named() {
+        assert_eq!(open(&resources("cpu")).expect("there is always a processor"), Device::Cpu);
+        let error = open(&resources("cuda:64")).expect_err("no machine has so many").to_string();
+        assert!(error.contains("`cuda:64`") && error.contains("CUDA"), "{error}");
+        assert!(open(&resources("gpu")).expect_err("no such name").to_string().contains("`gpu`"));
+    }
+}

@@ -1,0 +1,418 @@
+//! Batched generation: prompts of groups to completions, with the sampler's law.
+//!
+//! One uniform number a token, drawn by the counters of the sample and the token's index; probabilities and their
+//! cumulative sum in fp64; the first id whose cumulative sum exceeds u times the last. What is computed depends on the
+//! chunk's content alone: rows that have finished leave the batch at points that the completions decide, never a clock.
+//! It knows ids, not text, and nothing of rewards.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result, ensure};
+use pipe::pipeline::stage::Interrupted;
+use pipe::random::{rng, uniform_at};
+use pipe::tasks::Finish;
+use rayon::prelude::*;
+use tch::{Kind, Tensor};
+
+use crate::model::Transformer;
+use crate::model::kv_cache::KvCache;
+
+/// How tokens are chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampling {
+    /// Logits are divided by it; 0 is greedy.
+    pub temperature: f64,
+    /// Tokens in a completion, at most, its end included.
+    pub max_new_tokens: usize,
+}
+
+/// A prompt and the samples to draw for it.
+#[derive(Clone, Debug)]
+pub struct Group {
+    /// The prompt's ids; not empty.
+    pub prompt: Vec<i64>,
+    /// The counters of each sample, by which its uniform numbers are drawn: seed, step, round, instance, sample.
+    pub samples: Vec<Vec<u64>>,
+}
+
+/// What the model wrote.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Completion {
+    /// The ids; the last one ends the sequence where `finish` is [`Finish::Stop`].
+    pub ids: Vec<i64>,
+    /// The log-probability of each id under the distribution that it was drawn from, temperature applied; a greedy choice
+    /// has that of temperature 1.
+    pub logprobs: Vec<f32>,
+    /// Why it ended.
+    pub finish: Finish,
+}
+
+/// Where one sample stands.
+struct Sample {
+    stream: rand_chacha::ChaCha8Rng,
+    prompt: i64,
+    completion: Completion,
+    done: bool,
+}
+
+/// Completes every sample of every group; the result is `[group][sample]`.
+///
+/// `on_tokens` hears after every token how many were written. Setting `interrupt` ends it with [`Interrupted`].
+pub fn generate(
+    model: &Transformer,
+    groups: &[Group],
+    sampling: &Sampling,
+    interrupt: &AtomicBool,
+    on_tokens: &mut dyn FnMut(u64),
+) -> Result<Vec<Vec<Completion>>> {
+    check(model, groups, sampling)?;
+    let device = model.device();
+    let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(device);
+    let mut samples: Vec<Sample> =
+        groups.iter().flat_map(|group| group.samples.iter().map(|counters| begin(group, counters))).collect();
+    if samples.is_empty() {
+        return Ok(groups.iter().map(|_| Vec::new()).collect());
+    }
+
+    // 1. Each prompt once, then its keys and values and its logits for each of its samples.
+    let decoder = model.decoder();
+    let longest = groups.iter().map(|group| group.prompt.len()).max().unwrap_or(0);
+    let mut ids = vec![model.config().padding(); groups.len() * longest];
+    for (row, group) in ids.chunks_mut(longest).zip(groups) {
+        row[..group.prompt.len()].copy_from_slice(&group.prompt);
+    }
+    let lengths: Vec<i64> = groups.iter().map(|group| group.prompt.len() as i64).collect();
+    let (prompts, logits) =
+        decoder.prefill(&tensor(&ids).view([groups.len() as i64, longest as i64]), &tensor(&lengths));
+    let owners: Vec<i64> =
+        groups.iter().enumerate().flat_map(|(index, group)| group.samples.iter().map(move |_| index as i64)).collect();
+    let mut logits = logits.index_select(0, &tensor(&owners));
+    // The last token of a completion is never read again.
+    let slots = longest + sampling.max_new_tokens - 1;
+    let mut cache = prompts.expand(&tensor(&owners), slots as i64);
+    drop(prompts);
+
+    // 2. A token for every row, until all have ended. `rows` says which sample a row of the cache holds.
+    let mut rows: Vec<usize> = (0..samples.len()).collect();
+    let mut mask = visible(&samples, &rows, longest, slots).map(|mask| mask.to_device(device));
+    for token in 0..sampling.max_new_tokens {
+        if interrupt.load(Ordering::Relaxed) {
+            return Err(Interrupted.into());
+        }
+        let written = choose(model, &logits, &mut samples, &rows, sampling, token)?;
+        on_tokens(written);
+        if samples.iter().all(|sample| sample.done) {
+            break;
+        }
+        if compact(&mut cache, &mut rows, &samples, &tensor) {
+            mask = visible(&samples, &rows, longest, slots).map(|mask| mask.to_device(device));
+        }
+        let last = |row: &usize| samples[*row].completion.ids.last().copied().unwrap_or(0);
+        // A row that has ended and not left yet stays at its last position: what it computes is never used.
+        let place = |row: &usize| samples[*row].prompt + samples[*row].completion.ids.len() as i64 - 1;
+        let tokens: Vec<i64> = rows.iter().map(last).collect();
+        let positions: Vec<i64> = rows.iter().map(place).collect();
+        logits = decoder.step(&tensor(&tokens), &tensor(&positions), &mut cache, mask.as_ref());
+    }
+
+    // 3. Back to groups.
+    let mut completions = samples.into_iter().map(|sample| sample.completion);
+    Ok(groups.iter().map(|group| completions.by_ref().take(group.samples.len()).collect()).collect())
+}
+
+fn check(model: &Transformer, groups: &[Group], sampling: &Sampling) -> Result<()> {
+    let Sampling { temperature, max_new_tokens } = *sampling;
+    ensure!(temperature.is_finite() && temperature >= 0.0, "the temperature is {temperature}, but must be at least 0");
+    ensure!(max_new_tokens > 0, "`max_new_tokens` is 0, so there is nothing to generate");
+    let (limit, vocabulary) = (model.config().max_position_embeddings, model.config().vocab_size);
+    for (index, group) in groups.iter().enumerate() {
+        let length = group.prompt.len();
+        ensure!(length > 0, "the prompt of group {index} is empty");
+        ensure!(
+            (length + max_new_tokens) as i64 <= limit,
+            "the prompt of group {index} has {length} tokens: with {max_new_tokens} new ones it exceeds the model's {limit} positions"
+        );
+        let strange = group.prompt.iter().find(|&&id| !(0..vocabulary).contains(&id));
+        ensure!(
+            strange.is_none(),
+            "the prompt of group {index} has the id {strange:?} beyond the vocabulary of {vocabulary}"
+        );
+    }
+    Ok(())
+}
+
+fn begin(group: &Group, counters: &[u64]) -> Sample {
+    Sample {
+        stream: rng("sample", counters),
+        prompt: group.prompt.len() as i64,
+        completion: Completion { ids: Vec::new(), logprobs: Vec::new(), finish: Finish::Length },
+        done: false,
+    }
+}
+
+/// Draws the token `token` of every row whose sample goes on, from `logits` `[R, V]`; gives how many were written.
+fn choose(
+    model: &Transformer,
+    logits: &Tensor,
+    samples: &mut [Sample],
+    rows: &[usize],
+    sampling: &Sampling,
+    token: usize,
+) -> Result<u64> {
+    let vocabulary = model.config().vocab_size as usize;
+    let values = Vec::<f32>::try_from(&logits.view(-1)).context("cannot read the logits")?;
+    let draw_row = |(row, &index): (usize, &usize)| -> Option<(usize, Option<(i64, f32)>)> {
+        let sample = &samples[index];
+        let uniform = || uniform_at(&sample.stream, token as u64);
+        let row = &values[row * vocabulary..(row + 1) * vocabulary];
+        (!sample.done).then(|| (index, draw(row, sampling.temperature, uniform)))
+    };
+    // Threads pay for themselves only over large vocabularies; no result depends on them.
+    let drawn: Vec<(usize, Option<(i64, f32)>)> = if values.len() < 1 << 16 {
+        rows.iter().enumerate().filter_map(draw_row).collect()
+    } else {
+        rows.par_iter().enumerate().filter_map(draw_row).collect()
+    };
+    for (index, choice) in &drawn {
+        let (id, logprob) = choice.with_context(|| {
+            format!("the model's logits are not finite at token {token} of sample {index} of the chunk")
+        })?;
+        let sample = &mut samples[*index];
+        sample.completion.ids.push(id);
+        sample.completion.logprobs.push(logprob);
+        if model.config().eos_token_id.contains(&id) {
+            sample.completion.finish = Finish::Stop;
+            sample.done = true;
+        }
+        sample.done |= token + 1 == sampling.max_new_tokens;
+    }
+    Ok(drawn.len() as u64)
+}
+
+/// Chooses an id by `logits` and gives it with its log-probability; `None` when a logit is not finite.
+///
+/// At temperature 0 it is the highest logit, the lowest id among equals. Else it is the first id with
+/// `cdf > u * cdf_last`, the unnormalised cumulative sum being formed in fp64 in the order of ids.
+pub fn draw(logits: &[f32], temperature: f64, uniform: impl FnOnce() -> f64) -> Option<(i64, f32)> {
+    let mut highest = 0;
+    for (id, logit) in logits.iter().enumerate() {
+        if !logit.is_finite() {
+            return None;
+        }
+        if *logit > logits[highest] {
+            highest = id;
+        }
+    }
+    let greedy = temperature == 0.0;
+    let temperature = if greedy { 1.0 } else { temperature };
+    let top = f64::from(*logits.get(highest)?);
+    let scaled = |logit: f32| (f64::from(logit) - top) / temperature;
+    let mut total = 0.0;
+    let cumulative: Vec<f64> = logits
+        .iter()
+        .map(|&logit| {
+            total += scaled(logit).exp();
+            total
+        })
+        .collect();
+    let id = if greedy {
+        highest
+    } else {
+        let bound = uniform() * total;
+        // u < 1, so the last id qualifies unless rounding lifted the product to the total itself.
+        cumulative.iter().position(|&sum| sum > bound).unwrap_or(highest)
+    };
+    Some((id as i64, (scaled(logits[id]) - total.ln()) as f32))
+}
+
+/// What each row may see of its slots, `[R, 1, 1, slots]`: all but the gap behind a prompt shorter than the longest.
+/// `None` where no row has a gap.
+fn visible(samples: &[Sample], rows: &[usize], longest: usize, slots: usize) -> Option<Tensor> {
+    if rows.iter().all(|&row| samples[row].prompt == longest as i64) {
+        return None;
+    }
+    let mut mask = vec![0f32; rows.len() * slots];
+    for (row, &index) in mask.chunks_mut(slots).zip(rows) {
+        row[samples[index].prompt as usize..longest].fill(f32::NEG_INFINITY);
+    }
+    Some(Tensor::from_slice(&mask).view([rows.len() as i64, 1, 1, slots as i64]).to_kind(Kind::Float))
+}
+
+/// Moves the last rows that go on into the places of rows that have ended, once these are an eighth of all.
+fn compact(cache: &mut KvCache, rows: &mut Vec<usize>, samples: &[Sample], tensor: &dyn Fn(&[i64]) -> Tensor) -> bool {
+    let active = rows.iter().filter(|&&row| !samples[row].done).count();
+    if (rows.len() - active) * 8 < rows.len() {
+        return false;
+    }
+    let holes = (0..active).filter(|&place| samples[rows[place]].done);
+    let movers = (active..rows.len()).filter(|&place| !samples[rows[place]].done);
+    let (to, from): (Vec<i64>, Vec<i64>) = holes.zip(movers).map(|(to, from)| (to as i64, from as i64)).unzip();
+    for (&to, &from) in to.iter().zip(&from) {
+        rows[to as usize] = rows[from as usize];
+    }
+    rows.truncate(active);
+    cache.compact(&tensor(&from), &tensor(&to), active as i64);
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use rand_chacha::ChaCha8Rng;
+    use serde_json::json;
+    use tch::{Device, no_grad};
+
+    use super::*;
+    use crate::batch::{Batch, Row};
+    use crate::loss::token_logprobs;
+    use crate::sandbox;
+
+    const NEVER: AtomicBool = AtomicBool::new(false);
+
+    fn groups() -> Vec<Group> {
+        let prompts: [&[i64]; 3] = [&[1, 5, 7, 3], &[1, 9], &[1, 4, 4]];
+        let samples = |instance: u64| (0..4).map(|sample| vec![8, 0, 0, instance, sample]).collect();
+        prompts
+            .iter()
+            .zip(0..)
+            .map(|(prompt, index)| Group { prompt: prompt.to_vec(), samples: samples(index) })
+            .collect()
+    }
+
+    fn run(model: &Transformer, groups: &[Group], temperature: f64) -> Vec<Vec<Completion>> {
+        let sampling = Sampling { temperature, max_new_tokens: 12 };
+        let mut heard = 0;
+        let made = generate(model, groups, &sampling, &NEVER, &mut |count| heard += count).expect("completions");
+        assert_eq!(heard, made.iter().flatten().map(|completion| completion.ids.len() as u64).sum::<u64>());
+        made
+    }
+
+    #[test]
+    fn sampler_and_trainer_agree_on_log_probabilities() {
+        let (_folder, model) = sandbox::model(&json!({}));
+        for temperature in [0.7, 1.0] {
+            let (groups, made) = (groups(), run(&model, &groups(), temperature));
+            let mut compared = 0;
+            for (group, completion) in
+                groups.iter().zip(&made).flat_map(|(group, made)| made.iter().map(move |one| (group, one)))
+            {
+                let ids = [group.prompt.clone(), completion.ids.clone()].concat();
+                let mask: Vec<u8> = (0..ids.len()).map(|place| u8::from(place >= group.prompt.len())).collect();
+                let batch = Batch::new(&[Row { ids: &ids, mask: &mask }], 0, Device::Cpu).expect("a batch");
+                let trained = no_grad(|| {
+                    let logits = model.logits(&batch.select(&model.hidden(&batch.ids)));
+                    token_logprobs(&logits, &batch.targets, temperature)
+                });
+                let sampled = Tensor::from_slice(&completion.logprobs);
+                assert!(sandbox::distance(&trained, &sampled) < 1e-4, "temperature {temperature}");
+                compared += completion.ids.len();
+            }
+            assert!(compared > 50);
+        }
+    }
+
+    #[test]
+    fn tokens_are_the_hand_rolled_inverse_of_the_distribution_without_a_cache() {
+        let (_folder, model) = sandbox::model(&json!({}));
+        let (groups, temperature) = (groups(), 1.3);
+        let made = run(&model, &groups, temperature);
+        for (group, completions) in groups.iter().zip(&made) {
+            for (counters, completion) in group.samples.iter().zip(completions) {
+                let stream = rng("sample", counters);
+                let mut ids = group.prompt.clone();
+                for (token, &written) in completion.ids.iter().enumerate() {
+                    let logits =
+                        no_grad(|| model.logits(&model.hidden(&Tensor::from_slice(&ids).unsqueeze(0)).select(1, -1)));
+                    let logits = Vec::<f64>::try_from(&logits.view(-1).to_kind(Kind::Double)).expect("numbers");
+                    let weights: Vec<f64> = logits.iter().map(|logit| (logit / temperature).exp()).collect();
+                    let mut left = uniform_at(&stream, token as u64) * weights.iter().sum::<f64>();
+                    let chosen = weights.iter().position(|weight| {
+                        left -= weight;
+                        left < 0.0
+                    });
+                    assert_eq!(chosen, Some(written as usize));
+                    ids.push(written);
+                }
+                let ended = completion.ids.last() == Some(&sandbox::END);
+                assert_eq!(completion.finish == Finish::Stop, ended);
+                assert!(ended || completion.ids.len() == 12);
+                assert_eq!(completion.ids.iter().filter(|&&id| id == sandbox::END).count(), usize::from(ended));
+            }
+        }
+        let finished = made.iter().flatten().filter(|completion| completion.finish == Finish::Stop).count();
+        assert!(finished > 0 && finished < 12, "both ends occur, so rows left the batch: {finished}");
+        assert_ne!(made[0][0].ids, made[0][1].ids, "samples of a group differ");
+    }
+
+    #[test]
+    fn the_same_chunk_gives_the_same_bits_and_batch_mates_do_not_matter() {
+        let (_folder, model) = sandbox::model(&json!({}));
+        let made = run(&model, &groups(), 1.0);
+        assert_eq!(made, run(&model, &groups(), 1.0));
+        let alone = run(&model, &groups()[1..2], 1.0);
+        let ids = |completions: &[Completion]| completions.iter().map(|one| one.ids.clone()).collect::<Vec<_>>();
+        assert_eq!(ids(&made[1]), ids(&alone[0]));
+    }
+
+    #[test]
+    fn frequencies_are_the_probabilities() {
+        let logits = [0.5f32, -1.0, 2.0, 0.0];
+        let weights: Vec<f64> = logits.iter().map(|logit| (f64::from(*logit) / 0.7).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        let (draws, mut counts) = (20_000u64, [0f64; 4]);
+        for index in 0..draws {
+            let (id, logprob) = draw(&logits, 0.7, || uniform_at(&rng("sample", &[index]), 0)).expect("finite");
+            counts[id as usize] += 1.0;
+            assert!((f64::from(logprob) - (weights[id as usize] / total).ln()).abs() < 1e-6);
+        }
+        for (count, weight) in counts.iter().zip(&weights) {
+            let p = weight / total;
+            let deviation = (p * (1.0 - p) / draws as f64).sqrt();
+            assert!((count / draws as f64 - p).abs() < 4.0 * deviation, "{count} for {p}");
+        }
+    }
+
+    #[test]
+    fn the_borders_of_the_sampler() {
+        let only = |logits: &[f32], u: f64| draw(logits, 1.0, || u).map(|(id, _)| id);
+        assert_eq!(only(&[0.0, 0.0], 0.0), Some(0));
+        assert_eq!(only(&[0.0, 0.0], 0.5), Some(1), "strictly greater than");
+        assert_eq!(only(&[-200.0, 0.0], 0.0), Some(0), "a tiny probability holds the beginning of its range");
+        assert_eq!(only(&[0.0, f32::NAN], 0.5), None);
+        assert_eq!(only(&[0.0, f32::NEG_INFINITY], 0.5), None);
+        let unused = || -> f64 { unreachable!("greedy choice draws nothing") };
+        assert_eq!(draw(&[1.0, 3.0, 3.0], 0.0, unused).map(|(id, _)| id), Some(1), "the lowest of equals");
+        let (_, logprob) = draw(&[0.0, 0.0], 0.0, unused).expect("finite");
+        assert!((f64::from(logprob) - 0.5f64.ln()).abs() < 1e-7);
+    }
+
+    #[test]
+    fn what_cannot_be_generated_is_refused() {
+        let (_folder, model) = sandbox::model(&json!({}));
+        let error = |groups: &[Group], temperature: f64, max_new_tokens: usize, stop: bool| {
+            let sampling = Sampling { temperature, max_new_tokens };
+            let made = generate(&model, groups, &sampling, &AtomicBool::new(stop), &mut |_| {});
+            made.expect_err("it is refused")
+        };
+        let with = |prompt: &[i64]| vec![Group { prompt: prompt.to_vec(), samples: vec![vec![1]] }];
+        assert!(error(&with(&[]), 1.0, 4, false).to_string().contains("empty"));
+        assert!(error(&with(&[13]), 1.0, 4, false).to_string().contains("13"));
+        assert!(error(&with(&[1]), 1.0, 64, false).to_string().contains("64 positions"));
+        assert!(error(&with(&[1]), -1.0, 4, false).to_string().contains("temperature"));
+        assert!(error(&with(&[1]), f64::NAN, 4, false).to_string().contains("temperature"));
+        assert!(error(&groups(), 1.0, 4, true).is::<Interrupted>());
+        sandbox::stir(&model, f64::NAN);
+        assert!(error(&groups(), 1.0, 4, false).to_string().contains("not finite"));
+        let none: Vec<Group> = vec![Group { prompt: vec![1], samples: vec![] }];
+        assert_eq!(run(&model, &none, 1.0), vec![Vec::new()]);
+    }
+
+    #[test]
+    fn greedy_needs_no_stream() {
+        let (_folder, model) = sandbox::model(&json!({}));
+        let other: Vec<Group> =
+            groups().into_iter().map(|group| Group { samples: vec![vec![99]; 4], ..group }).collect();
+        assert_eq!(run(&model, &groups(), 0.0), run(&model, &other, 0.0));
+        let stream: ChaCha8Rng = rng("sample", &[99]);
+        assert!(uniform_at(&stream, 0) < 1.0);
+    }
+}

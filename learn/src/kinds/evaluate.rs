@@ -1,0 +1,162 @@
+//! `evaluate`: let a model act on held-out instances and measure every episode by simulation.
+//!
+//! A chunk of prompts is the unit of commit: finished chunks stand in a journal, and a run that resumes computes the rest.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::Context as _;
+use pipe::pipeline::stage::{StageContext, StageEvent};
+use pipe::stages::evaluate::Evaluate;
+use pipe::stages::table::{Column, ColumnType, TableWriter};
+use pipe::stages::tokens::TokensFolder;
+use pipe::statistics::mean::wilson;
+use pipe::tasks::Finish;
+use pipe::telemetry::Metrics;
+use serde::{Deserialize, Serialize};
+
+use crate::generate::{Group, Sampling, generate};
+use crate::journal::Journal;
+use crate::model::Transformer;
+use crate::prompts::{Graded, Prompts, Purpose};
+use crate::rollout::{distinct, finish_name};
+use crate::session::states;
+use crate::{device, preflight};
+
+/// A row each evaluated instance.
+const EXAMPLES_FILE: &str = "examples.parquet";
+/// The figures over them.
+const METRICS_FILE: &str = "metrics.json";
+/// The confidence of intervals.
+const LEVEL: f64 = 0.95;
+
+/// A line of the journal: one generation chunk.
+#[derive(Debug, Serialize, Deserialize)]
+struct Chunk {
+    rows: Vec<usize>,
+    graded: Vec<Graded>,
+}
+
+/// Runs the stage.
+pub fn run(params: &Evaluate, context: &mut StageContext) -> anyhow::Result<()> {
+    // Open.
+    let folder = context.input(&params.model)?.to_owned();
+    let model = Transformer::load(&folder, device::open(&context.resources)?)?;
+    let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?)?;
+    let mut rows = prompts.tokens.split(&params.split)?;
+    if params.samples > 0 {
+        let (there, asked) = (rows.len(), params.samples);
+        anyhow::ensure!(
+            there as u64 >= asked,
+            "`samples` is {asked}, but the split `{}` has {there} rows: leave it out to take all",
+            params.split
+        );
+        rows.truncate(asked as usize);
+    }
+    let checked = preflight::prompts(&prompts.tokens, &rows, model.config(), params.max_new_tokens)?;
+    context.note(format!("evaluation: {checked}"));
+
+    // Resume.
+    let states = states(&context.work);
+    std::fs::create_dir_all(&states).with_context(|| format!("creating the folder `{}`", states.display()))?;
+    let chunks: Vec<&[usize]> = rows.chunks(params.generation_chunk as usize).collect();
+    let (mut journal, finished) = Journal::open(&states.join("evaluation.jsonl"), 0, |_: &Chunk| true)?;
+    let fits = finished.len() <= chunks.len() && finished.iter().zip(&chunks).all(|(done, rows)| done.rows == **rows);
+    anyhow::ensure!(fits, "the journal in `{}` is of other rows; remove it to begin anew", states.display());
+    let mut graded: Vec<Graded> = finished.into_iter().flat_map(|chunk| chunk.graded).collect();
+    let total = rows.len() as u64;
+    if !graded.is_empty() {
+        context.tell(StageEvent::Resumed { done: graded.len() as u64 });
+    }
+    context.progress(graded.len() as u64, total, "rows");
+
+    // Loop.
+    for rows in chunks.iter().skip(graded.len().div_ceil(params.generation_chunk as usize)) {
+        context.stop_if_interrupted()?;
+        let chunk = step(params, &model, &prompts, rows, &context.interrupt)?;
+        journal.append(&chunk)?;
+        graded.extend(chunk.graded);
+        context.progress(graded.len() as u64, total, "rows");
+    }
+
+    // Finish.
+    let out = context.output("evaluation");
+    write_examples(&prompts, &rows, &graded, &out.join(EXAMPLES_FILE))?;
+    let values = metrics(&prompts, &rows, &graded);
+    let path = out.join(METRICS_FILE);
+    let text = serde_json::to_string_pretty(&values).context("metrics are plain data")?;
+    std::fs::write(&path, text + "\n").with_context(|| format!("writing `{}`", path.display()))?;
+    context.tell(StageEvent::Metrics { values });
+    Ok(())
+}
+
+/// One chunk: a completion of each prompt, measured.
+fn step(
+    params: &Evaluate,
+    model: &Transformer,
+    prompts: &Prompts,
+    rows: &[usize],
+    interrupt: &AtomicBool,
+) -> anyhow::Result<Chunk> {
+    let place = |row: usize| vec![params.seed, Purpose::Evaluation as u64, row as u64];
+    let groups: Vec<Group> =
+        rows.iter().map(|&row| Group { prompt: prompts.prompt(row), samples: vec![place(row)] }).collect();
+    let sampling = Sampling { temperature: params.temperature, max_new_tokens: params.max_new_tokens as usize };
+    let completions = generate(model, &groups, &sampling, interrupt, &mut |_| {})?.into_iter().flatten();
+    let graded = rows.iter().zip(completions).map(|(&row, completion)| prompts.grade(row, completion));
+    Ok(Chunk { rows: rows.to_vec(), graded: graded.collect::<anyhow::Result<_>>()? })
+}
+
+fn write_examples(prompts: &Prompts, rows: &[usize], graded: &[Graded], path: &Path) -> anyhow::Result<()> {
+    use ColumnType::{Number, Text};
+    let mut columns = vec![("instance", Text), ("stratum", Text), ("data", Text)];
+    columns.extend([("prompt", Text), ("completion", Text), ("finish", Text)]);
+    columns.extend(prompts.measures().iter().map(|name| (name.as_str(), Number)));
+    distinct(&columns)?;
+    let rows = || rows.iter().map(|&row| &prompts.tokens.rows[row]);
+    let mut values = vec![
+        Column::text(rows().map(|row| row.instance.clone())),
+        Column::Text(rows().map(|row| row.stratum.clone()).collect()),
+        Column::Text(rows().map(|row| row.data.as_ref().map(ToString::to_string)).collect()),
+        Column::text(rows().map(|row| row.prompt.clone())),
+        Column::text(graded.iter().map(|graded| graded.text.clone())),
+        Column::text(graded.iter().map(|graded| finish_name(graded.finish).to_owned())),
+    ];
+    values.extend(
+        (0..prompts.measures().len())
+            .map(|measure| Column::Number(graded.iter().map(|graded| Some(graded.measurements[measure])).collect())),
+    );
+    let mut table = TableWriter::create(path, &columns)?;
+    table.write(values)?;
+    table.finish()
+}
+
+/// The figures: `n`, each measurement's mean, the Wilson interval and the strata of `solved`, lengths, truncations.
+///
+/// Every instance counts; a completion that the token limit cut off is judged as the task judges it, and counted apart.
+fn metrics(prompts: &Prompts, rows: &[usize], graded: &[Graded]) -> BTreeMap<String, f64> {
+    let solved = prompts.measure("solved").ok();
+    let mut metrics = Metrics::default();
+    for (&row, graded) in rows.iter().zip(graded) {
+        metrics.total("n", 1.0);
+        metrics.mean("completion_length", graded.ids.len() as f64, 1.0);
+        metrics.mean("truncated", f64::from(u8::from(graded.finish == Finish::Length)), 1.0);
+        for (name, value) in prompts.measures().iter().zip(&graded.measurements) {
+            metrics.mean(name, *value, 1.0);
+        }
+        if let (Some(solved), Some(stratum)) = (solved, &prompts.tokens.rows[row].stratum) {
+            metrics.mean(&format!("solved.{stratum}"), graded.measurements[solved], 1.0);
+            metrics.total(&format!("n.{stratum}"), 1.0);
+        }
+    }
+    let mut values = metrics.values();
+    if let Some(solved) = solved {
+        let successes = graded.iter().filter(|graded| graded.measurements[solved] > 0.5).count() as u64;
+        if let Some(interval) = wilson(successes, graded.len() as u64, LEVEL) {
+            values.extend(interval.low.map(|low| ("solved_low".to_owned(), low)));
+            values.extend(interval.high.map(|high| ("solved_high".to_owned(), high)));
+        }
+    }
+    values
+}

@@ -1,0 +1,156 @@
+//! `sft`: supervised fine-tuning, a token-mean cross-entropy over the tokens that the mask marks.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use anyhow::{Context as _, ensure};
+use pipe::pipeline::stage::{Interrupted, StageContext};
+use pipe::stages::sft::Sft;
+use pipe::stages::tokens::TokensFolder;
+use pipe::telemetry::Metrics;
+use serde::{Deserialize, Serialize};
+use tch::Kind;
+
+use crate::batch::{Batch, Row};
+use crate::codec::Codec;
+use crate::loss::{supervised_loss, token_logprobs};
+use crate::model::Transformer;
+use crate::optimizer::learning_rate;
+use crate::order::Order;
+use crate::prompts::Prompts;
+use crate::session::{Session, rate, states};
+use crate::training::Training;
+use crate::validate::Validation;
+use crate::{device, preflight};
+
+/// What the loop counts besides its steps.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Own {
+    /// Tokens that went through the model, padding not counted.
+    tokens: u64,
+}
+
+/// Runs the stage.
+pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
+    // Open.
+    let folder = context.input(&params.model)?.to_owned();
+    let model = Transformer::load(&folder, device::open(&context.resources)?)?;
+    let tokens = TokensFolder::open(context.input(&params.data)?)?;
+    preflight::tokenizers(&folder, Codec::open(&folder)?.digest(), &tokens)?;
+    let rows = tokens.split(&params.split)?;
+    context.note(format!("training: {}", preflight::rows(&tokens, &rows, model.config())?));
+    let mut order = Order::new("sft.order", params.seed, rows);
+
+    // Resume.
+    let (mut training, resumed) = Training::<Own>::resume(model, &params.optimizer, &states(&context.work))?;
+    let recorded = training.counters.step - u64::from(training.counters.unrecorded.is_some());
+    let recorded = resumed.then_some(recorded);
+    let mut validation = None;
+    if let Some(validate) = &params.validate {
+        let prompts = Prompts::open(&folder, tokens.clone())?;
+        let positions = training.model.config().max_position_embeddings as u64;
+        let limit = completion_limit(&tokens, &params.split, &validate.split, positions)?;
+        let opened = Validation::open(validate, &prompts, &training.model, limit, params.seed, recorded, context)?;
+        validation = Some((opened, prompts));
+    }
+    let mut session = Session::open(context, params, params.steps, recorded)?;
+
+    // Loop.
+    while training.counters.step < params.steps || training.counters.unrecorded.is_some() {
+        let mut metrics = match training.counters.unrecorded.take() {
+            Some(metrics) => metrics,
+            None => step(params, &tokens, &mut order, &mut training)?,
+        };
+        let done = training.counters.step;
+        if let Some((validation, prompts)) = validation.as_mut().filter(|(due, _)| due.is_due(done, params.steps)) {
+            match validation.run(&training.model, prompts, done, context) {
+                Ok(validated) => {
+                    training.consider(validated.selecting);
+                    metrics.extend(validated.metrics);
+                }
+                Err(error) if error.is::<Interrupted>() => {
+                    training.counters.unrecorded = Some(metrics);
+                    training.save()?;
+                    return Err(error);
+                }
+                Err(error) => return Err(error.context(format!("validating step {done}"))),
+            }
+        }
+        session.record(context, done, metrics);
+        if context.interrupted() && done < params.steps {
+            training.save()?;
+            return Err(Interrupted.into());
+        }
+        if session.save_is_due(context) {
+            training.save()?;
+            session.saved();
+        }
+    }
+
+    // Finish.
+    training.publish(&context.output("last"), &context.output("best"), &folder)
+}
+
+/// One optimizer step over the next `batch_size` rows; gives its metrics.
+fn step(
+    params: &Sft,
+    tokens: &TokensFolder,
+    order: &mut Order,
+    training: &mut Training<Own>,
+) -> anyhow::Result<BTreeMap<String, f64>> {
+    let began = Instant::now();
+    let Training { model, optimizer, counters, .. } = training;
+    let step = counters.step;
+    let rows = order.take(step * params.batch_size, params.batch_size);
+    let ids: Vec<Vec<i64>> =
+        rows.iter().map(|&row| tokens.row_ids(row).iter().map(|id| i64::from(*id)).collect()).collect();
+    let rows: Vec<Row<'_>> = rows.iter().zip(&ids).map(|(&row, ids)| Row { ids, mask: tokens.row_mask(row) }).collect();
+    // Counted over the whole batch before the first backward pass, so that micro-batches do not change the gradient.
+    let targets: u64 = rows.iter().map(Row::targets).sum();
+    let read: u64 = ids.iter().map(|ids| ids.len() as u64).sum();
+    let mut metrics = Metrics::default();
+    model.zero_gradients();
+    for rows in rows.chunks(micro_batch(params.micro_batch_size, rows.len())) {
+        let batch = Batch::new(rows, model.config().padding(), model.device())?;
+        if batch.count() == 0 {
+            continue;
+        }
+        let logits = model.logits(&batch.select(&model.hidden(&batch.ids)));
+        let loss = supervised_loss(&token_logprobs(&logits, &batch.targets, 1.0), targets as f64);
+        let value = loss.double_value(&[]);
+        ensure!(value.is_finite(), "the loss is {value} at step {}", step + 1);
+        loss.backward();
+        let right = logits.argmax(-1, false).eq_tensor(&batch.targets).sum(Kind::Int64).int64_value(&[]);
+        metrics.total("loss", value);
+        metrics.mean("token_accuracy", right as f64, batch.count() as f64);
+    }
+    let learning_rate = learning_rate(&params.schedule, params.learning_rate, step, params.steps);
+    let norm = optimizer.step(model.weights(), learning_rate).with_context(|| format!("at step {}", step + 1))?;
+    counters.step += 1;
+    counters.own.tokens += read;
+
+    // Metrics.
+    metrics.total("learning_rate", learning_rate);
+    metrics.total("gradient_norm", norm);
+    metrics.total("tokens", counters.own.tokens as f64);
+    if let Some(rate) = rate(read, began) {
+        metrics.total("tokens_per_second", rate);
+    }
+    Ok(metrics.values())
+}
+
+/// Rows in a forward pass; 0 stands for all.
+fn micro_batch(size: u64, rows: usize) -> usize {
+    if size == 0 { rows.max(1) } else { size as usize }
+}
+
+/// Tokens that a completion of a validation may have: those of the longest demonstration of either split, as far as the
+/// model's positions reach behind the longest prompt.
+fn completion_limit(tokens: &TokensFolder, train: &str, validation: &str, positions: u64) -> anyhow::Result<u64> {
+    let (train, validation) = (tokens.split(train)?, tokens.split(validation)?);
+    let prompt = |row: &usize| tokens.prompt_ids(*row).len() as u64;
+    let completion = |row: &usize| tokens.row_ids(*row).len() as u64 - prompt(row);
+    let longest = train.iter().chain(&validation).map(completion).max().unwrap_or(0);
+    let room = positions.saturating_sub(validation.iter().map(prompt).max().unwrap_or(0));
+    Ok(longest.min(room).max(1))
+}

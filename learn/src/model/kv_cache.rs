@@ -1,0 +1,225 @@
+//! The forward pass for generation: a prompt at once, then one token a row, over keys and values kept from before.
+//!
+//! A row of the cache is one sequence: its prompt fills the first slots, gaps up to the longest prompt stay unused and
+//! masked, and token t of every row lies in the same slot behind, so a step writes one slice. Slots are not positions:
+//! each row's rotation follows its own length. Everything here runs outside of the gradient graph.
+
+use tch::{Kind, Tensor, no_grad};
+
+use crate::model::transformer::{Transformer, Turned, attend, normalise};
+
+/// Keys and values of all layers, `[layers, 2, rows, slots, kv heads, D]` f32.
+#[derive(Debug)]
+pub struct KvCache {
+    entries: Tensor,
+    /// Rows in use, from the first.
+    rows: i64,
+    /// Slots in use, from the first.
+    used: i64,
+}
+
+impl KvCache {
+    /// Rows in use.
+    pub fn rows(&self) -> i64 {
+        self.rows
+    }
+
+    /// Slots in use.
+    pub fn used(&self) -> i64 {
+        self.used
+    }
+
+    /// A cache with room for `slots` slots whose row r begins as row `source[r]` of `self`; `source` is `[R]` i64.
+    pub fn expand(&self, source: &Tensor, slots: i64) -> Self {
+        no_grad(|| {
+            let rows = source.size()[0];
+            let mut size = self.entries.size();
+            (size[2], size[3]) = (rows, slots);
+            let entries = Tensor::empty(size.as_slice(), (self.entries.kind(), self.entries.device()));
+            entries.narrow(3, 0, self.used).copy_(&self.entries.narrow(3, 0, self.used).index_select(2, source));
+            Self { entries, rows, used: self.used }
+        })
+    }
+
+    /// Copies row `from[i]` over row `to[i]` (both `[M]` i64, disjoint) and forgets all rows from `rows` on.
+    pub fn compact(&mut self, from: &Tensor, to: &Tensor, rows: i64) {
+        no_grad(|| {
+            let mut used = self.entries.narrow(3, 0, self.used);
+            let moved = used.index_select(2, from);
+            let _ = used.index_copy_(2, to, &moved);
+        });
+        self.rows = rows;
+    }
+
+    /// Appends keys and values `[rows, T, kv heads, D]` of `layer` and gives all of that layer so far.
+    fn append(&self, layer: i64, key: &Tensor, value: &Tensor) -> (Tensor, Tensor) {
+        let length = key.size()[1];
+        let store = |which: i64, new: &Tensor| {
+            let rows = self.entries.get(layer).get(which).narrow(0, 0, self.rows);
+            rows.narrow(1, self.used, length).copy_(new);
+            rows.narrow(1, 0, self.used + length)
+        };
+        (store(0, key), store(1, value))
+    }
+}
+
+/// One layer's weights with its norms multiplied in and its projections stacked.
+#[derive(Debug)]
+struct Layer {
+    projection: Tensor,
+    bias: Tensor,
+    output: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+}
+
+/// A model prepared for generation. It sees the weights as they were when it was made.
+#[derive(Debug)]
+pub struct Decoder<'a> {
+    model: &'a Transformer,
+    layers: Vec<Layer>,
+    head: Tensor,
+}
+
+impl<'a> Decoder<'a> {
+    pub(crate) fn new(model: &'a Transformer) -> Self {
+        let config = model.config();
+        let weights = model.weights();
+        let projected = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_size();
+        let layers = (0..config.num_hidden_layers)
+            .map(|layer| {
+                let name = |name: &str| format!("model.layers.{layer}.{name}");
+                let leaf = |short: &str| weights.leaf(&name(short)).detach();
+                Layer {
+                    projection: weights.stacked(&name("self_attn.q_proj.weight"), projected)
+                        * leaf("input_layernorm.weight"),
+                    bias: weights.stacked(&name("self_attn.q_proj.bias"), projected),
+                    output: leaf("self_attn.o_proj.weight"),
+                    gate_up: weights.stacked(&name("mlp.gate_proj.weight"), 2 * config.intermediate_size)
+                        * leaf("post_attention_layernorm.weight"),
+                    down: leaf("mlp.down_proj.weight"),
+                }
+            })
+            .collect();
+        Self { model, layers, head: model.folded_head() }
+    }
+
+    /// Reads prompts `[G, P]` i64 padded on the right, of `lengths` `[G]` i64; gives their cache and the logits `[G, V]` of
+    /// each prompt's next token.
+    pub fn prefill(&self, ids: &Tensor, lengths: &Tensor) -> (KvCache, Tensor) {
+        no_grad(|| {
+            let (rows, length) = ids.size2().expect("ids have two dimensions");
+            let config = self.model.config();
+            let size = [config.num_hidden_layers, 2, rows, length, config.num_key_value_heads, config.head_size()];
+            let entries = Tensor::empty(size, (Kind::Float, self.model.device()));
+            let mut cache = KvCache { entries, rows, used: 0 };
+            let hidden = self.forward(ids, &mut cache, &self.model.rotation().first(length), None);
+            let last = Tensor::arange(rows, (Kind::Int64, self.model.device())) * length + lengths - 1;
+            let logits = self.logits(&hidden.view([rows * length, -1]).index_select(0, &last));
+            (cache, logits)
+        })
+    }
+
+    /// One token a row: `tokens` and `positions` are `[R]` i64 for the rows in use, `mask` is `[R, 1, 1, slots]` f32 with
+    /// -inf at the slots that a row may not see, or `None` where all may. Gives logits `[R, V]`.
+    pub fn step(&self, tokens: &Tensor, positions: &Tensor, cache: &mut KvCache, mask: Option<&Tensor>) -> Tensor {
+        no_grad(|| {
+            let visible = mask.map(|mask| mask.narrow(3, 0, cache.used + 1));
+            let rotation = self.model.rotation().at(positions);
+            let hidden = self.forward(&tokens.unsqueeze(1), cache, &rotation, visible.as_ref());
+            self.logits(&hidden.squeeze_dim(1))
+        })
+    }
+
+    fn forward(&self, ids: &Tensor, cache: &mut KvCache, rotation: &Turned, mask: Option<&Tensor>) -> Tensor {
+        let (rows, length) = ids.size2().expect("ids have two dimensions");
+        let config = self.model.config();
+        let (heads, shared, size) = (config.num_attention_heads, config.num_key_value_heads, config.head_size());
+        let mut x = Tensor::embedding(self.model.embedding(), ids, -1, false, false);
+        for (index, layer) in self.layers.iter().enumerate() {
+            let normed = normalise(&x, config.rms_norm_eps);
+            let projected = normed.linear(&layer.projection, Some(&layer.bias));
+            let projected = projected.view([rows, length, heads + 2 * shared, size]);
+            // Queries and keys lie side by side and turn together.
+            let turned = rotation.apply(&projected.narrow(2, 0, heads + shared));
+            let (query, key) = (turned.narrow(2, 0, heads), turned.narrow(2, heads, shared));
+            let (keys, values) = cache.append(index as i64, &key, &projected.narrow(2, heads + shared, shared));
+            let mixed = attend(&query, &keys, &values, mask, length > 1);
+            x += mixed.reshape([rows, length, heads * size]).linear(&layer.output, None::<&Tensor>);
+            let normed = normalise(&x, config.rms_norm_eps);
+            let mut parts = normed.linear(&layer.gate_up, None::<&Tensor>).chunk(2, -1).into_iter();
+            let (gate, up) = parts.next().zip(parts.next()).expect("a chunking in two has two parts");
+            x += (gate.silu() * up).linear(&layer.down, None::<&Tensor>);
+        }
+        cache.used += length;
+        x
+    }
+
+    fn logits(&self, hidden: &Tensor) -> Tensor {
+        normalise(hidden, self.model.config().rms_norm_eps).linear(&self.head, None::<&Tensor>)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+    use tch::Device;
+
+    use super::*;
+    use crate::sandbox;
+
+    /// Logits at the last place of one row, without a cache.
+    fn uncached(model: &Transformer, ids: &[i64]) -> Tensor {
+        no_grad(|| {
+            let hidden = model.hidden(&Tensor::from_slice(ids).unsqueeze(0));
+            model.logits(&hidden.select(1, -1))
+        })
+    }
+
+    #[test]
+    fn cached_logits_are_the_uncached_ones() {
+        for extra in [json!({}), json!({"kv_heads": 4, "tie_word_embeddings": false})] {
+            let (_folder, model) = sandbox::model(&extra);
+            let decoder = model.decoder();
+            // Two prompts of unequal lengths; the second is expanded to two rows.
+            let mut rows = vec![vec![1, 5, 7, 3], vec![1, 9], vec![1, 9]];
+            let prompts = Tensor::from_slice2(&[[1i64, 5, 7, 3], [1, 9, 0, 0]]);
+            let (prefilled, logits) = decoder.prefill(&prompts, &Tensor::from_slice(&[4i64, 2]));
+            for (row, prompt) in [0, 1].into_iter().zip(&rows) {
+                assert!(sandbox::distance(&logits.narrow(0, row, 1), &uncached(&model, prompt)) < 1e-5);
+            }
+            let mut cache = prefilled.expand(&Tensor::from_slice(&[0i64, 1, 1]), 10);
+            let hidden = f32::NEG_INFINITY;
+            let mut mask = Tensor::zeros([3, 1, 1, 10], (Kind::Float, Device::Cpu));
+            let _ = mask.narrow(0, 1, 2).narrow(3, 2, 2).fill_(f64::from(hidden));
+            for token in 0..3i64 {
+                let tokens = [3 + token, 6 + token, 11 - token];
+                let positions: Vec<i64> = rows.iter().map(|row| row.len() as i64).collect();
+                rows.iter_mut().zip(tokens).for_each(|(row, id)| row.push(id));
+                let logits = decoder.step(
+                    &Tensor::from_slice(&tokens),
+                    &Tensor::from_slice(&positions),
+                    &mut cache,
+                    Some(&mask),
+                );
+                for (index, row) in rows.iter().enumerate() {
+                    let ours = logits.narrow(0, index as i64, 1);
+                    let distance = sandbox::distance(&ours, &uncached(&model, row));
+                    assert!(distance < 1e-5, "row {index} at token {token}: {distance}");
+                }
+            }
+            // The first row leaves, the last takes its place.
+            cache.compact(&Tensor::from_slice(&[2i64]), &Tensor::from_slice(&[0i64]), 2);
+            mask = mask.index_select(0, &Tensor::from_slice(&[2i64, 1]));
+            rows.swap_remove(0);
+            assert_eq!((cache.rows(), cache.used()), (2, 7));
+            let positions: Vec<i64> = rows.iter().map(|row| row.len() as i64).collect();
+            rows.iter_mut().for_each(|row| row.push(4));
+            let logits =
+                decoder.step(&Tensor::from_slice(&[4i64, 4]), &Tensor::from_slice(&positions), &mut cache, Some(&mask));
+            for (index, row) in rows.iter().enumerate() {
+                assert!(sandbox::distance(&logits.narrow(0, index as i64, 1), &uncached(&model, row)) < 1e-5);
+            }
+        }
+    }
+}

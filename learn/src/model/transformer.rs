@@ -1,0 +1,456 @@
+//! The forward pass: token ids to hidden states to logits, for a Qwen2 folder, in fp32.
+//!
+//! Rows are padded on the right and attention is causal, so what fills a row up can never reach what stands before it;
+//! no mask is needed. The weight of each norm is multiplied into the projections behind it (a product over a small
+//! matrix instead of over every token), which is the same sum in another order. It knows nothing of losses or text.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor, no_grad};
+
+use crate::model::ModelConfig;
+use crate::model::kv_cache::Decoder;
+use crate::model::weights::{Stored, Weights, read_folder};
+
+/// A decoder with its weights.
+#[derive(Debug)]
+pub struct Transformer {
+    config: ModelConfig,
+    weights: Weights,
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    norm: Tensor,
+    head: Tensor,
+    rotation: Rotation,
+    device: Device,
+}
+
+/// The leaves of one decoder layer.
+#[derive(Debug)]
+struct Layer {
+    input_norm: Tensor,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    output: Linear,
+    post_norm: Tensor,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+#[derive(Debug)]
+struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// `x * norm @ weight^T + bias`, with `norm` multiplied into the weight; `x` is `[.., in]`.
+    fn after_norm(&self, norm: &Tensor, x: &Tensor) -> Tensor {
+        x.linear(&(&self.weight * norm), self.bias.as_ref())
+    }
+
+    fn forward(&self, x: &Tensor) -> Tensor {
+        x.linear(&self.weight, self.bias.as_ref())
+    }
+}
+
+/// The names, shapes and decay flags of the weights that `config` needs, in the order of the layers.
+pub fn plan(config: &ModelConfig) -> Vec<(String, Vec<i64>, bool)> {
+    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+    let queries = config.num_attention_heads * config.head_size();
+    let keys = config.num_key_value_heads * config.head_size();
+    let mut plan = vec![("model.embed_tokens.weight".to_owned(), vec![config.vocab_size, hidden], false)];
+    for layer in 0..config.num_hidden_layers {
+        let mut add = |name: &str, shape: &[i64], decays: bool| {
+            plan.push((format!("model.layers.{layer}.{name}"), shape.to_vec(), decays));
+        };
+        add("input_layernorm.weight", &[hidden], false);
+        for (name, rows) in [("q", queries), ("k", keys), ("v", keys)] {
+            add(&format!("self_attn.{name}_proj.weight"), &[rows, hidden], true);
+        }
+        for (name, rows) in [("q", queries), ("k", keys), ("v", keys)] {
+            add(&format!("self_attn.{name}_proj.bias"), &[rows], false);
+        }
+        add("self_attn.o_proj.weight", &[hidden, queries], true);
+        add("post_attention_layernorm.weight", &[hidden], false);
+        add("mlp.gate_proj.weight", &[inner, hidden], true);
+        add("mlp.up_proj.weight", &[inner, hidden], true);
+        add("mlp.down_proj.weight", &[hidden, inner], true);
+    }
+    plan.push(("model.norm.weight".to_owned(), vec![hidden], false));
+    if !config.tie_word_embeddings {
+        plan.push(("lm_head.weight".to_owned(), vec![config.vocab_size, hidden], true));
+    }
+    plan
+}
+
+impl Transformer {
+    /// Reads a Hugging Face folder into fp32 on `device`; a missing, unused or misshapen weight is an error.
+    pub fn load(folder: &Path, device: Device) -> Result<Self> {
+        let config = ModelConfig::read(folder)?;
+        let mut tensors = read_folder(folder)?;
+        if config.tie_word_embeddings {
+            // Some programs write the tied head out; a copy is harmless, another matrix would be a lost weight.
+            if let Some(head) = tensors.remove("lm_head.weight") {
+                let tied = tensors.get("model.embed_tokens.weight").is_some_and(|embedding| *embedding == head);
+                ensure!(tied, "`{}` ties `lm_head.weight` to the embedding, but they differ", folder.display());
+            }
+        }
+        let model = Self::zeros(config, device);
+        let known = model.weights.entries();
+        if let Some(name) = tensors.keys().find(|name| known.iter().all(|entry| entry.name != **name)) {
+            anyhow::bail!("the weight `{name}` of `{}` has no place in the model", folder.display());
+        }
+        model.weights.fill("", model.weights.flat(), &tensors).with_context(|| format!("in `{}`", folder.display()))?;
+        Ok(model)
+    }
+
+    fn zeros(config: ModelConfig, device: Device) -> Self {
+        let weights = Weights::zeros(plan(&config), device);
+        let layers = (0..config.num_hidden_layers)
+            .map(|layer| {
+                let leaf = |name: &str| weights.leaf(&format!("model.layers.{layer}.{name}"));
+                let linear = |name: &str| Linear { weight: leaf(&format!("{name}.weight")), bias: None };
+                let biased = |name: &str| Linear { bias: Some(leaf(&format!("{name}.bias"))), ..linear(name) };
+                Layer {
+                    input_norm: leaf("input_layernorm.weight"),
+                    query: biased("self_attn.q_proj"),
+                    key: biased("self_attn.k_proj"),
+                    value: biased("self_attn.v_proj"),
+                    output: linear("self_attn.o_proj"),
+                    post_norm: leaf("post_attention_layernorm.weight"),
+                    gate: linear("mlp.gate_proj"),
+                    up: linear("mlp.up_proj"),
+                    down: linear("mlp.down_proj"),
+                }
+            })
+            .collect();
+        let head = if config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        Self {
+            embedding: weights.leaf("model.embed_tokens.weight"),
+            layers,
+            norm: weights.leaf("model.norm.weight"),
+            head: weights.leaf(head),
+            rotation: Rotation::new(&config, device),
+            config,
+            weights,
+            device,
+        }
+    }
+
+    /// The architecture.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Where the weights lie.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// The weights' buffer, its gradients and names.
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    /// The leaves of the gradient graph with their Hugging Face names, in a fixed order.
+    pub fn parameters(&self) -> Vec<(String, Tensor)> {
+        self.weights.leaves()
+    }
+
+    /// Sets every gradient to zero; backward passes add to them.
+    pub fn zero_gradients(&self) {
+        self.weights.zero_gradients();
+    }
+
+    /// Hidden states `[B, T, H]` f32 behind the last layer, before the last norm, for ids `[B, T]` i64.
+    ///
+    /// Attention is causal at positions 0 to T; rows are padded on the right.
+    pub fn hidden(&self, ids: &Tensor) -> Tensor {
+        let (rows, length) = ids.size2().expect("ids have two dimensions");
+        let (heads, shared, size) =
+            (self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_size());
+        let rotation = self.rotation.first(length);
+        let mut x = Tensor::embedding(&self.embedding, ids, -1, false, false);
+        for layer in &self.layers {
+            // 1. Project to heads [B, T, heads, D] and rotate by position.
+            let normed = normalise(&x, self.config.rms_norm_eps);
+            let project = |linear: &Linear, heads: i64| {
+                linear.after_norm(&layer.input_norm, &normed).view([rows, length, heads, size])
+            };
+            let query = rotation.apply(&project(&layer.query, heads));
+            let key = rotation.apply(&project(&layer.key, shared));
+            let value = project(&layer.value, shared);
+            // 2. Attend causally.
+            let mixed = attend(&query, &key, &value, None, true);
+            x = x + layer.output.forward(&mixed.reshape([rows, length, heads * size]));
+            // 3. Feed forward (SwiGLU).
+            let normed = normalise(&x, self.config.rms_norm_eps);
+            let gate = layer.gate.after_norm(&layer.post_norm, &normed).silu();
+            let up = layer.up.after_norm(&layer.post_norm, &normed);
+            x = x + layer.down.forward(&(gate * up));
+        }
+        x
+    }
+
+    /// Logits `[N, V]` f32 of hidden states `[N, H]`: the last norm and the output projection.
+    pub fn logits(&self, hidden: &Tensor) -> Tensor {
+        let normed = normalise(hidden, self.config.rms_norm_eps);
+        normed.linear(&(&self.head * &self.norm), None::<&Tensor>)
+    }
+
+    /// The model as it is now, prepared for generation with a key-value cache.
+    pub fn decoder(&self) -> Decoder<'_> {
+        Decoder::new(self)
+    }
+
+    /// The last norm's weight multiplied into the output projection, `[V, H]`.
+    pub(crate) fn folded_head(&self) -> Tensor {
+        no_grad(|| &self.head * &self.norm)
+    }
+
+    pub(crate) fn rotation(&self) -> &Rotation {
+        &self.rotation
+    }
+
+    pub(crate) fn embedding(&self) -> &Tensor {
+        &self.embedding
+    }
+
+    /// Writes a Hugging Face folder: the weights in fp32, and configuration, tokenizer and generation files as they stand
+    /// in `companions`, the folder that the model came from. The same weights give the same bytes.
+    pub fn save(&self, folder: &Path, companions: &Path) -> Result<()> {
+        fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
+        copy_companions(companions, folder)?;
+        let from = companions.join("config.json");
+        let text = fs::read_to_string(&from).with_context(|| format!("cannot read `{}`", from.display()))?;
+        let mut config: Value =
+            serde_json::from_str(&text).with_context(|| format!("`{}` is no JSON", from.display()))?;
+        // Older and newer programs call the type of the stored weights by these two names.
+        let field = if config["dtype"].is_null() { "torch_dtype" } else { "dtype" };
+        config[field] = json!("float32");
+        let to = folder.join("config.json");
+        let text = serde_json::to_string_pretty(&config).context("a configuration is plain data")?;
+        fs::write(&to, text + "\n").with_context(|| format!("cannot write `{}`", to.display()))?;
+        let tensors: Vec<(String, Stored)> = self
+            .weights
+            .named("", self.weights.flat())
+            .into_iter()
+            .map(|(name, tensor)| Ok((name, Stored::tensor(&tensor)?)))
+            .collect::<Result<_>>()?;
+        // One entry only: the file's header is written in the order of a hash map.
+        let metadata = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        let path = folder.join("model.safetensors");
+        let bytes = safetensors::serialize(tensors, Some(metadata)).context("cannot lay out `model.safetensors`")?;
+        fs::write(&path, bytes).with_context(|| format!("cannot write `{}`", path.display()))
+    }
+}
+
+/// Copies what stands beside the weights: every file of `from` but weights and configuration.
+fn copy_companions(from: &Path, to: &Path) -> Result<()> {
+    let listing = || format!("cannot list `{}`", from.display());
+    for entry in fs::read_dir(from).with_context(listing)? {
+        let path = entry.with_context(listing)?.path();
+        let Some(name) = path.file_name().and_then(|name| name.to_str()).filter(|_| path.is_file()) else { continue };
+        let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+        let weights = matches!(extension, "safetensors" | "bin" | "pt" | "pth") || name.ends_with(".index.json");
+        if !weights && name != "config.json" {
+            // The bytes alone are copied: an artifact is read-only, what is written here is not.
+            let bytes = fs::read(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
+            fs::write(to.join(name), bytes).with_context(|| format!("cannot write `{name}` to `{}`", to.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// `x / sqrt(mean(x^2) + epsilon)` over the last dimension (RMSNorm without its weight, Zhang and Sennrich 2019).
+pub(crate) fn normalise(x: &Tensor, epsilon: f64) -> Tensor {
+    let square = (x * x).mean_dim(-1, true, Kind::Float);
+    x * (square + epsilon).rsqrt()
+}
+
+/// Attention over `[B, T, heads, D]`; gives `[B, T, heads, D]`. Query heads share key heads in equal runs.
+pub(crate) fn attend(query: &Tensor, key: &Tensor, value: &Tensor, mask: Option<&Tensor>, causal: bool) -> Tensor {
+    let heads = query.size()[2];
+    let (key, value) = (repeat_heads(key, heads).transpose(1, 2), repeat_heads(value, heads).transpose(1, 2));
+    let query = query.transpose(1, 2);
+    Tensor::scaled_dot_product_attention(&query, &key, &value, mask, 0.0, causal, None, false).transpose(1, 2)
+}
+
+fn repeat_heads(shared: &Tensor, heads: i64) -> Tensor {
+    let size = shared.size();
+    if size[2] == heads {
+        return shared.shallow_clone();
+    }
+    let times = heads / size[2];
+    shared.unsqueeze(3).expand([size[0], size[1], size[2], times, size[3]], false).flatten(2, 3)
+}
+
+/// Rotary position embedding (Su et al. 2021) in the layout of Hugging Face: element i turns with element i + D/2.
+///
+/// A head is seen as `[2, D/2]`; the rotation is `x * cosine + flip(x) * sine` with the sine's first half negated.
+#[derive(Debug)]
+pub(crate) struct Rotation {
+    /// `[positions, 2, D/2]`.
+    cosine: Tensor,
+    /// `[positions, 2, D/2]`.
+    sine: Tensor,
+}
+
+impl Rotation {
+    fn new(config: &ModelConfig, device: Device) -> Self {
+        let half = config.head_size() / 2;
+        let (mut cosine, mut sine) = (Vec::new(), Vec::new());
+        for position in 0..config.max_position_embeddings {
+            // The angle is formed in f32, as transformers does, so that far positions agree with it.
+            let angles: Vec<f32> = (0..half)
+                .map(|index| {
+                    let exponent = (2 * index) as f32 / config.head_size() as f32;
+                    position as f32 * (1.0 / config.rope_theta.powf(f64::from(exponent))) as f32
+                })
+                .collect();
+            cosine.extend(angles.iter().chain(&angles).map(|angle| angle.cos()));
+            sine.extend(angles.iter().map(|angle| -angle.sin()).chain(angles.iter().map(|angle| angle.sin())));
+        }
+        let shape = [config.max_position_embeddings, 2, half];
+        let tensor = |values: &[f32]| Tensor::from_slice(values).view(shape).to_device(device);
+        Self { cosine: tensor(&cosine), sine: tensor(&sine) }
+    }
+
+    /// The table for positions 0 to `length` of every row.
+    pub(crate) fn first(&self, length: i64) -> Turned {
+        let cut = |table: &Tensor| table.narrow(0, 0, length).unsqueeze(0).unsqueeze(2);
+        Turned { cosine: cut(&self.cosine), sine: cut(&self.sine) }
+    }
+
+    /// The table for one position a row: `positions` is `[R]` i64.
+    pub(crate) fn at(&self, positions: &Tensor) -> Turned {
+        let pick = |table: &Tensor| table.index_select(0, positions).unsqueeze(1).unsqueeze(1);
+        Turned { cosine: pick(&self.cosine), sine: pick(&self.sine) }
+    }
+}
+
+/// Cosines and sines that broadcast over `[B, T, heads, 2, D/2]`.
+#[derive(Debug)]
+pub(crate) struct Turned {
+    cosine: Tensor,
+    sine: Tensor,
+}
+
+impl Turned {
+    /// Rotates `[B, T, heads, D]`.
+    pub(crate) fn apply(&self, x: &Tensor) -> Tensor {
+        let size = x.size();
+        let halves = x.view([size[0], size[1], size[2], 2, size[3] / 2]);
+        let turned = (&halves * &self.cosine).addcmul(&halves.flip(3), &self.sine);
+        turned.view(size.as_slice())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sandbox;
+
+    fn ids(rows: &[&[i64]]) -> Tensor {
+        Tensor::from_slice2(rows)
+    }
+
+    fn all_logits(model: &Transformer, ids: &Tensor) -> Tensor {
+        no_grad(|| {
+            let hidden = model.hidden(ids);
+            model.logits(&hidden.flatten(0, 1)).view([ids.size()[0], ids.size()[1], -1])
+        })
+    }
+
+    /// The golden numbers come from `tests/fixtures/qwen2.py`, run with transformers.
+    #[test]
+    fn logits_are_those_of_transformers() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/qwen2");
+        for name in ["tied", "untied"] {
+            let model = Transformer::load(&folder.join(name), Device::Cpu).expect("the fixture loads");
+            let text = fs::read_to_string(folder.join(name).join("golden.json")).expect("golden numbers");
+            let golden: Value = serde_json::from_str(&text).expect("JSON");
+            let ids: Vec<Vec<i64>> = serde_json::from_value(golden["ids"].clone()).expect("ids");
+            let logits: Vec<f32> = serde_json::from_value(golden["logits"].clone()).expect("logits");
+            let ours = all_logits(&model, &Tensor::from_slice2(&ids));
+            let theirs = Tensor::from_slice(&logits).view_as(&ours);
+            let distance = sandbox::distance(&ours, &theirs);
+            assert!(distance < 1e-4, "{name}: {distance}");
+            assert!(theirs.abs().max().double_value(&[]) > 0.5, "{name}: the logits say something");
+        }
+    }
+
+    #[test]
+    fn saving_is_byte_reproducible_and_loading_gives_the_same_model() {
+        let (source, model) = sandbox::model(&json!({}));
+        fs::write(source.path().join("tokenizer.json"), "{}").expect("a companion");
+        let folders = [tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder")];
+        for folder in &folders {
+            model.save(folder.path(), source.path()).expect("saved");
+        }
+        for name in ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"] {
+            let read = |folder: &tempfile::TempDir| fs::read(folder.path().join(name)).expect(name);
+            assert_eq!(read(&folders[0]), read(&folders[1]), "{name}");
+        }
+        let again = Transformer::load(folders[0].path(), Device::Cpu).expect("a model");
+        assert_eq!(again.weights().flat(), model.weights().flat());
+        assert_eq!(again.config(), model.config());
+    }
+
+    #[test]
+    fn a_folder_with_other_weights_is_refused() {
+        let refuse = |written: &Value, claimed: &Value| {
+            let folder = tempfile::tempdir().expect("a folder");
+            sandbox::write(folder.path(), claimed);
+            let config = fs::read(folder.path().join("config.json")).expect("config");
+            sandbox::write(folder.path(), written);
+            fs::write(folder.path().join("config.json"), config).expect("written");
+            format!("{:#}", Transformer::load(folder.path(), Device::Cpu).expect_err("it does not fit"))
+        };
+        let missing = refuse(&json!({}), &json!({"layers": 3}));
+        assert!(missing.contains("`model.layers.2.input_layernorm.weight` is missing"), "{missing}");
+        let unused = refuse(&json!({"layers": 3}), &json!({}));
+        assert!(unused.contains("model.layers.2") && unused.contains("no place"), "{unused}");
+        let untied = refuse(&json!({"tie_word_embeddings": false}), &json!({}));
+        assert!(untied.contains("lm_head.weight"), "{untied}");
+        let shape = refuse(&json!({"intermediate_size": 32}), &json!({}));
+        assert!(shape.contains("[32, 16]") && shape.contains("[24, 16]"), "{shape}");
+    }
+
+    #[test]
+    fn padding_and_batch_mates_do_not_reach_a_row() {
+        for extra in [json!({}), json!({"kv_heads": 4, "tie_word_embeddings": false})] {
+            let (_folder, model) = sandbox::model(&extra);
+            let alone = all_logits(&model, &ids(&[&[1, 5, 7, 3]]));
+            let padded = all_logits(&model, &ids(&[&[1, 5, 7, 3, 0, 0, 9], &[4, 4, 8, 2, 6, 1, 1]]));
+            let distance = sandbox::distance(&padded.narrow(0, 0, 1).narrow(1, 0, 4), &alone);
+            assert!(distance < 1e-5, "{distance}");
+        }
+    }
+
+    #[test]
+    fn every_weight_gets_a_gradient_in_the_common_buffer() {
+        let (_folder, model) = sandbox::model(&json!({}));
+        let loss =
+            || model.logits(&model.hidden(&ids(&[&[1, 5, 7, 3, 8, 9, 2]])).flatten(0, 1)).square().sum(Kind::Float);
+        loss().backward();
+        let once = model.weights().gradient().copy();
+        for ((name, leaf), (_, gathered)) in
+            model.parameters().iter().zip(model.weights().named("", model.weights().gradient()))
+        {
+            assert!(gathered.abs().max().double_value(&[]) > 0.0, "{name} has no gradient");
+            assert_eq!(leaf.grad(), gathered, "{name}");
+        }
+        loss().backward();
+        assert!(sandbox::relative(model.weights().gradient(), &(&once * 2.0)) < 1e-6, "gradients add up");
+        model.zero_gradients();
+        loss().backward();
+        assert_eq!(*model.weights().gradient(), once, "the same pass gives the same bits");
+    }
+}

@@ -1,0 +1,354 @@
+//! Rollouts: rounds of generation, grading and scoring, a chunk of groups at a time, every completion kept.
+//!
+//! A chunk (a fixed list of prompts, a pure function of step and round) is the unit of commit: it is computed whole, then
+//! stands as one line of a journal. A run that resumes takes the lines of its step as they are and computes the others;
+//! the two give the same bytes. It knows rewards and advantages and nothing of losses.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use anyhow::Context as _;
+use pipe::pipeline::stage::{StageContext, StageEvent};
+use pipe::rewards::{Reward, total};
+use pipe::stages::grpo::Grpo;
+use pipe::stages::table::{Column, ColumnType, TableWriter};
+use pipe::tasks::Finish;
+use pipe::telemetry::Metrics;
+use serde::{Deserialize, Serialize};
+
+use crate::generate::{Completion, Group, Sampling, generate};
+use crate::journal::Journal;
+use crate::loss::group_advantages;
+use crate::model::Transformer;
+use crate::order::Order;
+use crate::prompts::{Graded, Prompts, Purpose};
+use crate::session::rate;
+
+/// The file of the output `rollouts`.
+pub const ROLLOUTS_FILE: &str = "rollouts.parquet";
+
+/// A completion with its rewards.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// The completion and its measurements.
+    pub graded: Graded,
+    /// The sampler's log-probability of each id, at the run's temperature.
+    pub logprobs: Vec<f64>,
+    /// Each reward, unweighted, in the order of their names.
+    pub rewards: Vec<f64>,
+    /// The weighted sum of the rewards: what is optimised and what is logged.
+    pub total: f64,
+    /// Relative to its group.
+    pub advantage: f64,
+}
+
+/// The completions of one prompt.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ScoredGroup {
+    /// The row of the prompt.
+    pub row: usize,
+    /// The round that generated it.
+    pub round: u64,
+    /// Every sample has exactly the same reward components: there is nothing to learn from.
+    pub all_equal: bool,
+    /// Whether the step trains on it.
+    pub kept: bool,
+    /// Its samples.
+    pub samples: Vec<Sample>,
+}
+
+/// A line of the journal: one generation chunk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Chunk {
+    at: Place,
+    groups: Vec<ScoredGroup>,
+}
+
+/// Where in a run a chunk belongs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Place {
+    step: u64,
+    round: u64,
+    /// Prompts drawn in the whole run before the chunk's first.
+    drawn: u64,
+}
+
+/// The rollout of one step.
+pub struct Rollout {
+    /// All generated groups, in the order of their prompts.
+    pub groups: Vec<ScoredGroup>,
+    /// Rounds of generation.
+    pub rounds: u64,
+    /// Generated tokens a second of what was not read back from the journal; `None` where all was.
+    pub tokens_per_second: Option<f64>,
+}
+
+/// What generates the rollouts of a stage.
+pub struct Rollouts<'a> {
+    params: &'a Grpo,
+    prompts: &'a Prompts,
+    order: Order,
+    rewards: Vec<Reward>,
+    journal: Journal,
+    replay: VecDeque<Chunk>,
+}
+
+impl<'a> Rollouts<'a> {
+    /// Opens the journal at `path`, whose first `committed` bytes belong to finished steps, at step `step`.
+    pub fn open(
+        params: &'a Grpo,
+        prompts: &'a Prompts,
+        rows: Vec<usize>,
+        path: &Path,
+        committed: u64,
+        step: u64,
+    ) -> anyhow::Result<Self> {
+        let rewards = params
+            .rewards
+            .iter()
+            .map(|(name, spec)| Reward::new(spec).with_context(|| format!("the reward `{name}` cannot be computed")));
+        let rewards = rewards.collect::<anyhow::Result<_>>()?;
+        // Chunks of later steps were sampled from weights that this attempt has yet to reach again.
+        let (journal, replay) = Journal::open(path, committed, |chunk: &Chunk| chunk.at.step == step)?;
+        let order = Order::new("grpo.order", params.seed, rows);
+        Ok(Self { params, prompts, order, rewards, journal, replay: replay.into() })
+    }
+
+    /// Chunks of the step at hand that an earlier attempt has finished.
+    pub fn replayed(&self) -> usize {
+        self.replay.len()
+    }
+
+    /// Bytes of the journal so far.
+    pub fn journal_length(&self) -> u64 {
+        self.journal.length()
+    }
+
+    /// Waits until all finished chunks are on the disk: before a state is saved that counts on them.
+    pub fn sync(&self) -> anyhow::Result<()> {
+        self.journal.sync()
+    }
+
+    /// The rollout of `step`: a round over as many new prompts as the step has groups, then, with dynamic sampling, further
+    /// rounds over as many as were dropped. `drawn` counts the prompts drawn in the whole run and is moved at the end.
+    ///
+    /// A round never generates more than is missing, so no surplus arises, and groups are kept in the order of prompts.
+    /// It ends with `Interrupted` between chunks or within one; finished chunks are in the journal then.
+    pub fn collect(
+        &mut self,
+        model: &Transformer,
+        step: u64,
+        drawn: &mut u64,
+        context: &mut StageContext,
+    ) -> anyhow::Result<Rollout> {
+        let (began, mut generated) = (Instant::now(), 0);
+        let dynamic = &self.params.dynamic_sampling;
+        let most = if dynamic.enabled { dynamic.max_rounds } else { 1 };
+        let (mut groups, mut rounds, mut next) = (Vec::new(), 0, *drawn);
+        let mut missing = self.params.prompts_per_step;
+        while rounds < most && missing > 0 {
+            let last = next + missing;
+            while next < last {
+                let rows = self.order.take(next, self.params.generation_chunk.min(last - next));
+                let at = Place { step, round: rounds, drawn: next };
+                let done = if let Some(done) = self.replay.pop_front() {
+                    check(&done, at, &rows)?;
+                    done
+                } else {
+                    context.stop_if_interrupted()?;
+                    let mut on_tokens = |tokens| generated += tokens;
+                    let groups = self.generate(model, at, &rows, &context.interrupt, &mut on_tokens)?;
+                    let done = Chunk { at, groups };
+                    self.journal.append(&done)?;
+                    done
+                };
+                groups.extend(done.groups);
+                next += rows.len() as u64;
+                let along = groups.len() as f64;
+                context.tell(StageEvent::Metrics { values: BTreeMap::from([("rollout/groups".to_owned(), along)]) });
+            }
+            rounds += 1;
+            let kept = groups.iter().filter(|group: &&ScoredGroup| group.kept).count() as u64;
+            missing = self.params.prompts_per_step - kept;
+        }
+        *drawn = next;
+        Ok(Rollout { groups, rounds, tokens_per_second: rate(generated, began) })
+    }
+
+    fn generate(
+        &self,
+        model: &Transformer,
+        at: Place,
+        rows: &[usize],
+        interrupt: &AtomicBool,
+        on_tokens: &mut dyn FnMut(u64),
+    ) -> anyhow::Result<Vec<ScoredGroup>> {
+        let Place { step, round, drawn } = at;
+        let asked: Vec<Group> = (drawn..)
+            .zip(rows)
+            .map(|(drawn, &row)| {
+                // The number of the draw stands for the instance: a small split may come by twice in one step.
+                let place = |sample| vec![self.params.seed, Purpose::Training as u64, step, round, drawn, sample];
+                Group { prompt: self.prompts.prompt(row), samples: (0..self.params.group_size).map(place).collect() }
+            })
+            .collect();
+        let sampling =
+            Sampling { temperature: self.params.temperature, max_new_tokens: self.params.max_new_tokens as usize };
+        let completions = generate(model, &asked, &sampling, interrupt, on_tokens)?;
+        rows.iter().zip(completions).map(|(&row, completions)| self.score(row, round, completions)).collect()
+    }
+
+    /// Grades and scores the completions of one prompt; a reward without a value is an error that names the row.
+    fn score(&self, row: usize, round: u64, completions: Vec<Completion>) -> anyhow::Result<ScoredGroup> {
+        let weights: Vec<f64> = self.rewards.iter().map(Reward::weight).collect();
+        let mut samples = Vec::with_capacity(completions.len());
+        for completion in completions {
+            let logprobs = completion.logprobs.iter().map(|logprob| f64::from(*logprob)).collect();
+            let graded = self.prompts.grade(row, completion)?;
+            let verdict = self.prompts.named(&graded);
+            let mut rewards = Vec::with_capacity(self.rewards.len());
+            for (name, reward) in self.params.rewards.keys().zip(&self.rewards) {
+                let value = reward.score(&verdict).with_context(|| {
+                    let instance = &self.prompts.tokens.rows[row].instance;
+                    format!("the reward `{name}` has no value for a completion of `{instance}`: `{}`", graded.text)
+                })?;
+                rewards.push(value);
+            }
+            let total = total(&weights, &rewards);
+            samples.push(Sample { graded, logprobs, rewards, total, advantage: 0.0 });
+        }
+        let all_equal = samples.iter().all(|sample| sample.rewards == samples[0].rewards);
+        if !all_equal {
+            let totals: Vec<f64> = samples.iter().map(|sample| sample.total).collect();
+            let rule = &self.params.advantage;
+            let advantages = group_advantages(&totals, totals.len(), rule.scale, rule.epsilon, rule.ddof);
+            samples.iter_mut().zip(advantages).for_each(|(sample, advantage)| sample.advantage = advantage);
+        }
+        let kept = !(all_equal && self.params.dynamic_sampling.enabled);
+        Ok(ScoredGroup { row, round, all_equal, kept, samples })
+    }
+
+    /// Writes every completion of the run to `path`; equal rollouts give equal bytes.
+    pub fn publish(&self, path: &Path) -> anyhow::Result<()> {
+        use ColumnType::{Flag, Integer, Integers, Number, Text};
+        let rewards: Vec<String> = self.params.rewards.keys().map(|name| format!("reward_{name}")).collect();
+        let mut columns = vec![("step", Integer), ("round", Integer), ("instance", Text), ("sample", Integer)];
+        columns.extend([("prompt", Text), ("completion", Text), ("ids", Integers), ("finish", Text)]);
+        columns.extend(rewards.iter().map(|name| (name.as_str(), Number)));
+        columns.extend([("total", Number), ("advantage", Number)]);
+        columns.extend(self.prompts.measures().iter().map(|name| (name.as_str(), Number)));
+        columns.push(("kept", Flag));
+        distinct(&columns)?;
+        let mut table = TableWriter::create(path, &columns)?;
+        self.journal.each(|chunk: Chunk| table.write(self.rows(&chunk)))?;
+        table.finish()
+    }
+
+    fn rows(&self, chunk: &Chunk) -> Vec<Column> {
+        let rows: Vec<(&ScoredGroup, usize, &Sample)> = chunk
+            .groups
+            .iter()
+            .flat_map(|group| group.samples.iter().enumerate().map(move |(index, sample)| (group, index, sample)))
+            .collect();
+        let number = |value: &dyn Fn(&Sample) -> f64| {
+            Column::Number(rows.iter().map(|(_, _, sample)| Some(value(sample))).collect())
+        };
+        let about = |group: &ScoredGroup| &self.prompts.tokens.rows[group.row];
+        let ids = |sample: &Sample| sample.graded.ids.iter().map(|id| *id as i32).collect();
+        let mut columns = vec![
+            Column::integer(rows.iter().map(|_| chunk.at.step as i64)),
+            Column::integer(rows.iter().map(|(group, _, _)| group.round as i64)),
+            Column::text(rows.iter().map(|(group, _, _)| about(group).instance.clone())),
+            Column::integer(rows.iter().map(|(_, index, _)| *index as i64)),
+            Column::text(rows.iter().map(|(group, _, _)| about(group).prompt.clone())),
+            Column::text(rows.iter().map(|(_, _, sample)| sample.graded.text.clone())),
+            Column::Integers(rows.iter().map(|(_, _, sample)| ids(sample)).collect()),
+            Column::text(rows.iter().map(|(_, _, sample)| finish_name(sample.graded.finish).to_owned())),
+        ];
+        columns.extend((0..self.rewards.len()).map(|reward| number(&|sample| sample.rewards[reward])));
+        columns.extend([number(&|sample| sample.total), number(&|sample| sample.advantage)]);
+        columns.extend((0..self.prompts.measures().len()).map(|at| number(&|sample| sample.graded.measurements[at])));
+        columns.push(Column::Flag(rows.iter().map(|(group, _, _)| group.kept).collect()));
+        columns
+    }
+
+    /// What is measured of a step's rollout: rewards and outcomes over all generated groups, dropped ones included.
+    pub fn metrics(&self, rollout: &Rollout) -> Metrics {
+        let mut metrics = Metrics::default();
+        let limit = Finish::Length;
+        for group in &rollout.groups {
+            metrics.total("groups/all_equal", f64::from(u8::from(group.all_equal)));
+            metrics.total("groups/mixed", f64::from(u8::from(!group.all_equal)));
+            metrics.total("groups/discarded", f64::from(u8::from(!group.kept)));
+            let distinct: BTreeSet<&[i64]> = group.samples.iter().map(|sample| sample.graded.ids.as_slice()).collect();
+            metrics.mean("completions/unique_share", distinct.len() as f64, group.samples.len() as f64);
+            for sample in &group.samples {
+                metrics.mean("reward", sample.total, 1.0);
+                metrics.mean("completions/mean_length", sample.graded.ids.len() as f64, 1.0);
+                metrics.mean("completions/clipped_share", f64::from(u8::from(sample.graded.finish == limit)), 1.0);
+                metrics.max("advantage_max", sample.advantage.abs());
+                for (name, value) in self.params.rewards.keys().zip(&sample.rewards) {
+                    metrics.mean(&format!("reward/{name}/mean"), *value, 1.0);
+                    metrics.deviation(&format!("reward/{name}/std"), *value);
+                }
+                for (name, value) in self.prompts.measures().iter().zip(&sample.graded.measurements) {
+                    metrics.mean(&format!("rollout/{name}"), *value, 1.0);
+                }
+            }
+            for ((index, name), reward) in self.params.rewards.keys().enumerate().zip(&self.rewards) {
+                let (covariance, variance) = spread(group, index);
+                // w Cov(r, R) / Var(R) within groups: the shares of all rewards sum to 1, and one may be negative.
+                metrics.mean(&format!("reward/{name}/variance_share"), reward.weight() * covariance, variance);
+            }
+        }
+        metrics.total("groups/rounds", rollout.rounds as f64);
+        if let Some(rate) = rollout.tokens_per_second {
+            metrics.total("tokens_per_second/generate", rate);
+        }
+        metrics
+    }
+}
+
+/// Refuses a chunk that was read back and is not the one that is due.
+fn check(done: &Chunk, at: Place, rows: &[usize]) -> anyhow::Result<()> {
+    let there = done.groups.iter().map(|group| group.row);
+    anyhow::ensure!(
+        done.at == at && there.eq(rows.iter().copied()),
+        "the journal of rollouts does not continue at {at:?}; remove the work folder to begin anew"
+    );
+    Ok(())
+}
+
+/// The sums over a group of `(r - mean r)(R - mean R)` and `(R - mean R)^2`, r being one reward and R the total.
+fn spread(group: &ScoredGroup, reward: usize) -> (f64, f64) {
+    let count = group.samples.len() as f64;
+    let mean = |value: &dyn Fn(&Sample) -> f64| group.samples.iter().map(value).sum::<f64>() / count;
+    let (own, all) = (mean(&|sample| sample.rewards[reward]), mean(&|sample| sample.total));
+    let pairs = group.samples.iter().map(|sample| (sample.rewards[reward] - own, sample.total - all));
+    pairs.fold((0.0, 0.0), |(covariance, variance), (r, total)| (covariance + r * total, variance + total * total))
+}
+
+/// The word for a finish reason in tables.
+pub fn finish_name(finish: Finish) -> &'static str {
+    match finish {
+        Finish::Stop => "stop",
+        Finish::Length => "length",
+    }
+}
+
+/// Refuses a table with two columns of one name, as a measurement called `prompt` would make.
+pub fn distinct(columns: &[(&str, ColumnType)]) -> anyhow::Result<()> {
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for (name, _) in columns {
+        *counts.entry(name).or_default() += 1;
+    }
+    let twice = counts.iter().find(|(_, count)| **count > 1);
+    anyhow::ensure!(
+        twice.is_none(),
+        "two columns are called `{}`: rename the measurement",
+        twice.map_or("", |(name, _)| name)
+    );
+    Ok(())
+}

@@ -1,0 +1,55 @@
+//! Tiny models for tests, in folders that vanish with them.
+
+use std::path::Path;
+
+use pipe::stages::model::{Architecture, SpecialIds, write_fresh};
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor, no_grad};
+use tempfile::TempDir;
+
+use crate::model::Transformer;
+
+/// The vocabulary of tiny models.
+pub(crate) const VOCABULARY: u64 = 13;
+/// The id that ends a sequence in tiny models.
+pub(crate) const END: i64 = 2;
+
+/// Writes a fresh model into `folder`: two layers of width 16 with two key heads for four query heads, changed by `extra`.
+pub(crate) fn write(folder: &Path, extra: &Value) {
+    let mut value = json!({"kind": "qwen2", "hidden_size": 16, "layers": 2, "heads": 4, "kv_heads": 2,
+        "intermediate_size": 24, "max_position_embeddings": 64});
+    value.as_object_mut().expect("an object").extend(extra.as_object().expect("an object").clone());
+    let architecture: Architecture = serde_json::from_value(value).expect("an architecture");
+    let ids = SpecialIds { pad: Some(0), bos: Some(1), eos: Some(END as u32) };
+    write_fresh(folder, &architecture, VOCABULARY, ids, 5).expect("a fresh model");
+}
+
+/// A model as [`write`] makes it, with weights large enough for every part to matter; the folder holds the fresh one.
+pub(crate) fn model(extra: &Value) -> (TempDir, Transformer) {
+    let folder = tempfile::tempdir().expect("a folder");
+    write(folder.path(), extra);
+    let model = Transformer::load(folder.path(), Device::Cpu).expect("a model");
+    stir(&model, 0.3);
+    (folder, model)
+}
+
+/// Adds a fixed wave of height `by` to all weights.
+pub(crate) fn stir(model: &Transformer, by: f64) {
+    no_grad(|| {
+        let mut flat = model.weights().flat().shallow_clone();
+        let wave = (Tensor::arange(flat.size()[0], (Kind::Double, Device::Cpu)) * 1.7).sin() * by;
+        flat += wave.to_kind(Kind::Float);
+    });
+}
+
+/// The largest absolute difference of two tensors.
+pub(crate) fn distance(one: &Tensor, other: &Tensor) -> f64 {
+    assert_eq!(one.size(), other.size());
+    no_grad(|| (one.to_kind(Kind::Double) - other.to_kind(Kind::Double)).abs().max().double_value(&[]))
+}
+
+/// `|one - other| / |other|`.
+pub(crate) fn relative(one: &Tensor, other: &Tensor) -> f64 {
+    let (one, other) = (one.to_kind(Kind::Double), other.to_kind(Kind::Double));
+    ((one - &other).norm() / other.norm()).double_value(&[])
+}

@@ -1,0 +1,107 @@
+//! A training under way: the model, its optimizer, the best weights so far, and a loop's own counters.
+//!
+//! [`Training`] is the whole mutable state of a loop, and exactly what its training state on disk holds; what is not in
+//! it is a pure function of parameters and inputs. The loops are in `kinds`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use pipe::stages::training::Optimizer;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tch::{Tensor, no_grad};
+
+use crate::model::Transformer;
+use crate::optimizer::AdamW;
+use crate::training_state::{self, State};
+
+/// Everything of a loop that changes from step to step.
+pub struct Training<C> {
+    /// The weights.
+    pub model: Transformer,
+    /// AdamW and its moments.
+    pub optimizer: AdamW,
+    /// Steps done, and what the loop counts.
+    pub counters: Counters<C>,
+    /// The weights at the best validation, `[P]` f32.
+    best: Option<Tensor>,
+    folder: PathBuf,
+}
+
+/// The plain numbers of a training.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Counters<C> {
+    /// Steps done.
+    pub step: u64,
+    /// The metrics of the last step, while its validation is still due. They are recorded with the validation's.
+    pub unrecorded: Option<BTreeMap<String, f64>>,
+    /// The best validation so far.
+    pub best: Option<Best>,
+    /// Updates that the optimizer has made.
+    updates: u64,
+    /// The loop's own.
+    pub own: C,
+}
+
+/// A validation that has beaten those before it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// The step after which it was made.
+    pub step: u64,
+    /// The mean of the selecting measurement.
+    pub value: f64,
+}
+
+impl<C: Default + Serialize + DeserializeOwned> Training<C> {
+    /// The training whose newest state lies in `folder`, or else one at its beginning; the flag says which.
+    pub fn resume(model: Transformer, optimizer: &Optimizer, folder: &Path) -> anyhow::Result<(Self, bool)> {
+        std::fs::create_dir_all(folder).with_context(|| format!("creating the folder `{}`", folder.display()))?;
+        let optimizer = AdamW::new(model.weights(), optimizer);
+        let mut training =
+            Self { model, optimizer, counters: Counters::default(), best: None, folder: folder.to_owned() };
+        let Some(state) = training_state::load(folder)? else { return Ok((training, false)) };
+        training.counters = state.read()?;
+        let weights = training.model.weights();
+        weights.fill("weights.", weights.flat(), &state.tensors)?;
+        training.optimizer.load_state(weights, &state.tensors, training.counters.updates)?;
+        if training.counters.best.is_some() {
+            let best = weights.flat().zeros_like();
+            weights.fill("best.", &best, &state.tensors)?;
+            training.best = Some(best);
+        }
+        Ok((training, true))
+    }
+
+    /// Saves the state durably.
+    pub fn save(&mut self) -> anyhow::Result<()> {
+        let weights = self.model.weights();
+        self.counters.updates = self.optimizer.steps();
+        // A step is saved before its validation (unrecorded) or after it, in this order.
+        let sequence = 2 * self.counters.step + u64::from(self.counters.unrecorded.is_none());
+        let mut state = State::new(sequence, &self.counters)?;
+        state.tensors.extend(weights.named("weights.", weights.flat()));
+        state.tensors.extend(self.optimizer.state(weights));
+        if let Some(best) = &self.best {
+            state.tensors.extend(weights.named("best.", best));
+        }
+        training_state::save(&self.folder, &state)
+    }
+
+    /// Keeps the weights as they are now if `value` is higher than at every validation before: the earliest wins a tie.
+    pub fn consider(&mut self, value: f64) {
+        if self.counters.best.is_none_or(|best| value > best.value) {
+            self.counters.best = Some(Best { step: self.counters.step, value });
+            self.best = Some(no_grad(|| self.model.weights().flat().copy()));
+        }
+    }
+
+    /// Writes the weights as they are to `last` and those of the best validation to `best`, the last where there was none.
+    pub fn publish(&mut self, last: &Path, best: &Path, companions: &Path) -> anyhow::Result<()> {
+        self.model.save(last, companions)?;
+        if let Some(weights) = &self.best {
+            no_grad(|| self.model.weights().flat().shallow_clone().copy_(weights));
+        }
+        self.model.save(best, companions)
+    }
+}

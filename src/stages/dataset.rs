@@ -1,0 +1,334 @@
+//! `dataset`: a user's own rows, from JSON lines or Parquet, as a data set that the other kinds read.
+//!
+//! A file has either a text column (the whole text is to be learnt) or a prompt and a completion column. Whatever is not
+//! plain text in the right place is an error that names file and line; nothing is skipped or guessed.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufRead as _, BufReader};
+use std::path::Path;
+
+use anyhow::{Context as _, bail, ensure};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::pipeline::stage::{ArtifactType, Output, Problem, SourceFile, Stage, StageContext, Upstream};
+use crate::stages::synthesize::{instance_id, is_plain_name};
+use crate::stages::table::{self, Column, ColumnType, TableWriter};
+
+/// The columns of a data set that is a user's own.
+const COLUMNS: &[(&str, ColumnType)] = &[
+    ("instance", ColumnType::Text),
+    ("split", ColumnType::Text),
+    ("prompt", ColumnType::Text),
+    ("completion", ColumnType::Text),
+];
+/// Rows written at a time.
+const CHUNK: usize = 16_384;
+
+/// Take a data set from files of your own: JSON lines (`.jsonl`) or Parquet, with a text or a prompt and a completion.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Dataset {
+    /// A file by split, such as `{ train = "data/train.jsonl", test = "data/test.parquet" }`.
+    pub files: BTreeMap<String, SourceFile>,
+    /// The column with whole texts.
+    #[serde(default = "Dataset::default_text_column")]
+    pub text_column: String,
+    /// The column with what the model reads.
+    #[serde(default = "Dataset::default_prompt_column")]
+    pub prompt_column: String,
+    /// The column with what the model should write.
+    #[serde(default = "Dataset::default_completion_column")]
+    pub completion_column: String,
+}
+
+impl Dataset {
+    fn default_text_column() -> String {
+        "text".to_owned()
+    }
+    fn default_prompt_column() -> String {
+        "prompt".to_owned()
+    }
+    fn default_completion_column() -> String {
+        "completion".to_owned()
+    }
+}
+
+/// How a file's rows are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Shape {
+    Text,
+    Pair,
+}
+
+impl Stage for Dataset {
+    const KIND: &'static str = "dataset";
+    const VERSION: u32 = 1;
+
+    fn outputs(&self) -> Vec<Output> {
+        vec![Output::new("dataset", ArtifactType::Dataset)]
+    }
+
+    fn check(&self, _: &Upstream<'_>) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        if self.files.is_empty() {
+            let problem = Problem::new("files", "no file is given");
+            problems.push(problem.hint("write `files = { train = \"data/train.jsonl\" }`"));
+        }
+        for (split, file) in &self.files {
+            let path = format!("files.{split}");
+            if !is_plain_name(split) {
+                let message =
+                    format!("the split name `{split}` has other characters than letters, digits, `_` and `-`");
+                problems.push(Problem::new(&path, message));
+            }
+            if format_of(&file.path).is_none() {
+                let message = format!("`{}` is neither JSON lines nor Parquet by its name", file.path.display());
+                problems.push(Problem::new(&path, message).hint("name it `.jsonl` or `.parquet`"));
+            }
+        }
+        let columns = [
+            ("text_column", &self.text_column),
+            ("prompt_column", &self.prompt_column),
+            ("completion_column", &self.completion_column),
+        ];
+        for (at, (field, name)) in columns.iter().enumerate() {
+            if let Some((other, _)) = columns[..at].iter().find(|(_, earlier)| earlier == name) {
+                problems.push(Problem::new(*field, format!("`{field}` and `{other}` are one column, `{name}`")));
+            }
+        }
+        problems
+    }
+
+    fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
+        let folder = context.output("dataset");
+        let mut shapes: Vec<(Shape, &Path)> = Vec::new();
+        for (done, (split, file)) in self.files.iter().enumerate() {
+            context.stop_if_interrupted()?;
+            context.progress(done as u64, self.files.len() as u64, "files");
+            let (shape, rows) = match format_of(&file.path) {
+                Some(Format::Lines) => self.read_lines(&file.path)?,
+                Some(Format::Parquet) => self.read_parquet(&file.path)?,
+                None => bail!("`{}` is neither `.jsonl` nor `.parquet`", file.path.display()),
+            };
+            ensure!(!rows.is_empty(), "`{}` has no rows", file.path.display());
+            if let Some((_, other)) = shapes.iter().find(|(earlier, _)| *earlier != shape) {
+                bail!(
+                    "`{}` and `{}` differ: one has texts, the other prompts and completions",
+                    other.display(),
+                    file.path.display()
+                );
+            }
+            shapes.push((shape, &file.path));
+            write_split(&folder, split, &rows)?;
+        }
+        context.progress(self.files.len() as u64, self.files.len() as u64, "files");
+        Ok(())
+    }
+}
+
+enum Format {
+    Lines,
+    Parquet,
+}
+
+fn format_of(path: &Path) -> Option<Format> {
+    match path.extension()?.to_str()? {
+        "jsonl" | "ndjson" => Some(Format::Lines),
+        "parquet" => Some(Format::Parquet),
+        _ => None,
+    }
+}
+
+type Pairs = Vec<(String, String)>;
+
+impl Dataset {
+    /// Which columns rows are made from, given which there are.
+    fn shape(&self, there: &[&str]) -> anyhow::Result<Shape> {
+        let has = |name: &String| there.contains(&name.as_str());
+        let list = || there.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+        match (has(&self.text_column), has(&self.prompt_column), has(&self.completion_column)) {
+            (true, false, false) => Ok(Shape::Text),
+            (false, true, true) => Ok(Shape::Pair),
+            (true, _, _) => bail!(
+                "there is a text column `{}` and also a prompt or completion column; name the ones to read",
+                self.text_column
+            ),
+            _ => bail!(
+                "there is neither a column `{}` nor the two columns `{}` and `{}`; there are {}",
+                self.text_column,
+                self.prompt_column,
+                self.completion_column,
+                list()
+            ),
+        }
+    }
+
+    fn read_parquet(&self, path: &Path) -> anyhow::Result<(Shape, Pairs)> {
+        let names = table::column_names(path)?;
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let shape = self.shape(&names).with_context(|| format!("reading `{}`", path.display()))?;
+        let wanted: Vec<&str> = match shape {
+            Shape::Text => vec![&self.text_column],
+            Shape::Pair => vec![&self.prompt_column, &self.completion_column],
+        };
+        let mut columns = Vec::with_capacity(2);
+        for (column, name) in table::read(path, &wanted)?.into_iter().zip(&wanted) {
+            let Column::Text(values) = column else {
+                bail!("column `{name}` of `{}` holds numbers, not strings", path.display());
+            };
+            let full = |(row, value): (usize, Option<String>)| {
+                value.with_context(|| format!("row {} of `{}` has no `{name}`", row + 1, path.display()))
+            };
+            columns.push(values.into_iter().enumerate().map(full).collect::<anyhow::Result<Vec<String>>>()?);
+        }
+        let completions = columns.pop().expect("one or two columns are read");
+        let prompts = columns.pop().unwrap_or_else(|| vec![String::new(); completions.len()]);
+        Ok((shape, prompts.into_iter().zip(completions).collect()))
+    }
+
+    fn read_lines(&self, path: &Path) -> anyhow::Result<(Shape, Pairs)> {
+        let file = File::open(path).with_context(|| format!("opening `{}`", path.display()))?;
+        let mut reader = BufReader::new(file);
+        let mut first: Option<Shape> = None;
+        let mut rows = Vec::new();
+        let mut line = Vec::new();
+        for number in 1usize.. {
+            line.clear();
+            let read = reader.read_until(b'\n', &mut line);
+            if read.with_context(|| format!("reading `{}`", path.display()))? == 0 {
+                break;
+            }
+            if line.trim_ascii().is_empty() {
+                continue;
+            }
+            let (shape, row) = self.read_line(&line).with_context(|| format!("{}:{number}", path.display()))?;
+            if *first.get_or_insert(shape) != shape {
+                bail!("{}:{number}: texts and pairs of prompt and completion are mixed in one file", path.display());
+            }
+            rows.push(row);
+        }
+        Ok((first.unwrap_or(Shape::Text), rows))
+    }
+
+    fn read_line(&self, line: &[u8]) -> anyhow::Result<(Shape, (String, String))> {
+        let line = std::str::from_utf8(line).context("the line is not UTF-8")?;
+        let mut fields: Map<String, Value> = serde_json::from_str(line).context("the line is no JSON object")?;
+        let there: Vec<&str> = fields.keys().map(String::as_str).collect();
+        let shape = self.shape(&there)?;
+        let mut take = |name: &str| match fields.remove(name) {
+            Some(Value::String(text)) => Ok(text),
+            other => bail!("`{name}` is `{}`, not a string", other.unwrap_or_default()),
+        };
+        let row = match shape {
+            Shape::Text => (String::new(), take(&self.text_column)?),
+            Shape::Pair => (take(&self.prompt_column)?, take(&self.completion_column)?),
+        };
+        Ok((shape, row))
+    }
+}
+
+fn write_split(folder: &Path, split: &str, rows: &[(String, String)]) -> anyhow::Result<()> {
+    let mut writer = TableWriter::create(&folder.join(format!("{split}.parquet")), COLUMNS)?;
+    for (chunk, rows) in rows.chunks(CHUNK).enumerate() {
+        let first = chunk * CHUNK;
+        writer.write(vec![
+            Column::text((first..first + rows.len()).map(|row| instance_id(split, row))),
+            Column::text(rows.iter().map(|_| split.to_owned())),
+            Column::text(rows.iter().map(|(prompt, _)| prompt.clone())),
+            Column::text(rows.iter().map(|(_, completion)| completion.clone())),
+        ])?;
+    }
+    writer.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::stages::testing::{context, digest, strings};
+
+    /// Runs the stage on files by split and name; gives the output folder.
+    fn run(files: &[(&str, &str, &[u8])]) -> anyhow::Result<tempfile::TempDir> {
+        let folder = tempfile::tempdir().unwrap();
+        let mut named = Map::new();
+        for (split, name, bytes) in files {
+            std::fs::write(folder.path().join(name), bytes).unwrap();
+            named.insert((*split).to_owned(), json!(folder.path().join(name)));
+        }
+        let stage: Dataset = serde_json::from_value(json!({"files": named})).unwrap();
+        stage.run(&mut context(folder.path(), &["dataset"]))?;
+        Ok(folder)
+    }
+
+    fn pairs(folder: &tempfile::TempDir, split: &str) -> (Vec<String>, Vec<String>, Vec<String>) {
+        let path = folder.path().join(format!("out/dataset/{split}.parquet"));
+        let columns = table::read(&path, &["instance", "prompt", "completion"]).unwrap();
+        let mut columns = columns.into_iter().map(strings);
+        (columns.next().unwrap(), columns.next().unwrap(), columns.next().unwrap())
+    }
+
+    const PAIRS: &[u8] =
+        b"{\"prompt\": \"a\", \"completion\": \"b\", \"more\": 1}\n\n{\"completion\":\"d\",\"prompt\":\"c\"}";
+
+    #[test]
+    fn twice_gives_the_same_bytes() {
+        let digests =
+            [(), ()].map(|()| digest(&run(&[("train", "t.jsonl", PAIRS)]).unwrap().path().join("out/dataset")));
+        assert_eq!(digests[0], digests[1]);
+        insta::assert_snapshot!(digests[0]);
+    }
+
+    #[test]
+    fn pairs_and_texts_are_read_from_both_kinds_of_file() {
+        let folder = run(&[("train", "t.jsonl", PAIRS)]).unwrap();
+        let wanted: (Vec<String>, Vec<String>, Vec<String>) = (
+            ["train-000000", "train-000001"].map(str::to_owned).into(),
+            ["a", "c"].map(str::to_owned).into(),
+            ["b", "d"].map(str::to_owned).into(),
+        );
+        assert_eq!(pairs(&folder, "train"), wanted);
+        let parquet = std::fs::read(folder.path().join("out/dataset/train.parquet")).unwrap();
+        assert_eq!(pairs(&run(&[("train", "t.parquet", &parquet)]).unwrap(), "train"), wanted);
+        let texts = run(&[("test", "t.jsonl", b"{\"text\": \"x\"}\r\n")]).unwrap();
+        assert_eq!(pairs(&texts, "test"), (vec!["test-000000".into()], vec![String::new()], vec!["x".into()]));
+    }
+
+    #[test]
+    fn bad_files_are_located() {
+        let says = |files: &[(&str, &str, &[u8])], words: &str| {
+            let error = format!("{:#}", run(files).unwrap_err());
+            assert!(error.contains(words), "{error}");
+        };
+        says(&[("a", "a.jsonl", b"{\"text\": \"x\"}\n{\"text\": 1}\n")], "a.jsonl:2: `text` is `1`, not a string");
+        says(&[("a", "a.jsonl", b"{\"text\": \"x\"}\nnot JSON\n")], "a.jsonl:2: the line is no JSON object");
+        says(
+            &[("a", "a.jsonl", b"{\"text\": \"x\"}\n{\"prompt\": \"p\", \"completion\": \"c\"}")],
+            "a.jsonl:2: texts and pairs",
+        );
+        says(&[("a", "a.jsonl", b"{\"text\": \"\xff\"}\n")], "a.jsonl:1: the line is not UTF-8");
+        says(&[("a", "a.jsonl", b"{\"prompt\": \"x\"}\n")], "a.jsonl:1: there is neither a column `text`");
+        says(&[("a", "a.jsonl", b"{\"text\": \"x\", \"prompt\": \"\"}\n")], "a.jsonl:1: there is a text column");
+        says(&[("a", "a.jsonl", b"[1]\n")], "a.jsonl:1: the line is no JSON object");
+        says(&[("a", "a.jsonl", b"\n \n")], "a.jsonl` has no rows");
+        says(&[("a", "a.parquet", b"no Parquet")], "a.parquet");
+        says(&[("a", "a.jsonl", b"{\"text\": \"x\"}"), ("b", "b.jsonl", PAIRS)], "differ: one has texts");
+    }
+
+    #[test]
+    fn parameters_that_cannot_be_are_problems() {
+        let paths = |value: Value| {
+            let stage: Dataset = serde_json::from_value(value).unwrap();
+            let stages = BTreeMap::new();
+            let problems = Stage::check(&stage, &Upstream { stages: &stages });
+            problems.into_iter().map(|problem| problem.path).collect::<Vec<_>>()
+        };
+        assert!(paths(json!({"files": {"a": "/x.jsonl", "b": "/x.parquet"}})).is_empty());
+        assert_eq!(paths(json!({"files": {}})), ["files"]);
+        assert_eq!(paths(json!({"files": {"a b": "/x.csv"}})), ["files.a b", "files.a b"]);
+        assert_eq!(paths(json!({"files": {"a": "/x.jsonl"}, "prompt_column": "text"})), ["prompt_column"]);
+    }
+}

@@ -1,0 +1,187 @@
+//! From a data set to tokens and back.
+
+use serde_json::json;
+
+use super::*;
+use crate::stages::dataset;
+use crate::stages::synthesize::Synthesize;
+use crate::stages::testing::{context, digest, give};
+use crate::stages::tokenizer;
+use crate::stages::tokens::TokensFolder;
+use crate::tasks::Finish;
+
+/// A folder with a data set and a tokenizer of 4 x 4 mazes in `format`.
+fn inputs(format: &Value) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let task = json!({"kind": "maze", "rows": 4, "columns": 4});
+    let mut context = context(folder.path(), &["dataset", "tokenizer"]);
+    let data: Synthesize = serde_json::from_value(json!({"task": task, "splits": {"train": 40, "test": 20}})).unwrap();
+    data.run(&mut context).unwrap();
+    let words: tokenizer::Tokenizer = serde_json::from_value(json!({"task": task, "format": format})).unwrap();
+    words.run(&mut context).unwrap();
+    folder
+}
+
+/// Runs the stage on the inputs in a folder; gives where the tokens lie.
+fn run(inputs: &Path, name: &str, change: &Value) -> anyhow::Result<PathBuf> {
+    let place = inputs.join(name);
+    let mut context = context(&place, &["tokens"]);
+    give(&mut context, "data", &inputs.join("out/dataset"), ArtifactType::Dataset);
+    give(&mut context, "words", &inputs.join("out/tokenizer"), ArtifactType::Tokenizer);
+    let mut value = json!({"dataset": "data", "tokenizer": "words"});
+    value.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+    serde_json::from_value::<Tokenize>(value).unwrap().run(&mut context)?;
+    Ok(place.join("out/tokens"))
+}
+
+fn formats() -> Vec<Value> {
+    let compact = ["search", "path", "direct"].map(|trace| json!({"kind": "compact", "trace": trace}));
+    let alphamaze = ["path", "direct"].map(|trace| json!({"kind": "alphamaze", "trace": trace}));
+    compact.into_iter().chain(alphamaze).collect()
+}
+
+#[test]
+fn twice_gives_the_same_bytes_and_another_seed_other_searches() {
+    for format in formats() {
+        let folder = inputs(&format);
+        let change = json!({"format": format});
+        let first = digest(&run(folder.path(), "1", &change).unwrap());
+        assert_eq!(first, digest(&run(folder.path(), "2", &change).unwrap()));
+        insta::assert_snapshot!(first);
+        let other = digest(&run(folder.path(), "3", &json!({"format": format, "seed": 1})).unwrap());
+        assert_eq!(first == other, format["trace"] != "search");
+    }
+}
+
+#[test]
+fn rows_read_back_are_prompts_and_demonstrations_that_solve() {
+    for format in formats() {
+        let folder = inputs(&format);
+        let path = run(folder.path(), "t", &json!({"format": format})).unwrap();
+        let tokens = TokensFolder::open(&path).unwrap();
+        let encoder = Encoder::open(&path.join(TOKENIZER_FOLDER)).unwrap();
+        assert_eq!(tokens.tokenizer_digest, encoder.digest);
+        let (task, format) = tokens.task.clone().unwrap();
+        let task = open(&task, &format).unwrap();
+        assert_eq!(tokens.split("test").unwrap(), (0..20).collect::<Vec<_>>());
+        assert_eq!(tokens.split("train").unwrap(), (20..60).collect::<Vec<_>>());
+        let error = tokens.split("rl").unwrap_err().to_string();
+        assert_eq!(error, "the tokens have no split `rl`; there are `test` (20 rows), `train` (40 rows)");
+        for (row, of) in tokens.rows.iter().enumerate() {
+            let (ids, prompt) = (tokens.row_ids(row), tokens.prompt_ids(row));
+            assert_eq!((ids[0], ids[ids.len() - 1]), (encoder.begin, encoder.end));
+            assert_eq!(encoder.decode(&prompt[1..]), of.prompt);
+            let completion = encoder.decode(&ids[prompt.len()..ids.len() - 1]);
+            let data = of.data.as_ref().unwrap();
+            assert_eq!(of.stratum.as_deref(), task.stratum(data));
+            let mut episode = task.reset(data).unwrap();
+            assert_eq!(episode.observe(), of.prompt);
+            episode.step(&completion, Finish::Stop);
+            assert_eq!(episode.verdict()["solved"].to_bits(), 1f64.to_bits());
+            let wanted: Vec<u8> = (0..ids.len()).map(|at| u8::from(at >= prompt.len())).collect();
+            assert_eq!(tokens.row_mask(row), wanted, "the completion and one `eos`");
+        }
+    }
+}
+
+#[test]
+fn the_mask_all_covers_everything_but_the_beginning() {
+    let folder = inputs(&json!({"kind": "compact"}));
+    let path = run(folder.path(), "t", &json!({"format": {"kind": "compact"}, "mask": "all"})).unwrap();
+    let tokens = TokensFolder::open(&path).unwrap();
+    for row in 0..tokens.rows.len() {
+        let mask = tokens.row_mask(row);
+        assert!(mask[0] == 0 && mask[1..].iter().all(|&target| target == 1));
+    }
+}
+
+#[test]
+fn overlong_rows_fail_or_are_dropped_and_counted() {
+    let folder = inputs(&json!({"kind": "compact"}));
+    let change = json!({"format": {"kind": "compact", "trace": "path"}});
+    let whole = TokensFolder::open(&run(folder.path(), "whole", &change).unwrap()).unwrap();
+    let lengths: Vec<usize> = (0..60).map(|row| whole.row_ids(row).len()).collect();
+    let (longest, short) = (*lengths.iter().max().unwrap(), lengths.iter().filter(|length| **length <= 36).count());
+    assert!(short > 0 && short < 60);
+    let mut limited = change;
+    limited["max_length"] = 36.into();
+    let error = run(folder.path(), "fails", &limited).unwrap_err().to_string();
+    let wanted = format!("{} of 60 rows have more than 36 tokens; the longest has {longest}", 60 - short);
+    assert!(error.starts_with(&wanted), "{error}");
+    limited["overlong"] = "drop".into();
+    let path = run(folder.path(), "drops", &limited).unwrap();
+    let tokens = TokensFolder::open(&path).unwrap();
+    assert_eq!(tokens.rows.len(), short);
+    let metrics: BTreeMap<String, u64> = serde_json::from_slice(&fs::read(path.join("metrics.json")).unwrap()).unwrap();
+    assert_eq!(metrics["dropped.train"] + metrics["dropped.test"], 60 - short as u64);
+    assert_eq!((metrics["rows"], metrics["tokens"]), (short as u64, tokens.ids.len() as u64));
+    let targets: u64 = tokens.mask.iter().map(|&target| u64::from(target)).sum();
+    assert_eq!(metrics["target_tokens"], targets);
+    assert!(metrics["longest_row"] <= 36);
+    let kept: Vec<&String> = tokens.rows.iter().map(|row| &row.instance).collect();
+    let all = whole.rows.iter().zip(&lengths).filter(|(_, length)| **length <= 36);
+    assert_eq!(kept, all.map(|(row, _)| &row.instance).collect::<Vec<_>>());
+    limited["max_length"] = 3.into();
+    assert!(run(folder.path(), "none", &limited).unwrap_err().to_string().contains("no row is left"));
+}
+
+/// Replaces the data set by a user's own rows.
+fn own(folder: &Path, lines: &str) {
+    fs::remove_dir_all(folder.join("out/dataset")).unwrap();
+    let file = folder.join("own.jsonl");
+    fs::write(&file, lines).unwrap();
+    let stage: dataset::Dataset = serde_json::from_value(json!({"files": {"train": file}})).unwrap();
+    stage.run(&mut context(folder, &["dataset"])).unwrap();
+}
+
+#[test]
+fn a_users_own_rows_become_tokens_without_a_task() {
+    let folder = inputs(&json!({"kind": "compact"}));
+    own(folder.path(), "{\"prompt\": \"<|up|>\", \"completion\": \"<|down|><|left|>\"}\n");
+    let tokens = TokensFolder::open(&run(folder.path(), "t", &json!({})).unwrap()).unwrap();
+    assert!(tokens.task.is_none());
+    assert_eq!(tokens.ids, [1, 5, 6, 7, 2]);
+    assert_eq!(tokens.mask, [0, 0, 1, 1, 1]);
+    assert_eq!((tokens.prompt_lengths[0], tokens.rows[0].data.clone()), (2, None));
+}
+
+#[test]
+fn rows_without_targets_and_unknown_text_are_errors_that_name_the_row() {
+    let folder = inputs(&json!({"kind": "compact"}));
+    own(folder.path(), "{\"text\": \"<|up|>\"}\n{\"text\": \"\"}\n");
+    let error = format!("{:#}", run(folder.path(), "1", &json!({})).unwrap_err());
+    assert!(error.contains("`train-000001`") && error.contains("nothing to learn"), "{error}");
+    own(folder.path(), "{\"text\": \"hello\"}\n");
+    let error = format!("{:#}", run(folder.path(), "2", &json!({})).unwrap_err());
+    assert!(error.contains("`train-000000`") && error.contains("`hello`"), "{error}");
+}
+
+#[test]
+fn a_tokenizer_of_another_task_or_format_is_a_problem() {
+    let maze = |rows: u64| json!({"kind": "maze", "rows": rows, "columns": 4, "algorithm": "dfs"});
+    let problems = |words: Value| {
+        let stages: BTreeMap<String, Value> =
+            [("data".to_owned(), json!({"task": maze(4)})), ("words".to_owned(), words)].into();
+        let stage: Tokenize = serde_json::from_value(
+            json!({"dataset": "data", "tokenizer": "words", "format": {"kind": "compact", "trace": "direct"}}),
+        )
+        .unwrap();
+        Stage::check(&stage, &Upstream { stages: &stages }).len()
+    };
+    assert_eq!(problems(json!({"task": maze(4), "format": {"kind": "compact", "trace": "search"}})), 0);
+    assert_eq!(problems(json!({"task": maze(5), "format": {"kind": "compact"}})), 1);
+    assert_eq!(problems(json!({"task": maze(4)})), 1);
+    assert_eq!(problems(json!({"from": "somewhere"})), 0);
+}
+
+#[test]
+fn damaged_tokens_are_refused() {
+    let folder = inputs(&json!({"kind": "compact"}));
+    let path = run(folder.path(), "t", &json!({"format": {"kind": "compact"}})).unwrap();
+    let tensors = path.join(TENSORS_FILE);
+    let bytes = fs::read(&tensors).unwrap();
+    fs::write(&tensors, &bytes[..bytes.len() - 1]).unwrap();
+    assert!(format!("{:#}", TokensFolder::open(&path).unwrap_err()).contains(TENSORS_FILE));
+    fs::remove_file(&tensors).unwrap();
+    assert!(format!("{:#}", TokensFolder::open(&path).unwrap_err()).contains(TENSORS_FILE));
+}

@@ -1,0 +1,142 @@
+//! The learning half from the outside: a tiny policy is trained, killed, resumed and evaluated through the binary.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::sandbox::{Ended, Sandbox};
+
+/// 3x3 mazes and a very small decoder: every stage takes a second or two.
+const TINY: &str = r#"
+    [params]
+    seed = 1
+    [stages.mazes]
+    kind = "synthesize"
+    task = { kind = "maze", rows = 3, columns = 3 }
+    unique = false
+    splits = { train = 400, rl = 60, validation = 20, test = 30 }
+    [stages.tokenizer]
+    kind = "tokenizer"
+    task = { kind = "maze", rows = 3, columns = 3 }
+    format = { kind = "compact", trace = "path" }
+    [stages.tokens]
+    kind = "tokenize"
+    dataset = "mazes"
+    tokenizer = "tokenizer"
+    format = { kind = "compact", trace = "path" }
+    [stages.base]
+    kind = "model"
+    tokenizer = "tokenizer"
+    architecture = { kind = "qwen2", hidden_size = 32, layers = 2, heads = 2 }
+    seed = "${params.seed}"
+    [stages.sft]
+    kind = "sft"
+    model = "base"
+    data = "tokens"
+    steps = 120
+    batch_size = 32
+    learning_rate = 3e-3
+    validate = { every = 40, samples = 20 }
+    seed = "${params.seed}"
+    run = { cpus = 1, save_every = "1s", device = "cpu" }
+    [stages.grpo]
+    kind = "grpo"
+    model = "sft"
+    prompts = "tokens"
+    steps = 12
+    prompts_per_step = 8
+    group_size = 4
+    generation_chunk = 2
+    max_new_tokens = 40
+    validate = { every = 6, samples = 20 }
+    rewards = { correct = { kind = "correct" }, shaped = { kind = "expression", expression = "progress", weight = 0.5 } }
+    seed = "${params.seed}"
+    run = { cpus = 1, save_every = "1s", device = "cpu" }
+    [stages.evaluate]
+    kind = "evaluate"
+    model = "grpo"
+    prompts = "tokens"
+    max_new_tokens = 40
+    run = { cpus = 1, device = "cpu" }
+"#;
+
+const RESULTS: &[&str] =
+    &["tiny/sft.last", "tiny/sft.best", "tiny/grpo.last", "tiny/grpo.best", "tiny/grpo.rollouts", "tiny/evaluate"];
+
+fn digests(sandbox: &Sandbox) -> Vec<String> {
+    RESULTS.iter().map(|result| sandbox.digest(result)).collect()
+}
+
+/// Kills the workers of a driver at once, as the system does when memory runs out.
+fn kill_workers(driver: u32) {
+    let _ = Command::new("pkill").args(["-KILL", "-P", &driver.to_string()]).status();
+}
+
+#[test]
+fn killed_ten_times_is_as_if_never_killed() {
+    let whole = Sandbox::new();
+    whole.write("tiny.toml", TINY);
+    let begin = Instant::now();
+    whole.ok(&["run", "tiny.toml"]);
+    let taken = begin.elapsed();
+    let wanted = digests(&whole);
+
+    let torn = Sandbox::new();
+    torn.write("tiny.toml", TINY);
+    torn.ok(&["run", "tiny.toml", "--until", "base", "--until", "tokens"]);
+    let mut bits: u64 = 0x9E37_79B9_7F4A_7C15;
+    for round in 0..10 {
+        bits ^= bits << 13;
+        bits ^= bits >> 7;
+        bits ^= bits << 17;
+        let mut run = torn.start(&["run", "tiny.toml"]);
+        std::thread::sleep(Duration::from_millis(600) + taken.mul_f64((bits % 1000) as f64 / 6000.0));
+        if round % 2 == 0 {
+            kill_workers(run.id());
+        }
+        run.kill().unwrap();
+        run.wait().unwrap();
+    }
+    torn.ok(&["run", "tiny.toml"]);
+    assert_eq!(digests(&torn), wanted);
+    let shown = torn.json(&["show", "--json", "tiny/sft"]);
+    assert!(shown["attempts"].as_u64().unwrap() >= 1);
+}
+
+#[test]
+fn an_interrupted_training_saves_and_goes_on() {
+    let sandbox = Sandbox::new();
+    sandbox.write("tiny.toml", TINY);
+    sandbox.ok(&["run", "tiny.toml", "--until", "base", "--until", "tokens"]);
+    let run = sandbox.start(&["run", "tiny.toml", "--set", "stages.sft.steps=100000"]);
+    std::thread::sleep(Duration::from_secs(3));
+    assert!(Command::new("kill").args(["-INT", &run.id().to_string()]).status().unwrap().success());
+    let ended = Ended::of(&run.wait_with_output().unwrap());
+    assert_eq!(ended.code, Some(130), "{}", ended.stderr);
+    let plan = sandbox.json(&["plan", "--json", "tiny.toml", "--set", "stages.sft.steps=100000"]);
+    let sft = plan.as_array().unwrap().iter().find(|stage| stage["stage"] == "sft").unwrap();
+    assert_eq!(sft["state"], "resume", "{plan}");
+}
+
+#[test]
+fn a_device_that_is_not_there_is_a_clear_failure() {
+    if Path::new("/dev/nvidia0").exists() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    sandbox.write("tiny.toml", TINY);
+    let set = ["--set", "stages.sft.run.device=cuda:0"];
+    let ended = sandbox.pipe(&["run", "tiny.toml", "--until", "sft", set[0], set[1]]);
+    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
+    assert!(ended.stderr.contains("cuda:0"), "{}", ended.stderr);
+}
+
+#[test]
+fn a_changed_learning_rate_reruns_its_stage_and_what_rests_on_it() {
+    let sandbox = Sandbox::new();
+    sandbox.write("tiny.toml", TINY);
+    let short = ["--set", "stages.sft.steps=5", "--set", "stages.grpo.steps=1"];
+    sandbox.ok(&[&["run", "tiny.toml"], &short[..]].concat());
+    let outcome = sandbox.run(&[&["tiny.toml"], &short[..], &["--set", "stages.grpo.learning_rate=2e-4"]].concat());
+    assert_eq!((&outcome["run"], &outcome["cached"]), (&2.into(), &5.into()), "{outcome}");
+}
