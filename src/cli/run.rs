@@ -119,6 +119,7 @@ fn watch_signals(session: &Session, interrupt: &Arc<AtomicBool>, kill: &Arc<Atom
     let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(deaf)?;
     let (interrupt, kill) = (Arc::clone(interrupt), Arc::clone(kill));
     let (bars, quiet) = (session.ui.bars().clone(), session.ui.is_quiet());
+    #[expect(clippy::disallowed_methods, reason = "the third signal is from someone who wants no more waiting")]
     let watch = move || {
         for _ in signals.forever() {
             let said = if !interrupt.swap(true, Ordering::Relaxed) {
