@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 use crate::cli::pace::Pace;
 use crate::cli::render;
@@ -16,6 +16,9 @@ use crate::pipeline::stage::StageEvent;
 
 /// Without a terminal a running stage says how far it is at most this often.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How often clocks and spinners move.
+const TICK: Duration = Duration::from_millis(200);
 
 /// Metrics on a line, at most.
 const SHOWN_METRICS: usize = 4;
@@ -95,7 +98,7 @@ impl<'a> Progress<'a> {
             Event::Interrupted { node, name } => {
                 // Stages that never began are interrupted too; there is nothing to say of them.
                 if self.stop(*node) {
-                    self.line("stopped", Look::Yellow, name, "saved; the next run goes on from there");
+                    self.line("stopped", Look::Yellow, name, "the next run takes it up again");
                 }
             }
             Event::Warning { text } => self.ui.warn(text),
@@ -143,14 +146,15 @@ impl<'a> Progress<'a> {
     fn bar(&mut self, label: &str) -> ProgressBar {
         let overall = self.overall.get_or_insert_with(|| {
             let overall = self.ui.bars().add(ProgressBar::no_length());
-            overall.set_style(style("{wide_msg}"));
-            overall.set_message(overall_text(self.settled, self.total, self.begun));
+            overall.set_style(style("{msg}, {time}"));
+            overall.set_message(overall_text(self.settled, self.total));
+            overall.enable_steady_tick(TICK);
             overall
         });
         let bar = self.ui.bars().insert_before(overall, ProgressBar::no_length());
-        bar.set_style(style("{prefix} {spinner} {elapsed}"));
+        bar.set_style(style("{prefix} {spinner} {time}"));
         bar.set_prefix(format!("{label:>16}"));
-        bar.enable_steady_tick(Duration::from_millis(200));
+        bar.enable_steady_tick(TICK);
         bar
     }
 
@@ -188,9 +192,6 @@ impl<'a> Progress<'a> {
                 self.ui.note(&text);
             }
         }
-        if let Some(overall) = &self.overall {
-            overall.set_message(overall_text(self.settled, self.total, self.begun));
-        }
         let Some(running) = self.running.get_mut(&node) else { return };
         if running.bar.is_none() && running.reached.is_some() && running.told.elapsed() >= PLAIN_INTERVAL {
             running.told = Instant::now();
@@ -213,7 +214,7 @@ impl<'a> Progress<'a> {
     fn settle(&mut self) {
         self.settled += 1;
         if let Some(overall) = &self.overall {
-            overall.set_message(overall_text(self.settled, self.total, self.begun));
+            overall.set_message(overall_text(self.settled, self.total));
         }
     }
 }
@@ -259,9 +260,8 @@ fn headline(metrics: &BTreeMap<String, f64>) -> String {
     shown.join(", ")
 }
 
-fn overall_text(settled: usize, total: usize, begun: Instant) -> String {
-    let elapsed = render::duration(begun.elapsed().as_secs_f64());
-    format!("{}/{} stages, {elapsed}", render::count(settled as u64), render::count(total as u64))
+fn overall_text(settled: usize, total: usize) -> String {
+    format!("{}/{} stages", render::count(settled as u64), render::count(total as u64))
 }
 
 fn bar_style(width: Option<u16>) -> ProgressStyle {
@@ -273,7 +273,12 @@ fn bar_style(width: Option<u16>) -> ProgressStyle {
 }
 
 fn style(template: &str) -> ProgressStyle {
-    ProgressStyle::with_template(template).expect("the template is well formed").progress_chars("━╸ ")
+    let time = |state: &ProgressState, text: &mut dyn std::fmt::Write| {
+        // A bar that cannot be written is redrawn at the next tick.
+        let _ = text.write_str(&render::duration(state.elapsed().as_secs_f64()));
+    };
+    let style = ProgressStyle::with_template(template).expect("the template is well formed");
+    style.with_key("time", time).progress_chars("━╸ ")
 }
 
 #[cfg(test)]
@@ -308,5 +313,7 @@ mod tests {
         for width in [None, Some(20), Some(60), Some(200)] {
             bar_style(width);
         }
+        let bar = ProgressBar::hidden().with_style(style("{prefix} {spinner} {time}"));
+        bar.set_style(style("{msg}, {time}"));
     }
 }

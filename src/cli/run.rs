@@ -81,8 +81,8 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         return Err(Failure::silent(130));
     }
     if !ui.is_json() {
-        // Planned anew: the keys of what just ran are known only now.
-        let plan = session.plan(&experiments, Some(&store))?;
+        // Planned anew where something ran: only now are its keys known.
+        let plan = if outcome.run > 0 { session.plan(&experiments, Some(&store))? } else { plan };
         table::print_after_run(session, &experiments, &plan, &store)?;
     }
     let curves = session.store.join("tensorboard");
@@ -119,6 +119,7 @@ fn watch_signals(session: &Session, interrupt: &Arc<AtomicBool>, kill: &Arc<Atom
     let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(deaf)?;
     let (interrupt, kill) = (Arc::clone(interrupt), Arc::clone(kill));
     let (bars, quiet) = (session.ui.bars().clone(), session.ui.is_quiet());
+    #[expect(clippy::disallowed_methods, reason = "the third signal is from someone who wants no more waiting")]
     let watch = move || {
         for _ in signals.forever() {
             let said = if !interrupt.swap(true, Ordering::Relaxed) {
