@@ -266,7 +266,7 @@ mod tests {
     use crate::loss::token_logprobs;
     use crate::sandbox;
 
-    const NEVER: AtomicBool = AtomicBool::new(false);
+    static NEVER: AtomicBool = AtomicBool::new(false);
 
     fn groups() -> Vec<Group> {
         let prompts: [&[i64]; 3] = [&[1, 5, 7, 3], &[1, 9], &[1, 4, 4]];

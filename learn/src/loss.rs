@@ -20,6 +20,7 @@ pub fn entropy(logits: &Tensor, temperature: f64) -> Tensor {
     })
 }
 
+#[expect(clippy::float_cmp, reason = "1 is what a user writes, and only exactly 1 may be left out")]
 fn tempered(logits: &Tensor, temperature: f64) -> Tensor {
     // Dividing by 1 changes no bit and costs a pass over the largest tensor of a step.
     if temperature == 1.0 { logits.shallow_clone() } else { logits / temperature }
@@ -95,6 +96,7 @@ pub fn policy_loss(
 ///
 /// # Panics
 /// When the rewards are no whole number of groups.
+#[expect(clippy::float_cmp, reason = "only rewards that are exactly equal carry no signal")]
 pub fn group_advantages(rewards: &[f64], group_size: usize, scale: Scale, epsilon: f64, ddof: u64) -> Vec<f64> {
     assert!(group_size > 0 && rewards.len().is_multiple_of(group_size), "rewards come in whole groups");
     rewards

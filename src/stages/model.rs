@@ -319,7 +319,7 @@ mod tests {
     use super::*;
     use crate::pipeline::stage::{InputArtifact, Resources};
 
-    fn architecture(extra: serde_json::Value) -> Architecture {
+    fn architecture(extra: &serde_json::Value) -> Architecture {
         let mut value = json!({"kind": "qwen2", "hidden_size": 16, "layers": 2, "heads": 4});
         value.as_object_mut().expect("an object").extend(extra.as_object().expect("an object").clone());
         serde_json::from_value(value).expect("an architecture")
@@ -327,10 +327,10 @@ mod tests {
 
     #[test]
     fn absent_sizes_are_resolved_in_the_configuration() {
-        let config = architecture(json!({})).config(11, SpecialIds { eos: Some(3), ..SpecialIds::default() });
+        let config = architecture(&json!({})).config(11, SpecialIds { eos: Some(3), ..SpecialIds::default() });
         assert_eq!((config["intermediate_size"].as_u64(), config["num_key_value_heads"].as_u64()), (Some(48), Some(4)));
         assert_eq!((config["eos_token_id"].as_u64(), config["pad_token_id"].as_u64()), (Some(3), None));
-        assert_eq!(architecture(json!({"hidden_size": 128})).inner(), 352);
+        assert_eq!(architecture(&json!({"hidden_size": 128})).inner(), 352);
     }
 
     #[test]
@@ -347,7 +347,7 @@ mod tests {
     #[test]
     fn weights_have_the_spread_that_they_should() {
         let folder = tempfile::tempdir().expect("a folder");
-        let architecture = architecture(json!({"hidden_size": 64, "kv_heads": 2, "tie_word_embeddings": false}));
+        let architecture = architecture(&json!({"hidden_size": 64, "kv_heads": 2, "tie_word_embeddings": false}));
         write_fresh(folder.path(), &architecture, 50, SpecialIds::default(), 1).expect("a model");
         let bytes = std::fs::read(folder.path().join("model.safetensors")).expect("the weights");
         let read = SafeTensors::deserialize(&bytes).expect("a whole file");
@@ -378,7 +378,7 @@ mod tests {
             "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "a"}
         });
         std::fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).expect("a tokenizer");
-        let stage = Model { tokenizer: Input::new("tokenizer"), architecture: architecture(json!({})), seed: 7 };
+        let stage = Model { tokenizer: Input::new("tokenizer"), architecture: architecture(&json!({})), seed: 7 };
         let run = |out: &Path| {
             std::fs::create_dir_all(out.join("checkpoint")).expect("the output's folder");
             let input = InputArtifact {
@@ -398,7 +398,9 @@ mod tests {
             stage.run(&mut context).expect("a model");
         };
         let outs = [tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder")];
-        outs.iter().for_each(|out| run(out.path()));
+        for out in &outs {
+            run(out.path());
+        }
         for name in ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"] {
             let read = |out: &tempfile::TempDir| std::fs::read(out.path().join("checkpoint").join(name)).expect(name);
             assert_eq!(read(&outs[0]), read(&outs[1]), "{name}");

@@ -30,6 +30,7 @@ impl KvCache {
     }
 
     /// A cache with room for `slots` slots whose row r begins as row `source[r]` of `self`; `source` is `[R]` i64.
+    #[must_use]
     pub fn expand(&self, source: &Tensor, slots: i64) -> Self {
         no_grad(|| {
             let rows = source.size()[0];
@@ -241,7 +242,9 @@ mod tests {
             rows.swap_remove(0);
             assert_eq!((cache.rows(), cache.used()), (2, 7));
             let positions: Vec<i64> = rows.iter().map(|row| row.len() as i64).collect();
-            rows.iter_mut().for_each(|row| row.push(4));
+            for row in &mut rows {
+                row.push(4);
+            }
             let logits =
                 decoder.step(&Tensor::from_slice(&[4i64, 4]), &Tensor::from_slice(&positions), &mut cache, Some(&mask));
             for (index, row) in rows.iter().enumerate() {

@@ -194,12 +194,13 @@ impl Transformer {
             let value = layer.value.after_norm(&layer.input_norm, &normed).view([rows, length, shared, size]);
             // 2. Attend causally.
             let mixed = attend(&query, &key, &value);
-            x = x + layer.output.forward(&mixed.reshape([rows, length, heads * size]));
+            // Never in place: the norm's backward pass needs the sum as it was.
+            x = x.g_add(&layer.output.forward(&mixed.reshape([rows, length, heads * size])));
             // 3. Feed forward (SwiGLU).
             let normed = normalise(&x, self.config.rms_norm_eps);
             let gate = layer.gate.after_norm(&layer.post_norm, &normed).silu();
             let up = layer.up.after_norm(&layer.post_norm, &normed);
-            x = x + layer.down.forward(&(gate * up));
+            x = x.g_add(&layer.down.forward(&(gate * up)));
         }
         x
     }

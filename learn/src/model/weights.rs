@@ -199,9 +199,9 @@ impl Stored {
     pub fn tensor(tensor: &Tensor) -> Result<Self> {
         let flat = no_grad(|| tensor.detach().to_device(Device::Cpu).contiguous().view(-1));
         let (dtype, bytes) = match tensor.kind() {
-            Kind::Float => (Dtype::F32, little_endian(&Vec::<f32>::try_from(&flat)?, |value| value.to_le_bytes())),
-            Kind::Double => (Dtype::F64, little_endian(&Vec::<f64>::try_from(&flat)?, |value| value.to_le_bytes())),
-            Kind::Int64 => (Dtype::I64, little_endian(&Vec::<i64>::try_from(&flat)?, |value| value.to_le_bytes())),
+            Kind::Float => (Dtype::F32, little_endian(&Vec::<f32>::try_from(&flat)?, f32::to_le_bytes)),
+            Kind::Double => (Dtype::F64, little_endian(&Vec::<f64>::try_from(&flat)?, f64::to_le_bytes)),
+            Kind::Int64 => (Dtype::I64, little_endian(&Vec::<i64>::try_from(&flat)?, i64::to_le_bytes)),
             other => bail!("tensors of the type {other:?} are not stored"),
         };
         Ok(Self { dtype, shape: tensor.size().iter().map(|&size| size as usize).collect(), bytes })
