@@ -335,8 +335,9 @@ mod tests {
 
     #[test]
     fn sizes_that_do_not_fit_are_problems_with_a_place() {
-        let problem =
-            |extra| architecture(extra).problems().into_iter().map(|problem| problem.path).collect::<Vec<_>>();
+        let problem = |extra: serde_json::Value| {
+            architecture(&extra).problems().into_iter().map(|problem| problem.path).collect::<Vec<_>>()
+        };
         assert_eq!(problem(json!({})), Vec::<String>::new());
         assert_eq!(problem(json!({"heads": 3})), ["architecture.heads"]);
         assert_eq!(problem(json!({"heads": 16})), ["architecture.heads"]);
