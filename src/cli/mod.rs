@@ -105,7 +105,9 @@ pub fn main() -> ExitCode {
         let Global { store, json, color, quiet } = cli.global;
         let store = store.or_else(|| std::env::var_os("PIPE_STORE").filter(|dir| !dir.is_empty()).map(PathBuf::from));
         let session = Session { ui: Ui::new(json, quiet, color), store: store.unwrap_or_else(|| "artifacts".into()) };
-        match dispatch(&cli.command, &session) {
+        let logs = crate::telemetry::logging::to_terminal(session.ui.log_writer());
+        match logs.map_err(|error| Failure::wrong(format!("{error:#}"))).and_then(|()| dispatch(&cli.command, &session))
+        {
             Ok(()) => 0,
             Err(failure) => {
                 session.ui.failure(&failure);

@@ -101,6 +101,12 @@ impl Ui {
         !self.bars.is_hidden()
     }
 
+    /// Where log lines go: to stderr, above the bars.
+    pub fn log_writer(&self) -> impl Fn() -> LogLine + Send + Sync + 'static {
+        let bars = self.bars.clone();
+        move || LogLine(bars.clone())
+    }
+
     /// Where bars are added.
     pub fn bars(&self) -> &MultiProgress {
         &self.bars
@@ -215,6 +221,19 @@ pub fn last_words(text: &str) {
 /// An environment variable that is set to something.
 fn set(name: &str) -> Option<std::ffi::OsString> {
     std::env::var_os(name).filter(|value| !value.is_empty())
+}
+
+/// Writes log lines above the bars.
+pub struct LogLine(MultiProgress);
+
+impl std::io::Write for LogLine {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.suspend(|| std::io::stderr().write(bytes))
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        std::io::stderr().flush()
+    }
 }
 
 #[cfg(test)]

@@ -4,15 +4,13 @@
 //! what a stage computes.
 
 use std::fs::File;
-use std::io::IsTerminal as _;
 use std::path::Path;
 use std::sync::Mutex;
 
 use anyhow::Context as _;
 use tracing::Subscriber;
 use tracing::subscriber::DefaultGuard;
-use tracing_indicatif::IndicatifLayer;
-use tracing_indicatif::filter::IndicatifFilter;
+use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Layer as _};
@@ -22,28 +20,17 @@ pub const FILTER_VARIABLE: &str = "PIPE_LOG";
 
 /// Logs of the driver to stderr, for the whole process; warnings and worse unless `PIPE_LOG` says otherwise.
 ///
-/// With `bars`, a span that carries `indicatif.pb_show` is a live progress bar and log lines are printed above the bars.
-/// Without, as when stderr is no terminal, lines are all there is.
-pub fn to_terminal(bars: bool) -> anyhow::Result<()> {
-    let text = tracing_subscriber::fmt::layer().without_time().with_target(false);
-    let text = text.with_ansi(std::io::stderr().is_terminal());
-    let registry = tracing_subscriber::registry();
-    if bars {
-        let bars = IndicatifLayer::new();
-        let text = text.with_writer(bars.get_stderr_writer()).with_filter(filter("warn")?);
-        registry.with(text).with(bars.with_filter(IndicatifFilter::new(false))).try_init()
-    } else {
-        registry.with(text.with_writer(std::io::stderr).with_filter(filter("warn")?)).try_init()
-    }
-    .context("setting up logs to the terminal")
+/// `writer` is asked for a writer a line: whoever draws progress bars clears them around what it writes.
+pub fn to_terminal<W>(writer: W) -> anyhow::Result<()>
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    let text = tracing_subscriber::fmt::layer().without_time().with_target(false).with_ansi(false);
+    let text = text.with_writer(writer).with_filter(filter("warn")?);
+    tracing_subscriber::registry().with(text).try_init().context("setting up logs to the terminal")
 }
 
-/// Logs of this whole process to the end of the file at `path`: what a worker calls for its one stage.
-pub fn to_file(path: &Path) -> anyhow::Result<()> {
-    file_subscriber(path)?.try_init().with_context(|| format!("setting up logs to `{}`", path.display()))
-}
-
-/// Logs of this thread to the end of the file at `path` while the guard lives: for a stage in the driver's process.
+/// Logs of this thread to the end of the file at `path` while the guard lives: what a running stage says.
 pub fn thread_to_file(path: &Path) -> anyhow::Result<DefaultGuard> {
     Ok(tracing::subscriber::set_default(file_subscriber(path)?))
 }

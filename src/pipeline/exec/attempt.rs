@@ -154,6 +154,10 @@ pub fn attempt(
     for name in &request.names {
         store.link_tensorboard(name, &request.key)?;
     }
+    let log = store.logs(&request.key).join("log.txt");
+    let _log = crate::telemetry::logging::thread_to_file(&log).map_err(AttemptError::Failed)?;
+    let (kind, threads, device) = (&request.kind, attempts.threads, &request.device);
+    tracing::info!(%kind, attempt = attempts.attempts, threads, %device, "begins");
     let mut context = StageContext {
         inputs,
         out: out.clone(),
@@ -178,6 +182,7 @@ pub fn attempt(
     drop(context);
     match finished {
         Ok(metrics) => {
+            tracing::info!(seconds, "done");
             let draft = ManifestDraft {
                 recipe: request.recipe.clone(),
                 parts: request.parts.clone(),
@@ -355,6 +360,11 @@ fn watched(
     let (earlier, mut attempts) = (attempts.seconds, attempts.clone());
     let (mut linked, mut noted) = (false, began);
     Box::new(move |event| {
+        match &event {
+            StageEvent::Note { text } => tracing::info!("{text}"),
+            StageEvent::Resumed { done } => tracing::info!("goes on from {done}"),
+            StageEvent::Progress { .. } | StageEvent::Metrics { .. } => {}
+        }
         if !linked && curves.is_dir() {
             linked = true;
             for name in &names {

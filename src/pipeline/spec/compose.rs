@@ -290,6 +290,21 @@ mod tests {
     }
 
     #[test]
+    fn a_table_of_another_kind_replaces() {
+        let files = Files::new(&[
+            ("p.toml", PIPELINE),
+            (
+                "a.toml",
+                "pipeline = \"p.toml\"\n[stages.train.rewards.other]\nkind = \"correct\"\n[stages.train.rewards.correct]\nweight = 2.0\n",
+            ),
+        ]);
+        let experiment = files.good("a.toml", &[]);
+        let params = experiment.trials[0].stages["train"].stage.params();
+        assert_eq!(params["rewards"]["other"], serde_json::json!({"kind": "correct", "weight": 1.0}));
+        assert_eq!(params["rewards"]["correct"], serde_json::json!({"kind": "correct", "weight": 2.0}));
+    }
+
+    #[test]
     fn mistakes_keep_their_places_through_every_layer() {
         let files = Files::new(&[
             ("p.toml", PIPELINE),

@@ -97,6 +97,8 @@ impl Node {
     }
 
     /// Lays `over` on top: tables merge, arrays and scalars replace, `false` over a table drops it.
+    ///
+    /// A table that says another `kind` replaces: what the old kind was told means nothing to the new one.
     pub(super) fn overlay(&mut self, over: &Self) {
         let (Value::Table(base), Value::Table(over_table)) = (&mut self.value, &over.value) else {
             *self = over.clone();
@@ -109,13 +111,21 @@ impl Node {
                 continue;
             };
             match (&existing.node.value, &entry.node.value) {
-                (Value::Table(_), Value::Table(_)) => existing.node.overlay(&entry.node),
+                (Value::Table(_), Value::Table(_)) if !entry.node.is_another_kind_than(&existing.node) => {
+                    existing.node.overlay(&entry.node);
+                }
                 (Value::Table(_), Value::Boolean(false)) => {
                     base.remove(key);
                 }
                 _ => *existing = entry.clone(),
             }
         }
+    }
+
+    /// Whether both are tables that say their `kind`, and differ in it.
+    fn is_another_kind_than(&self, other: &Self) -> bool {
+        let kind = |node: &Self| node.get("kind").and_then(|entry| entry.node.text().map(str::to_owned));
+        matches!((kind(self), kind(other)), (Some(own), Some(others)) if own != others)
     }
 
     /// What people call its type.

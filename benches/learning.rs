@@ -1,6 +1,6 @@
-//! Tokens per second of a training step and of generation for a 0.9 M-parameter model; `speed.py` is its peer in PyTorch.
+//! Tokens per second of a training step and of generation for a 0.9 M-parameter model; `learning.py` is its peer in PyTorch.
 //!
-//! Run with `cargo run -p pipe-learn --example speed [train|generate|both] [seconds] [threads]`. Beside tokens per second it gives
+//! Run with `cargo bench -p pipe-learn --profile dev -- [train|generate|both] [seconds] [threads]`. Beside tokens per second it gives
 //! tokens per second of processor time, which other work on the machine moves less (exactly so with one thread).
 
 #![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]

@@ -1,4 +1,7 @@
-"""The peer of `speed.rs`: the same training step in plain PyTorch, as one would write it. `python speed.py [seconds] [threads]`"""
+"""The peer of `learning.rs`: the same training step in plain PyTorch, as one would write it.
+
+usage: .venv/bin/python benches/learning.py [seconds] [threads]
+"""
 
 import sys
 import time
