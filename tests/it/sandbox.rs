@@ -8,57 +8,57 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 /// A temporary folder with a store in it, in which `pipe` runs.
-pub struct Sandbox {
+pub(crate) struct Sandbox {
     folder: tempfile::TempDir,
 }
 
 /// What a finished `pipe` left: its exit code and both streams.
-pub struct Ended {
-    pub code: Option<i32>,
-    pub stdout: String,
-    pub stderr: String,
+pub(crate) struct Ended {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
 }
 
 impl Sandbox {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { folder: tempfile::tempdir().unwrap() }
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    pub fn write(&self, name: &str, text: &str) -> &Self {
+    pub(crate) fn write(&self, name: &str, text: &str) -> &Self {
         let path = self.path(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, text).unwrap();
         self
     }
 
-    pub fn command(&self, arguments: &[&str]) -> Command {
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_pipe"));
         command.args(arguments).current_dir(self.folder.path()).stdin(Stdio::null());
         command.env_remove("PIPE_STORE").env_remove("PIPE_LOG").env_remove("PIPE_WORKER");
         command
     }
 
-    pub fn pipe(&self, arguments: &[&str]) -> Ended {
+    pub(crate) fn pipe(&self, arguments: &[&str]) -> Ended {
         Ended::of(&self.command(arguments).output().unwrap())
     }
 
     /// Runs `pipe` and insists that it ends with 0.
-    pub fn ok(&self, arguments: &[&str]) -> Ended {
+    pub(crate) fn ok(&self, arguments: &[&str]) -> Ended {
         let ended = self.pipe(arguments);
         assert_eq!(ended.code, Some(0), "pipe {arguments:?}\n{}\n{}", ended.stdout, ended.stderr);
         ended
     }
 
-    pub fn start(&self, arguments: &[&str]) -> Child {
+    pub(crate) fn start(&self, arguments: &[&str]) -> Child {
         self.command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }
 
     /// The counts of the last event of `pipe run --json`.
-    pub fn run(&self, arguments: &[&str]) -> Value {
+    pub(crate) fn run(&self, arguments: &[&str]) -> Value {
         let ended = self.pipe(&[&["run", "--json"], arguments].concat());
         let last = ended.stdout.lines().last().unwrap_or_else(|| panic!("no event\n{}", ended.stderr));
         let mut outcome: Value = serde_json::from_str(last).unwrap();
@@ -67,19 +67,19 @@ impl Sandbox {
         outcome
     }
 
-    pub fn json(&self, arguments: &[&str]) -> Value {
+    pub(crate) fn json(&self, arguments: &[&str]) -> Value {
         let ended = self.ok(arguments);
         serde_json::from_str(&ended.stdout).unwrap_or_else(|error| panic!("{error}: {}", ended.stdout))
     }
 
     /// The digest of a stage's output, as `pipe show` tells it.
-    pub fn digest(&self, stage: &str) -> String {
+    pub(crate) fn digest(&self, stage: &str) -> String {
         self.json(&["show", "--json", stage])["digest"].as_str().unwrap().to_owned()
     }
 }
 
 impl Ended {
-    pub fn of(output: &Output) -> Self {
+    pub(crate) fn of(output: &Output) -> Self {
         Self {
             code: output.status.code(),
             stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
@@ -89,7 +89,7 @@ impl Ended {
 }
 
 /// Waits until `done` or panics with `what` after some seconds.
-pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+pub(crate) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !done() {
         assert!(begin.elapsed() < Duration::from_secs(60), "waited in vain for {what}");
@@ -98,7 +98,7 @@ pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 /// Every regular file below `folder`.
-pub fn files(folder: &Path) -> Vec<PathBuf> {
+pub(crate) fn files(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut folders = vec![folder.to_owned()];
     while let Some(folder) = folders.pop() {

@@ -300,7 +300,7 @@ mod tests {
         ]);
         let experiment = files.good("a.toml", &[]);
         let params = experiment.trials[0].stages["train"].stage.params();
-        assert_eq!(params["rewards"]["other"], serde_json::json!({"kind": "correct", "weight": 1.0}));
+        assert_eq!(params["rewards"]["other"], serde_json::json!({"kind": "correct", "weight": 0.0}));
         assert_eq!(params["rewards"]["correct"], serde_json::json!({"kind": "correct", "weight": 2.0}));
     }
 

@@ -1,0 +1,217 @@
+//! What stages are joined by: artifact types, inputs, and the user's own files, as fields of a stage's parameters.
+//!
+//! Each reads from a plain string and writes a tagged object, so that one walk over a serialised stage finds every edge and
+//! file without knowing the stage.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::path::PathBuf;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::{Value, json};
+
+/// What an edge of the graph carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ArtifactType {
+    /// Parquet files with one row an instance or example, a file a split.
+    Dataset,
+    /// `tokenizer.json` and its companions.
+    Tokenizer,
+    /// Token ids, row offsets and loss masks, the rows they came from, and the task they belong to.
+    Tokens,
+    /// A Hugging Face model folder.
+    Checkpoint,
+    /// Every completion that a training stage sampled, with its rewards.
+    Rollouts,
+    /// One row an evaluated example, and the metrics over them.
+    Evaluation,
+    /// Whatever a `command` stage wrote.
+    Files,
+}
+
+impl fmt::Display for ArtifactType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Dataset => "dataset",
+            Self::Tokenizer => "tokenizer",
+            Self::Tokens => "tokens",
+            Self::Checkpoint => "checkpoint",
+            Self::Rollouts => "rollouts",
+            Self::Evaluation => "evaluation",
+            Self::Files => "files",
+        })
+    }
+}
+
+/// The type-level side of [`ArtifactType`]: what an [`Input`] wants.
+pub trait Artifact: 'static {
+    /// The type that an edge must carry; `None` takes any.
+    const WANTS: Option<ArtifactType>;
+}
+
+macro_rules! artifacts {
+    ($($(#[$doc:meta])* $name:ident = $wants:expr;)*) => {$(
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug)]
+        pub enum $name {}
+        impl Artifact for $name { const WANTS: Option<ArtifactType> = $wants; }
+    )*};
+}
+
+artifacts! {
+    /// Marks an input of type [`ArtifactType::Dataset`].
+    Dataset = Some(ArtifactType::Dataset);
+    /// Marks an input of type [`ArtifactType::Tokenizer`].
+    Tokenizer = Some(ArtifactType::Tokenizer);
+    /// Marks an input of type [`ArtifactType::Tokens`].
+    Tokens = Some(ArtifactType::Tokens);
+    /// Marks an input of type [`ArtifactType::Checkpoint`].
+    Checkpoint = Some(ArtifactType::Checkpoint);
+    /// Marks an input that takes an artifact of any type.
+    Any = None;
+}
+
+/// An edge of the graph: the name of a stage of the same pipeline, or `stage.output` for an output that is not its first.
+///
+/// It reads from a string and writes `{"$input": reference, "wants": type}`, so that one walk over a serialised stage
+/// finds every edge with its type.
+pub struct Input<A> {
+    /// As the user wrote it: `stage` or `stage.output`.
+    pub reference: String,
+    artifact: PhantomData<fn() -> A>,
+}
+
+impl<A> Clone for Input<A> {
+    fn clone(&self) -> Self {
+        Self { reference: self.reference.clone(), artifact: PhantomData }
+    }
+}
+
+impl<A> fmt::Debug for Input<A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Input({})", self.reference)
+    }
+}
+
+impl<A: Artifact> Input<A> {
+    /// An edge from `reference`.
+    pub fn new(reference: impl Into<String>) -> Self {
+        Self { reference: reference.into(), artifact: PhantomData }
+    }
+}
+
+impl<A: Artifact> Serialize for Input<A> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        json!({"$input": self.reference, "wants": A::WANTS}).serialize(serializer)
+    }
+}
+
+impl<'de, A: Artifact> Deserialize<'de> for Input<A> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        tagged_string(deserializer, "$input").map(|(reference, _)| Self::new(reference))
+    }
+}
+
+impl<A: Artifact> JsonSchema for Input<A> {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        A::WANTS.map_or_else(|| "AnyInput".into(), |wants| format!("Input_{wants}").into())
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        let wants = A::WANTS.map_or_else(|| "any".to_owned(), |wants| wants.to_string());
+        json_schema!({"type": "string", "x-input": wants})
+    }
+}
+
+/// A file or folder of the user's, known by its content alone.
+///
+/// It reads from a string, relative to the TOML file that names it, and writes `{"$file": absolute path}`.
+#[derive(Clone, Debug)]
+pub struct SourceFile {
+    /// Where it lies, absolute once the specification is read.
+    pub path: PathBuf,
+}
+
+/// A file or folder of the user's, known by its content and by the relative path at which it must stand.
+///
+/// It writes `{"$file": absolute path, "as": relative path}`.
+#[derive(Clone, Debug)]
+pub struct PlacedFile {
+    /// Where it lies, absolute once the specification is read.
+    pub path: PathBuf,
+    /// The relative path, as the user wrote it, at which the stage finds it.
+    pub placed: String,
+}
+
+impl Serialize for SourceFile {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        json!({"$file": self.path}).serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for SourceFile {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        tagged_string(deserializer, "$file").map(|(path, _)| Self { path: path.into() })
+    }
+}
+
+impl JsonSchema for SourceFile {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "SourceFile".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"type": "string", "x-file": "content"})
+    }
+}
+
+impl Serialize for PlacedFile {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        json!({"$file": self.path, "as": self.placed}).serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for PlacedFile {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let (path, placed) = tagged_string(deserializer, "$file")?;
+        Ok(Self { placed: placed.unwrap_or_else(|| path.clone()), path: path.into() })
+    }
+}
+
+impl JsonSchema for PlacedFile {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "PlacedFile".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"type": "string", "x-file": "placed"})
+    }
+}
+
+/// Reads a plain string, or the object that the types above write; gives the string and the object's `as`.
+fn tagged_string<'de, D: Deserializer<'de>>(deserializer: D, tag: &str) -> Result<(String, Option<String>), D::Error> {
+    use serde::de::Error as _;
+    match Value::deserialize(deserializer)? {
+        Value::String(text) => Ok((text, None)),
+        Value::Object(fields) => {
+            let text = fields.get(tag).and_then(Value::as_str);
+            let placed = fields.get("as").and_then(Value::as_str).map(str::to_owned);
+            text.map(|text| (text.to_owned(), placed)).ok_or_else(|| D::Error::custom(format!("expected `{tag}`")))
+        }
+        other => Err(D::Error::custom(format!("expected a string, found `{other}`"))),
+    }
+}
