@@ -162,6 +162,8 @@ pub struct Scheduler {
     leaders: HashMap<Digest, (usize, Vec<usize>)>,
     /// Keys whose result was made in this run.
     made: HashMap<Digest, usize>,
+    /// Keys that failed in this run: what failed once would fail again.
+    failures: HashMap<Digest, usize>,
     /// Nodes in finding, elsewhere, queued or running: when there are none, the run is over.
     active: usize,
     running: BTreeSet<usize>,
@@ -188,6 +190,7 @@ impl Scheduler {
             ending: None,
             leaders: HashMap::new(),
             made: HashMap::new(),
+            failures: HashMap::new(),
             active: 0,
             running: BTreeSet::new(),
         }
@@ -270,6 +273,11 @@ impl Scheduler {
             self.active -= 1;
             actions.push(Action::Cached(node));
             self.settle_ok(node, Phase::Cached, actions);
+        } else if let Some(&other) = self.failures.get(&key).filter(|other| **other != node) {
+            self.active -= 1;
+            self.nodes[node].phase = Phase::Failed;
+            actions.push(Action::FailLike(node, other));
+            self.close_consumers(vec![node], Phase::Blocked, actions);
         } else {
             self.leaders.insert(key, (node, Vec::new()));
             self.nodes[node].phase = Phase::Queued;
@@ -346,6 +354,9 @@ impl Scheduler {
     fn failed(&mut self, node: usize, actions: &mut Vec<Action>) {
         let followers = self.take_followers(node);
         self.nodes[node].phase = Phase::Failed;
+        if let Some(key) = self.nodes[node].key.clone() {
+            self.failures.insert(key, node);
+        }
         for &follower in &followers {
             self.nodes[follower].phase = Phase::Failed;
             actions.push(Action::FailLike(follower, node));
