@@ -64,6 +64,7 @@ pub fn normal(stream: &mut ChaCha8Rng) -> f64 {
 }
 
 #[cfg(test)]
+#[expect(clippy::float_cmp, reason = "draws are equal to the bit or not at all")]
 mod tests {
     use super::*;
 

@@ -438,7 +438,7 @@ mod tests {
         let tested = |p: Option<f64>| {
             Some(Tested { difference: Difference { mean: 0.1, low: None, high: None, n: 5, p }, p_holm: None })
         };
-        let mut block = vec![tested(Some(0.01)), None, tested(None), tested(Some(0.04))];
+        let mut block = [tested(Some(0.01)), None, tested(None), tested(Some(0.04))];
         correct(block.iter_mut());
         let adjusted: Vec<Option<f64>> = block.iter().flatten().map(|tested| tested.p_holm).collect();
         assert_eq!(adjusted, [Some(0.02), None, Some(0.04)]);

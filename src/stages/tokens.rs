@@ -1,7 +1,7 @@
 //! Reading a `Tokens` artifact: ids, row offsets, loss masks and the rows they came from, all in memory.
 //!
-//! The layout of the folder: `tokens.safetensors` (`ids` i32 [tokens], `offsets` i64 [rows + 1], `mask` u8 [tokens],
-//! `prompt_lengths` i32 [rows]), `rows.parquet` (a row each, in the same order), `task.json`, `tokenizer/`,
+//! The layout of the folder: `tokens.safetensors` (`ids` i32 `[tokens]`, `offsets` i64 `[rows + 1]`, `mask` u8 `[tokens]`,
+//! `prompt_lengths` i32 `[rows]`), `rows.parquet` (a row each, in the same order), `task.json`, `tokenizer/`,
 //! `metrics.json`. A row is `bos prompt completion eos`; its tokens are `ids[offsets[row]..offsets[row + 1]]`, of which
 //! the first `prompt_lengths[row]` are `bos` and the prompt. This module knows the files and no tensor library.
 

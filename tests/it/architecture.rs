@@ -47,7 +47,7 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
 /// The text of a file before its unit tests.
 fn code(path: &Path) -> String {
     let text = fs::read_to_string(path).unwrap();
-    let end = text.find("#[cfg(test)]\nmod tests").unwrap_or(text.len());
+    let end = text.find("#[cfg(test)]\nmod tests").or(text.find("#[cfg(test)]\n#[expect")).unwrap_or(text.len());
     text[..end].to_owned()
 }
 

@@ -1,5 +1,7 @@
 //! The one integration binary: what holds for the whole tree rather than for a module.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop where it stands")]
+
 mod architecture;
 mod engine;
 mod learning;

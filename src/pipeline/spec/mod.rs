@@ -294,10 +294,10 @@ model = "scored"
             String::from("[params]\nseed = 1\n[stages.data]\nkind = \"draw\"\ntask = { kind = \"maze\", rows = 5 }\n");
         for index in 0..1000 {
             let start = if index == 0 { String::new() } else { format!("start = \"t{}\"\n", index - 1) };
-            text += &format!(
+            text.extend([format!(
                 "[stages.t{index}]\nkind = \"train\"\ndata = \"data\"\nsteps = 5\nseed = \"${{params.seed}}\"\n{start}\
                  rewards.correct = {{ kind = \"correct\", weight = {index}.5 }}\n"
-            );
+            )]);
         }
         let files = Files::new(&[("long.toml", &text)]);
         let begin = std::time::Instant::now();
