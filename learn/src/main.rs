@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use pipe::pipeline::exec::attempt::Request;
 use pipe::pipeline::exec::worker::{Program, serve};
 use pipe_learn::kinds::RUNNERS;
@@ -12,6 +12,8 @@ fn main() -> anyhow::Result<ExitCode> {
     serve(&Program { runners: RUNNERS, prepare, set_threads }).map(ExitCode::from)
 }
 
+/// Notes which build computes, and refuses a device that is not there.
+///
 /// The driver judges by the files of the GPU driver; libtorch has the last word.
 fn prepare(request: &mut Request) -> anyhow::Result<()> {
     ensure!(
@@ -19,5 +21,8 @@ fn prepare(request: &mut Request) -> anyhow::Result<()> {
         "the device `{}` was given to the stage, and libtorch finds no usable GPU; set `run.device` to `cpu`",
         request.device
     );
+    let build = std::fs::metadata("/proc/self/exe").context("cannot look at this program")?;
+    let changed = build.modified().context("cannot look at this program")?.duration_since(std::time::UNIX_EPOCH)?;
+    request.numerics.insert("worker".to_owned(), format!("{} bytes of {}", build.len(), changed.as_secs()));
     Ok(())
 }

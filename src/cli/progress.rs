@@ -253,7 +253,8 @@ fn headline(metrics: &BTreeMap<String, f64>) -> String {
         let last = name.rsplit(['/', '.']).next().unwrap_or(name);
         FIRST.iter().position(|first| *first == last).unwrap_or(FIRST.len())
     };
-    let mut names: Vec<&String> = metrics.keys().collect();
+    // A dotted name is a part of another number: `solved.long`, `rows.train`.
+    let mut names: Vec<&String> = metrics.keys().filter(|name| !name.contains('.')).collect();
     names.sort_by_key(|name| (rank(name), name.as_str()));
     let shown: Vec<String> =
         names.into_iter().take(SHOWN_METRICS).map(|name| format!("{name} {}", render::number(metrics[name]))).collect();

@@ -433,6 +433,27 @@ mod tests {
     }
 
     #[test]
+    fn what_ends_well_because_it_was_asked_to_stop_is_not_done() {
+        let mut bench = Bench::new();
+        let interrupt = Arc::new(AtomicBool::new(false));
+        bench.context.interrupt = interrupt.clone();
+        let ready = bench.place.path().join("ready");
+        let script =
+            format!("trap 'echo half > out; exit 0' TERM; touch {}; while :; do sleep 0.02; done", ready.display());
+        let begun = Instant::now();
+        std::thread::scope(|scope| {
+            let running = scope.spawn(|| bench.run(&shell(&script)));
+            while !ready.exists() {
+                assert!(begun.elapsed() < Duration::from_secs(20));
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            interrupt.store(true, Ordering::Relaxed);
+            let error = running.join().unwrap().unwrap_err();
+            assert!(error.is::<Interrupted>(), "{error:#}");
+        });
+    }
+
+    #[test]
     fn nothing_that_the_program_started_outlives_it() {
         let mut bench = Bench::new();
         bench.run(&shell("sleep 60 & echo $! > out")).unwrap();

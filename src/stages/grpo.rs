@@ -196,7 +196,8 @@ impl Stage for Grpo {
 
     fn check(&self, upstream: &Upstream<'_>) -> Vec<Problem> {
         let rows = self.prompts_per_step * self.group_size / self.updates_per_step.max(1);
-        let mut problems = crate::stages::training::check(self.micro_batch_size, rows, self.validate.as_ref());
+        let mut problems =
+            crate::stages::training::check(&self.split, self.micro_batch_size, rows, self.validate.as_ref());
         if self.rewards.is_empty() {
             let problem = Problem::new("rewards", "no reward is given");
             problems
@@ -219,10 +220,6 @@ impl Stage for Grpo {
                 self.updates_per_step, self.prompts_per_step
             );
             problems.push(Problem::new("updates_per_step", message));
-        }
-        if self.split == "test" {
-            let problem = Problem::new("split", "the split `test` may not be trained on");
-            problems.push(problem.hint("train on `rl`; `test` is for `evaluate`"));
         }
         problems
     }

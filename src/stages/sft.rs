@@ -81,7 +81,8 @@ impl Stage for Sft {
 
     fn check(&self, upstream: &Upstream<'_>) -> Vec<Problem> {
         let validate = self.validate.as_ref();
-        let mut problems = crate::stages::training::check(self.micro_batch_size, self.batch_size, validate);
+        let mut problems =
+            crate::stages::training::check(&self.split, self.micro_batch_size, self.batch_size, validate);
         problems.extend(check_select(*upstream, &self.data.reference, validate));
         problems
     }

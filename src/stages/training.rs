@@ -12,10 +12,10 @@ use crate::tasks::TaskSpec;
 #[serde(deny_unknown_fields, default)]
 pub struct Optimizer {
     /// Decay of the first moment, per step.
-    #[schemars(range(min = 0.0, max = 1.0))]
+    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0))]
     pub beta1: f64,
     /// Decay of the second moment, per step.
-    #[schemars(range(min = 0.0, max = 1.0))]
+    #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1.0))]
     pub beta2: f64,
     /// Added to the root of the second moment.
     #[schemars(extend("exclusiveMinimum" = 0.0))]
@@ -132,16 +132,47 @@ pub(crate) fn check_select(upstream: Upstream<'_>, reference: &str, validate: Op
     Some(Problem { path: "validate.select".to_owned(), message, hint })
 }
 
-/// What the shared parameters may not say together.
-pub fn check(micro_batch_size: u64, batch_size: u64, validate: Option<&Validate>) -> Vec<Problem> {
+/// What the shared parameters may not say together. `split` is trained on, in batches of `batch_size` rows.
+pub fn check(split: &str, micro_batch_size: u64, batch_size: u64, validate: Option<&Validate>) -> Vec<Problem> {
     let mut problems = Vec::new();
+    if split == "test" {
+        let problem = Problem::new("split", "the split `test` may not be trained on");
+        problems.push(problem.hint("`test` is for `evaluate`"));
+    }
     if micro_batch_size > batch_size {
         let message = format!("`micro_batch_size` {micro_batch_size} is larger than the batch of {batch_size} rows");
         problems.push(Problem::new("micro_batch_size", message).hint("leave it out to take the whole batch at once"));
     }
-    if validate.is_some_and(|validate| validate.split == "test") {
-        let problem = Problem::new("validate.split", "the split `test` may not select a checkpoint");
-        problems.push(problem.hint("validate on `validation`; `test` is for `evaluate`"));
+    if let Some(validate) = validate {
+        let hint = "validate on `validation`; `test` is for `evaluate`";
+        if validate.split == "test" {
+            let message = "the split `test` may not select a checkpoint";
+            problems.push(Problem::new("validate.split", message).hint(hint));
+        } else if validate.split == split {
+            let message = format!("the split `{split}` is trained on and may not select a checkpoint");
+            problems.push(Problem::new("validate.split", message).hint(hint));
+        }
     }
     problems
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_test_split_trains_and_selects_nothing() {
+        let validate = |split: &str| {
+            let json = serde_json::json!({"every": 1, "samples": 1, "split": split});
+            serde_json::from_value::<Validate>(json).unwrap()
+        };
+        let paths = |split: &str, validated: &str| -> Vec<String> {
+            check(split, 0, 8, Some(&validate(validated))).into_iter().map(|problem| problem.path).collect()
+        };
+        assert!(paths("train", "validation").is_empty());
+        assert_eq!(paths("test", "validation"), ["split"]);
+        assert_eq!(paths("train", "test"), ["validate.split"]);
+        assert_eq!(paths("train", "train"), ["validate.split"]);
+        assert_eq!(check("train", 9, 8, None)[0].path, "micro_batch_size");
+    }
 }

@@ -19,7 +19,14 @@ pub struct TooFewSeeds {
 /// Student's interval of the mean over seeds; one value a seed.
 pub fn over_seeds(values: &[f64], level: f64) -> Result<Estimate, TooFewSeeds> {
     let too_few = TooFewSeeds { found: values.len() };
-    if values.len() < FEWEST { Err(too_few) } else { t_interval(values, level).ok_or(too_few) }
+    if values.len() < FEWEST {
+        return Err(too_few);
+    }
+    let estimate = t_interval(values, level).ok_or(too_few)?;
+    // Seeds that agree to the last bit are one result told several times (a stage that the seed does not reach), not a
+    // recipe without spread.
+    let alike = values.iter().all(|value| value.to_bits() == values[0].to_bits());
+    Ok(if alike { Estimate { low: None, high: None, ..estimate } } else { estimate })
 }
 
 /// The one-sample t test and interval of per-seed differences (first minus second arm under the same seed).
@@ -29,15 +36,14 @@ pub fn difference_over_seeds(differences: &[f64], level: f64) -> Result<Differen
     let estimate = over_seeds(differences, level)?;
     let (mean, deviation) = moments(differences);
     let n = differences.len() as f64;
+    // No spread and a difference: see `over_seeds`. Nothing is shown by it.
     let p = if deviation > 0.0 {
         let t = mean.abs() / (deviation / n.sqrt());
-        2.0 * StudentsT::new(0.0, 1.0, n - 1.0).expect("there are at least five seeds").sf(t)
-    } else if mean == 0.0 {
-        1.0
+        Some(2.0 * StudentsT::new(0.0, 1.0, n - 1.0).expect("there are at least five seeds").sf(t))
     } else {
-        0.0
+        (mean == 0.0).then_some(1.0)
     };
-    Ok(Difference { mean, low: estimate.low, high: estimate.high, n: estimate.n, p: Some(p) })
+    Ok(Difference { mean, low: estimate.low, high: estimate.high, n: estimate.n, p })
 }
 
 #[cfg(test)]
@@ -52,6 +58,14 @@ mod tests {
         assert!((found.low.unwrap() - -0.002_585_251_910).abs() < 1e-9);
         assert!((found.high.unwrap() - 0.054_585_251_910).abs() < 1e-9);
         assert_eq!(found.n, 5);
+    }
+
+    #[test]
+    fn one_result_told_five_times_shows_nothing() {
+        let copies = over_seeds(&[0.7; 5], 0.95).unwrap();
+        assert_eq!((copies.mean, copies.low, copies.high), (0.7, None, None));
+        let difference = difference_over_seeds(&[0.1; 5], 0.95).unwrap();
+        assert_eq!((difference.low, difference.high, difference.p), (None, None, None));
     }
 
     #[test]

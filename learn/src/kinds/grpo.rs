@@ -26,7 +26,8 @@ use crate::training::Training;
 use crate::validate::Validation;
 use crate::{device, preflight};
 
-/// How far the sampler's log-probabilities may lie from the trainer's on the first step, in fp32 on a CPU.
+/// How far the sampler's log-probabilities may lie from the trainer's on the first step, in fp32 on a CPU, at temperature 1
+/// or above; below, the temperature divides the logits' own error too.
 const PARITY: f64 = 1e-4;
 
 /// What the loop counts besides its steps.
@@ -177,7 +178,7 @@ fn train(params: &Grpo, prompts: &Prompts, rollout: &Rollout, training: &mut Tra
     // Metrics.
     let mismatch = metrics.values().get("sampling/logprob_difference_max").copied().unwrap_or(0.0);
     ensure!(
-        counters.step > 0 || model.device() != Device::Cpu || mismatch <= PARITY,
+        counters.step > 0 || model.device() != Device::Cpu || mismatch <= PARITY / params.temperature.min(1.0),
         "sampler and trainer disagree by {mismatch} in a log-probability before the first update: more than {PARITY}"
     );
     metrics.total("updates/made", updates as f64);

@@ -152,7 +152,7 @@ pub fn attempt(
         std::fs::write(&path, &request.config_text).map_err(|cause| io("write", &path, cause))?;
     }
     for name in &request.names {
-        store.link_tensorboard(name, &request.key)?;
+        show_curves(store, name, &request.key);
     }
     let log = store.logs(&request.key).join("log.txt");
     let _log = crate::telemetry::logging::thread_to_file(&log).map_err(AttemptError::Failed)?;
@@ -174,7 +174,7 @@ pub fn attempt(
     let ran = catch_unwind(AssertUnwindSafe(|| run(&mut context)))
         .unwrap_or_else(|panic| Err(anyhow!("the stage panicked: {}", panic_text(panic.as_ref()))));
     for name in &request.names {
-        store.link_tensorboard(name, &request.key)?;
+        show_curves(store, name, &request.key);
     }
     let seconds = attempts.seconds + began.elapsed().as_secs_f64();
     let ended = Attempts { seconds, ..attempts.clone() };
@@ -206,6 +206,13 @@ pub fn attempt(
             Err(AttemptError::Interrupted)
         }
         Err(error) => Err(fail(store, &lock, &out, &ended, error)),
+    }
+}
+
+/// Shows a key's curves under the name of its stage. They are a view: that it cannot be made costs no result.
+fn show_curves(store: &Store, name: &NodeName, key: &Digest) {
+    if let Err(error) = store.link_tensorboard(name, key) {
+        tracing::warn!(%error, "the curves are not shown");
     }
 }
 

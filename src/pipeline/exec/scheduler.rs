@@ -150,7 +150,10 @@ impl Scheduler {
         }
         self.nodes[node].key = Some(key.clone());
         if let Some((leader, followers)) = self.leaders.get_mut(&key) {
-            followers.push(node);
+            // After a rebuild of its input a node finds the key that it already waits for.
+            if !followers.contains(&node) {
+                followers.push(node);
+            }
             self.nodes[node].phase = Phase::Follows(*leader);
             self.active -= 1;
         } else if let Some(&maker) = self.made.get(&key).filter(|maker| **maker != node) {

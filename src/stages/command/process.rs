@@ -81,8 +81,9 @@ impl Program<'_> {
         let status = child.wait().context("cannot wait for the program")?;
         unwatch(group);
         Ok(match how(status) {
+            // A program that saves what it has and ends well when it is asked to stop has not finished its work.
+            _ if asked => Ended::Interrupted,
             None => Ended::Well,
-            Some(_) if asked => Ended::Interrupted,
             Some(how) => Ended::Badly(how),
         })
     }
