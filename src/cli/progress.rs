@@ -304,9 +304,9 @@ mod tests {
 
     #[test]
     fn what_people_look_for_comes_first() {
-        let names = ["a", "b", "c", "validation.solved", "sft/loss"];
+        let names = ["a", "b", "c", "rows.train", "validation/solved", "sft/loss"];
         let metrics = names.map(|name| (name.to_owned(), 0.5)).into();
-        assert_eq!(headline(&metrics), "validation.solved 0.5, sft/loss 0.5, a 0.5, b 0.5");
+        assert_eq!(headline(&metrics), "validation/solved 0.5, sft/loss 0.5, a 0.5, b 0.5");
     }
 
     #[test]
