@@ -4,5 +4,6 @@
 
 mod architecture;
 mod engine;
+mod generated;
 mod learning;
 mod sandbox;
