@@ -81,7 +81,7 @@ impl fmt::Debug for Digest {
 
 /// What entered a key, kept beside the result so that a change can be explained.
 ///
-/// The key is the BLAKE3 hash of the canonical JSON (RFC 8785) of exactly this value.
+/// The key is the BLAKE3 hash, under a derive-key context of its own, of the canonical JSON (RFC 8785) of exactly this value.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct KeyParts {
     /// The kind's name.
