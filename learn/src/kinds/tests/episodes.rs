@@ -24,7 +24,7 @@ struct Played {
     model: Transformer,
     prompts: Prompts,
     requests: Vec<Request>,
-    played: Vec<Vec<Trajectory>>,
+    trajectories: Vec<Vec<Trajectory>>,
 }
 
 fn sampling() -> Sampling {
@@ -39,13 +39,13 @@ fn played() -> Played {
     let counters = |row: usize, sample: u64| vec![11, 0, row as u64, sample];
     let requests: Vec<Request> =
         rows.into_iter().map(|row| Request { row, samples: vec![counters(row, 0), counters(row, 1)] }).collect();
-    let played = play(&model, &prompts, &requests, &sampling(), &NEVER, &mut |_| {}).unwrap();
-    Played { model, prompts, requests, played }
+    let trajectories = play(&model, &prompts, &requests, &sampling(), &NEVER, &mut |_| {}).unwrap();
+    Played { model, prompts, requests, trajectories }
 }
 
 #[test]
 fn a_trajectory_is_what_the_environment_saw_and_the_model_read() {
-    let Played { model, prompts, requests, played } = played();
+    let Played { model, prompts, requests, trajectories: played } = played();
     let (mut several, mut whole) = (0, 0);
     for (request, samples) in requests.iter().zip(&played) {
         for (counters, one) in request.samples.iter().zip(samples) {
@@ -84,7 +84,7 @@ fn a_trajectory_is_what_the_environment_saw_and_the_model_read() {
 
 #[test]
 fn sampler_and_trainer_agree_over_whole_episodes_and_only_replies_are_targets() {
-    let Played { model, prompts, requests, played } = played();
+    let Played { model, prompts, requests, trajectories: played } = played();
     let mut compared = 0;
     for (request, samples) in requests.iter().zip(&played) {
         let prompt = prompts.prompt(request.row);
@@ -111,7 +111,7 @@ fn sampler_and_trainer_agree_over_whole_episodes_and_only_replies_are_targets() 
 
 #[test]
 fn the_same_chunk_gives_the_same_trajectories_and_episodes_do_not_matter_to_each_other() {
-    let Played { model, prompts, requests, played } = played();
+    let Played { model, prompts, requests, trajectories: played } = played();
     let again = play(&model, &prompts, &requests, &sampling(), &NEVER, &mut |_| {}).unwrap();
     assert_eq!(played, again);
     let alone = play(&model, &prompts, &requests[3..4], &sampling(), &NEVER, &mut |_| {}).unwrap();
