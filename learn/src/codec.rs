@@ -30,6 +30,12 @@ impl Codec {
         &self.digest
     }
 
+    /// The ids of `text`; text that the tokenizer has no token for is an error.
+    pub fn encode(&self, text: &str) -> anyhow::Result<Vec<i64>> {
+        let encoded = self.tokenizer.encode(text, false).map_err(|error| anyhow!("{error}"));
+        Ok(encoded.context("turning text into ids")?.get_ids().iter().map(|id| i64::from(*id)).collect())
+    }
+
     /// The text of `ids`, special tokens included.
     pub fn decode(&self, ids: &[i64]) -> anyhow::Result<String> {
         let ids: Vec<u32> = ids.iter().map(|id| *id as u32).collect();

@@ -19,6 +19,7 @@ pub mod rollout;
 pub mod session;
 pub mod training;
 pub mod training_state;
+pub mod trajectory;
 pub mod validate;
 
 #[cfg(test)]

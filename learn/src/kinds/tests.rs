@@ -104,6 +104,8 @@ fn numbers(job: &Job<'_>, names: &[&str]) -> Vec<Vec<f64>> {
     let numbers = |column| match column {
         Column::Number(values) => values.into_iter().map(Option::unwrap).collect(),
         Column::Integer(values) => values.into_iter().map(|value| value.unwrap() as f64).collect(),
+        // Of tasks of one turn.
+        Column::Numbers(values) => values.into_iter().map(|list| list[0]).collect(),
         Column::Flag(values) => values.into_iter().map(|flag| f64::from(u8::from(flag))).collect(),
         other => panic!("{other:?} are no numbers"),
     };
@@ -114,7 +116,7 @@ fn numbers(job: &Job<'_>, names: &[&str]) -> Vec<Vec<f64>> {
 fn what_is_logged_is_what_is_optimised() {
     let job = Job::new(&FLOW, "grpo", grpo());
     job.run(&[]).unwrap();
-    let columns = numbers(&job, &["step", "reward_correct", "reward_near", "total", "advantage", "solved", "kept"]);
+    let columns = numbers(&job, &["step", "reward_correct", "reward_near", "total", "advantages", "solved", "kept"]);
     let [step, correct, near, total, advantage, solved, kept] = columns.try_into().unwrap();
     assert_eq!(correct, solved);
     for row in 0..total.len() {
