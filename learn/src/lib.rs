@@ -16,6 +16,7 @@ pub mod order;
 pub mod preflight;
 pub mod prompts;
 pub mod rollout;
+pub mod score;
 pub mod session;
 pub mod training;
 pub mod training_state;
