@@ -148,6 +148,7 @@ impl Stage for Tokenize {
         self.report(&rows, context)?;
         rows.save(&folder)?;
         let format = task.is_some().then(|| self.format.clone());
+        let task = task.map(|task| task.store(&folder)).transpose()?;
         write_json(&folder.join(TASK_FILE), &TaskFile { task, format, tokenizer: encoder.digest.clone() })?;
         write_json(&folder.join("metrics.json"), &rows.metrics(&splits))?;
         copy_files(&tokenizer_folder, &folder.join(TOKENIZER_FOLDER))
@@ -330,7 +331,7 @@ fn read_task(dataset: &Path) -> anyhow::Result<Option<TaskSpec>> {
     let reading = || format!("reading `{}`", path.display());
     let bytes = fs::read(&path).with_context(reading)?;
     let file: File = serde_json::from_slice(&bytes).with_context(reading)?;
-    Ok(Some(file.task))
+    Ok(Some(file.task.stored_in(dataset)))
 }
 
 /// Every `<split>.parquet` of a data set, in the order of names.
