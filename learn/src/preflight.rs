@@ -131,6 +131,7 @@ mod tests {
             prompt_lengths: Vec::new(),
             rows: Vec::new(),
             task: None,
+            chat: false,
             tokenizer_digest: "aa".to_owned(),
             path: "tokens".into(),
         };
