@@ -15,6 +15,7 @@ pub mod optimizer;
 pub mod order;
 pub mod preflight;
 pub mod prompts;
+pub mod replay;
 pub mod rollout;
 pub mod session;
 pub mod training;

@@ -291,7 +291,7 @@ impl<'a> Rollouts<'a> {
             Column::integer(rows.iter().map(|(_, index, _)| *index as i64)),
             Column::text(rows.iter().map(|(group, _, _)| about(group).prompt.clone())),
             Column::text(played().map(Trajectory::text)),
-            turns_column(played()),
+            turns_column(self.prompts, played()),
             Column::Integers(played().map(|one| one.ids.iter().map(|id| *id as i32).collect()).collect()),
             Column::Numbers(played().map(|one| one.logprobs.iter().map(|value| f64::from(*value)).collect()).collect()),
             Column::text(played().map(|one| finish_name(one.finish()).to_owned())),
@@ -371,10 +371,10 @@ fn spread(group: &ScoredGroup, reward: usize) -> (f64, f64) {
 }
 
 /// The turns of trajectories as JSON; null where an episode has one turn, of which the other columns say all.
-pub fn turns_column<'a>(played: impl Iterator<Item = &'a Trajectory>) -> Column {
+pub fn turns_column<'a>(prompts: &Prompts, played: impl Iterator<Item = &'a Trajectory>) -> Column {
     let turns = |one: &Trajectory| {
-        let turns = serde_json::to_string(&one.turns).expect("turns are plain data");
-        (one.turns.len() > 1).then_some(turns)
+        let alone = one.turns.len() == 1 && one.turns[0].measurements == prompts.named(&one.measurements);
+        (!alone).then(|| serde_json::to_string(&one.turns).expect("turns are plain data"))
     };
     Column::Text(played.map(turns).collect())
 }
