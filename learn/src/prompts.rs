@@ -53,10 +53,8 @@ impl Prompts {
         };
         let task = tasks::open(task, format)?;
         let names: BTreeSet<String> = task.measures().iter().map(|measure| measure.name.clone().into_owned()).collect();
-        let template = match tokens.chat {
-            true => ChatTemplate::open(&tokens.path.join(TOKENIZER_FOLDER))?,
-            false => None,
-        };
+        let folder = tokens.path.join(TOKENIZER_FOLDER);
+        let template = if tokens.chat { ChatTemplate::open(&folder)? } else { None };
         Ok(Self { tokens, task, codec, template, measures: names.into_iter().collect() })
     }
 

@@ -34,7 +34,8 @@ impl StoredRollouts {
     /// Reads the file at `path` of rollouts on `prompts`; an error where it is of other tokens.
     pub fn open(path: &Path, prompts: &Prompts) -> anyhow::Result<Self> {
         let reading = || format!("replaying `{}`", path.display());
-        let columns = ["step", "round", "row", "instance", "sample", "completion", "turns", "ids", "logprobs", "finish"];
+        let columns =
+            ["step", "round", "row", "instance", "sample", "completion", "turns", "ids", "logprobs", "finish"];
         let mut columns = table::read(path, &columns)?.into_iter();
         let mut next = || columns.next().context("a column is missing");
         let (step, round, row) = (integers(next()?)?, integers(next()?)?, integers(next()?)?);

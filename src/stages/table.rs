@@ -288,7 +288,8 @@ mod tests {
         use arrow_array::builder::{ListBuilder, StringBuilder, StructBuilder};
         let fields = ["role", "content"].map(|name| Field::new(name, DataType::Utf8, true));
         let mut lists = ListBuilder::new(StructBuilder::from_fields(fields.to_vec(), 2));
-        for (role, content, last) in [("user", Some("a"), false), ("assistant", None, true), ("user", Some("b"), true)] {
+        for (role, content, last) in [("user", Some("a"), false), ("assistant", None, true), ("user", Some("b"), true)]
+        {
             let message = lists.values();
             message.field_builder::<StringBuilder>(0).unwrap().append_value(role);
             message.field_builder::<StringBuilder>(1).unwrap().append_option(content);

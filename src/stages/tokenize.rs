@@ -77,6 +77,7 @@ pub enum Template {
 }
 
 impl Template {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
     fn is_default(&self) -> bool {
         *self == Self::default()
     }

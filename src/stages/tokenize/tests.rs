@@ -251,7 +251,7 @@ fn rows_of_several_turns_learn_replies_and_read_observations() {
         let mut text = task.begin(&[start]).unwrap().observe().unwrap().remove(0);
         assert_eq!(encoder.decode(&tokens.prompt_ids(row)[1..]), text);
         for (reply, turn) in replies.iter().zip(&turns) {
-            text += &format!("{reply}<|eos|>{}", turn.observation);
+            text += &[reply.as_str(), "<|eos|>", turn.observation.as_str()].concat();
         }
         assert_eq!(encoder.decode(&tokens.row_ids(row)[1..]), text);
     }
