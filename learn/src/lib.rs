@@ -17,6 +17,7 @@ pub mod preflight;
 pub mod prompts;
 pub mod replay;
 pub mod rollout;
+pub mod score;
 pub mod session;
 pub mod training;
 pub mod training_state;

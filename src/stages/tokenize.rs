@@ -180,6 +180,7 @@ impl Stage for Tokenize {
         self.report(&rows, context)?;
         rows.save(&folder)?;
         let format = task.is_some().then(|| self.format.clone());
+        let task = task.map(|task| task.store(&folder)).transpose()?;
         let file = TaskFile { task, format, tokenizer: encoder.digest.clone(), chat: template.is_some() };
         write_json(&folder.join(TASK_FILE), &file)?;
         write_json(&folder.join("metrics.json"), &rows.metrics(&splits))?;
@@ -386,7 +387,7 @@ fn read_task(dataset: &Path) -> anyhow::Result<Option<TaskSpec>> {
     let reading = || format!("reading `{}`", path.display());
     let bytes = fs::read(&path).with_context(reading)?;
     let file: File = serde_json::from_slice(&bytes).with_context(reading)?;
-    Ok(Some(file.task))
+    Ok(Some(file.task.stored_in(dataset)))
 }
 
 /// The files of a folder, sorted.

@@ -93,7 +93,7 @@ impl TokensFolder {
                 mask: tensor(&tensors, "mask", Dtype::U8, u8::from_le_bytes)?,
                 prompt_lengths: tensor(&tensors, "prompt_lengths", Dtype::I32, i32::from_le_bytes)?,
                 rows: Vec::new(),
-                task: task.task.zip(task.format),
+                task: task.task.map(|task| task.stored_in(path)).zip(task.format),
                 chat: task.chat,
                 tokenizer_digest: task.tokenizer,
                 path: path.to_owned(),
