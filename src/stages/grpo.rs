@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::pipeline::stage::{ArtifactType, Checkpoint, Input, Output, Part, Place, Problem, Stage, Tokens, Upstream};
 use crate::rewards::{OnError, RewardSpec};
-use crate::stages::training::{Optimizer, Schedule, Validate, check_select, task_of, task_parts, versions};
+use crate::stages::training::{Alarm, Optimizer, Schedule, Validate, check_select, task_of, task_parts, versions};
 
 /// What a group's rewards are divided by after their mean is taken away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -141,6 +141,9 @@ pub struct Grpo {
     /// Validation on the way; without it `best` equals `last`.
     #[serde(default)]
     pub validate: Option<Validate>,
+    /// The alarm over validations: reward up while solved goes down, or reward of unsolved instances up. It stops nothing.
+    #[serde(default, skip_serializing_if = "Alarm::is_default")]
+    pub alarm: Alarm,
     /// Decides the order of prompts and every sampled token.
     #[serde(default)]
     pub seed: u64,
