@@ -32,12 +32,20 @@ impl Codec {
         &self.digest
     }
 
+    /// The ids of `text`; text that the tokenizer has no token for is an error.
+    pub fn encode(&self, text: &str) -> anyhow::Result<Vec<i64>> {
+        self.ids(text, false)
+    }
+
     /// The ids of `text` as `transformers` reads it: with what the tokenizer itself puts around a text.
     pub fn encode_framed(&self, text: &str) -> anyhow::Result<Vec<i64>> {
-        let encoded = self.tokenizer.encode_fast(text, true).map_err(|error| {
-            let shown: String = text.chars().take(80).collect();
-            anyhow!("`{shown}` has text that the vocabulary lacks ({error})")
-        })?;
+        self.ids(text, true)
+    }
+
+    fn ids(&self, text: &str, framed: bool) -> anyhow::Result<Vec<i64>> {
+        let encoded = self.tokenizer.encode_fast(text, framed).map_err(|error| anyhow!("{error}"));
+        let shown = || text.chars().take(80).collect::<String>();
+        let encoded = encoded.with_context(|| format!("`{}` has text that the vocabulary lacks", shown()))?;
         Ok(encoded.get_ids().iter().map(|id| i64::from(*id)).collect())
     }
 

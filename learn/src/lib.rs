@@ -15,11 +15,13 @@ pub mod optimizer;
 pub mod order;
 pub mod preflight;
 pub mod prompts;
+pub mod replay;
 pub mod rollout;
 pub mod score;
 pub mod session;
 pub mod training;
 pub mod training_state;
+pub mod trajectory;
 pub mod validate;
 
 #[cfg(test)]

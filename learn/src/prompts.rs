@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Context as _, bail, ensure};
 use pipe::stages::tokens::TokensFolder;
 use pipe::tasks::{self, Finish, Measurements, Task};
-use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::codec::Codec;
 use crate::generate::Completion;
@@ -36,19 +36,6 @@ pub struct Prompts {
     measures: Vec<String>,
 }
 
-/// A completion and what came of it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Graded {
-    /// The ids as sampled, the end of the sequence included.
-    pub ids: Vec<i64>,
-    /// The text without the end of the sequence.
-    pub text: String,
-    /// Why it ended.
-    pub finish: Finish,
-    /// The verdict's measurements in the order of [`Prompts::measures`].
-    pub measurements: Vec<f64>,
-}
-
 impl Prompts {
     /// Opens `tokens` for the model in the folder `model`; refuses tokens of another tokenizer or without a task.
     pub fn open(model: &Path, tokens: TokensFolder) -> anyhow::Result<Self> {
@@ -62,7 +49,7 @@ impl Prompts {
             );
         };
         let task = tasks::open(task, format)?;
-        let names: BTreeSet<String> = task.measures().iter().map(|measure| measure.name.to_owned()).collect();
+        let names: BTreeSet<String> = task.measures().iter().map(|measure| measure.name.clone().into_owned()).collect();
         Ok(Self { tokens, task, codec, measures: names.into_iter().collect() })
     }
 
@@ -71,7 +58,7 @@ impl Prompts {
         &self.measures
     }
 
-    /// The place of the measurement `name` in [`Graded::measurements`].
+    /// The place of the measurement `name` in the values of a verdict.
     pub fn measure(&self, name: &str) -> anyhow::Result<usize> {
         let place = self.measures.iter().position(|measure| measure == name);
         place.with_context(|| format!("the task measures no `{name}`; it measures `{}`", self.measures.join("`, `")))
@@ -82,31 +69,35 @@ impl Prompts {
         self.tokens.prompt_ids(row).iter().map(|id| i64::from(*id)).collect()
     }
 
-    /// Plays a completion of a row's prompt and measures it; the error names the row.
-    pub fn grade(&self, row: usize, completion: Completion) -> anyhow::Result<Graded> {
+    /// The task instance of a row.
+    pub fn instance(&self, row: usize) -> anyhow::Result<&Value> {
         let row = &self.tokens.rows[row];
-        self.play(row.data.as_ref(), completion).with_context(|| format!("judging a completion of `{}`", row.instance))
+        row.data.as_ref().with_context(|| format!("the row `{}` has no task instance", row.instance))
     }
 
-    /// The measurements of a graded completion by name.
-    pub fn named(&self, graded: &Graded) -> Measurements {
-        self.measures.iter().cloned().zip(graded.measurements.iter().copied()).collect()
-    }
-
-    fn play(&self, data: Option<&serde_json::Value>, completion: Completion) -> anyhow::Result<Graded> {
+    /// What a completion says, without the end of the sequence.
+    pub fn text(&self, completion: &Completion) -> anyhow::Result<String> {
         let Completion { ids, finish, .. } = completion;
-        let written = if finish == Finish::Stop { &ids[..ids.len() - 1] } else { &ids[..] };
-        let text = self.codec.decode(written)?;
-        let mut episode = self.task.reset(data.context("the row has no task instance")?)?;
-        let turn = episode.step(&text, finish);
-        ensure!(turn.terminated || turn.truncated, "the task asks for a second turn, which is not implemented");
-        let mut verdict = episode.verdict();
-        let mut measurements = Vec::with_capacity(self.measures.len());
-        for name in &self.measures {
+        self.codec.decode(if *finish == Finish::Stop { &ids[..ids.len() - 1] } else { ids })
+    }
+
+    /// The ids of what the environment says between two replies.
+    pub fn observation(&self, text: &str) -> anyhow::Result<Vec<i64>> {
+        self.codec.encode(text).with_context(|| format!("reading the observation `{text}`"))
+    }
+
+    /// The values of a verdict in the order of [`Prompts::measures`]; one that is missing or not finite is an error.
+    pub fn values(&self, mut verdict: Measurements) -> anyhow::Result<Vec<f64>> {
+        let value = |name: &String| {
             let value = verdict.remove(name).with_context(|| format!("the verdict lacks `{name}`"))?;
             ensure!(value.is_finite(), "the measurement `{name}` is {value}");
-            measurements.push(value);
-        }
-        Ok(Graded { ids, text, finish, measurements })
+            Ok(value)
+        };
+        self.measures.iter().map(value).collect()
+    }
+
+    /// The values of [`Prompts::values`] by name.
+    pub fn named(&self, values: &[f64]) -> Measurements {
+        self.measures.iter().cloned().zip(values.iter().copied()).collect()
     }
 }

@@ -18,13 +18,14 @@ use pipe::tasks::Finish;
 use pipe::telemetry::Metrics;
 use serde::{Deserialize, Serialize};
 
-use crate::generate::{Completion, Group, Sampling, generate};
+use crate::generate::Sampling;
 use crate::journal::Journal;
 use crate::loss::group_advantages;
 use crate::model::Transformer;
 use crate::order::Order;
-use crate::prompts::{Graded, Prompts, Purpose};
+use crate::prompts::{Prompts, Purpose};
 use crate::session::rate;
+use crate::trajectory::{Request, Trajectory, play};
 
 /// The file of the output `rollouts`.
 pub const ROLLOUTS_FILE: &str = "rollouts.parquet";
@@ -32,16 +33,15 @@ pub const ROLLOUTS_FILE: &str = "rollouts.parquet";
 /// A completion with its rewards.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
-    /// The completion and its measurements.
-    pub graded: Graded,
-    /// The sampler's log-probability of each id, at the run's temperature.
-    pub logprobs: Vec<f64>,
+    /// The episode as it was played.
+    pub trajectory: Trajectory,
     /// Each reward, unweighted, in the order of their names.
     pub rewards: Vec<f64>,
     /// The weighted sum of the rewards: what is optimised and what is logged.
     pub total: f64,
-    /// Relative to its group.
-    pub advantage: f64,
+    /// Of each turn, relative to the batch of the step; empty until all rounds are done.
+    #[serde(skip)]
+    pub advantages: Vec<f64>,
 }
 
 /// The completions of one prompt.
@@ -174,6 +174,7 @@ impl<'a> Rollouts<'a> {
             missing = self.params.prompts_per_step - kept;
         }
         *drawn = next;
+        self.set_advantages(&mut groups);
         Ok(Rollout { groups, rounds, tokens_per_second: rate(generated, began) })
     }
 
@@ -186,92 +187,125 @@ impl<'a> Rollouts<'a> {
         on_tokens: &mut dyn FnMut(u64),
     ) -> anyhow::Result<Vec<ScoredGroup>> {
         let Place { step, round, drawn } = at;
-        let asked: Vec<Group> = (drawn..)
+        let asked: Vec<Request> = (drawn..)
             .zip(rows)
             .map(|(drawn, &row)| {
                 // The number of the draw stands for the instance: a small split may come by twice in one step.
                 let place = |sample| vec![self.params.seed, Purpose::Training as u64, step, round, drawn, sample];
-                Group { prompt: self.prompts.prompt(row), samples: (0..self.params.group_size).map(place).collect() }
+                Request { row, samples: (0..self.params.group_size).map(place).collect() }
             })
             .collect();
         let sampling =
             Sampling { temperature: self.params.temperature, max_new_tokens: self.params.max_new_tokens as usize };
-        let completions = generate(model, &asked, &sampling, interrupt, on_tokens)?;
-        rows.iter().zip(completions).map(|(&row, completions)| self.score(row, round, completions)).collect()
+        let played = play(model, self.prompts, &asked, &sampling, interrupt, on_tokens)?;
+        rows.iter().zip(played).map(|(&row, trajectories)| self.score(row, round, trajectories)).collect()
     }
 
-    /// Grades and scores the completions of one prompt; a reward without a value is an error that names the row.
-    fn score(&self, row: usize, round: u64, completions: Vec<Completion>) -> anyhow::Result<ScoredGroup> {
+    /// Scores the episodes of one prompt; a reward without a value is an error that names the row.
+    fn score(&self, row: usize, round: u64, trajectories: Vec<Trajectory>) -> anyhow::Result<ScoredGroup> {
         let weights: Vec<f64> = self.rewards.iter().map(Reward::weight).collect();
-        let mut samples = Vec::with_capacity(completions.len());
-        for completion in completions {
-            let logprobs = completion.logprobs.iter().map(|logprob| f64::from(*logprob)).collect();
-            let graded = self.prompts.grade(row, completion)?;
-            let verdict = self.prompts.named(&graded);
+        let mut samples = Vec::with_capacity(trajectories.len());
+        for trajectory in trajectories {
+            let verdict = self.prompts.named(&trajectory.measurements);
             let mut rewards = Vec::with_capacity(self.rewards.len());
             for (name, reward) in self.params.rewards.keys().zip(&self.rewards) {
                 let value = reward.score(&verdict).with_context(|| {
                     let instance = &self.prompts.tokens.rows[row].instance;
-                    format!("the reward `{name}` has no value for a completion of `{instance}`: `{}`", graded.text)
+                    format!(
+                        "the reward `{name}` has no value for a completion of `{instance}`: `{}`",
+                        trajectory.text()
+                    )
                 })?;
                 rewards.push(value);
             }
             let total = total(&weights, &rewards);
-            samples.push(Sample { graded, logprobs, rewards, total, advantage: 0.0 });
+            samples.push(Sample { trajectory, rewards, total, advantages: Vec::new() });
         }
         let all_equal = samples.iter().all(|sample| sample.rewards == samples[0].rewards);
-        if !all_equal {
-            let totals: Vec<f64> = samples.iter().map(|sample| sample.total).collect();
-            let rule = &self.params.advantage;
-            let advantages = group_advantages(&totals, totals.len(), rule.scale, rule.epsilon, rule.ddof);
-            samples.iter_mut().zip(advantages).for_each(|(sample, advantage)| sample.advantage = advantage);
-        }
         let kept = !(all_equal && self.params.dynamic_sampling.enabled);
         Ok(ScoredGroup { row, round, all_equal, kept, samples })
     }
 
+    /// Fills in the advantages of a step's whole batch: a pure function of its rewards.
+    fn set_advantages(&self, groups: &mut [ScoredGroup]) {
+        let rule = &self.params.advantage;
+        for group in groups {
+            let totals: Vec<f64> = group.samples.iter().map(|sample| sample.total).collect();
+            let advantages = if group.all_equal {
+                vec![0.0; totals.len()]
+            } else {
+                group_advantages(&totals, totals.len(), rule.scale, rule.epsilon, rule.ddof)
+            };
+            for (sample, advantage) in group.samples.iter_mut().zip(advantages) {
+                sample.advantages = vec![advantage; sample.trajectory.turns.len()];
+            }
+        }
+    }
+
     /// Writes every completion of the run to `path`; equal rollouts give equal bytes.
     pub fn publish(&self, path: &Path) -> anyhow::Result<()> {
-        use ColumnType::{Flag, Integer, Integers, Number, Text};
+        use ColumnType::{Flag, Integer, Integers, Number, Numbers, Text};
         let rewards: Vec<String> = self.params.rewards.keys().map(|name| format!("reward_{name}")).collect();
-        let mut columns = vec![("step", Integer), ("round", Integer), ("instance", Text), ("sample", Integer)];
-        columns.extend([("prompt", Text), ("completion", Text), ("ids", Integers), ("finish", Text)]);
+        let mut columns = vec![("step", Integer), ("round", Integer), ("row", Integer), ("instance", Text)];
+        columns.extend([("sample", Integer), ("prompt", Text), ("completion", Text), ("turns", Text)]);
+        columns.extend([("ids", Integers), ("logprobs", Numbers), ("finish", Text), ("truncated", Flag)]);
         columns.extend(rewards.iter().map(|name| (name.as_str(), Number)));
-        columns.extend([("total", Number), ("advantage", Number)]);
+        columns.extend([("total", Number), ("advantages", Numbers)]);
         columns.extend(self.prompts.measures().iter().map(|name| (name.as_str(), Number)));
         columns.push(("kept", Flag));
         distinct(&columns)?;
         let mut table = TableWriter::create(path, &columns)?;
-        self.journal.each(|chunk: Chunk| table.write(self.rows(&chunk)))?;
+        let (mut step, mut groups) = (0, Vec::new());
+        self.journal.each(|chunk: Chunk| {
+            if chunk.at.step != step {
+                self.write(&mut table, step, &mut groups)?;
+                step = chunk.at.step;
+            }
+            groups.extend(chunk.groups);
+            Ok(())
+        })?;
+        self.write(&mut table, step, &mut groups)?;
         table.finish()
     }
 
-    fn rows(&self, chunk: &Chunk) -> Vec<Column> {
-        let rows: Vec<(&ScoredGroup, usize, &Sample)> = chunk
-            .groups
+    /// Writes the groups of a whole step, and empties the list.
+    fn write(&self, table: &mut TableWriter, step: u64, groups: &mut Vec<ScoredGroup>) -> anyhow::Result<()> {
+        self.set_advantages(groups);
+        let rows: Vec<(&ScoredGroup, usize, &Sample)> = groups
             .iter()
             .flat_map(|group| group.samples.iter().enumerate().map(move |(index, sample)| (group, index, sample)))
             .collect();
+        if rows.is_empty() {
+            return Ok(());
+        }
         let number = |value: &dyn Fn(&Sample) -> f64| {
             Column::Number(rows.iter().map(|(_, _, sample)| Some(value(sample))).collect())
         };
         let about = |group: &ScoredGroup| &self.prompts.tokens.rows[group.row];
-        let ids = |sample: &Sample| sample.graded.ids.iter().map(|id| *id as i32).collect();
+        let played = || rows.iter().map(|(_, _, sample)| &sample.trajectory);
         let mut columns = vec![
-            Column::integer(rows.iter().map(|_| chunk.at.step as i64)),
+            Column::integer(rows.iter().map(|_| step as i64)),
             Column::integer(rows.iter().map(|(group, _, _)| group.round as i64)),
+            Column::integer(rows.iter().map(|(group, _, _)| group.row as i64)),
             Column::text(rows.iter().map(|(group, _, _)| about(group).instance.clone())),
             Column::integer(rows.iter().map(|(_, index, _)| *index as i64)),
             Column::text(rows.iter().map(|(group, _, _)| about(group).prompt.clone())),
-            Column::text(rows.iter().map(|(_, _, sample)| sample.graded.text.clone())),
-            Column::Integers(rows.iter().map(|(_, _, sample)| ids(sample)).collect()),
-            Column::text(rows.iter().map(|(_, _, sample)| finish_name(sample.graded.finish).to_owned())),
+            Column::text(played().map(Trajectory::text)),
+            turns_column(self.prompts, played()),
+            Column::Integers(played().map(|one| one.ids.iter().map(|id| *id as i32).collect()).collect()),
+            Column::Numbers(played().map(|one| one.logprobs.iter().map(|value| f64::from(*value)).collect()).collect()),
+            Column::text(played().map(|one| finish_name(one.finish()).to_owned())),
+            Column::Flag(played().map(|one| one.truncated).collect()),
         ];
         columns.extend((0..self.rewards.len()).map(|reward| number(&|sample| sample.rewards[reward])));
-        columns.extend([number(&|sample| sample.total), number(&|sample| sample.advantage)]);
-        columns.extend((0..self.prompts.measures().len()).map(|at| number(&|sample| sample.graded.measurements[at])));
-        columns.push(Column::Flag(rows.iter().map(|(group, _, _)| group.kept).collect()));
+        columns.push(number(&|sample| sample.total));
+        columns.push(Column::Numbers(rows.iter().map(|(_, _, sample)| sample.advantages.clone()).collect()));
         columns
+            .extend((0..self.prompts.measures().len()).map(|at| number(&|sample| sample.trajectory.measurements[at])));
+        columns.push(Column::Flag(rows.iter().map(|(group, _, _)| group.kept).collect()));
+        table.write(columns)?;
+        groups.clear();
+        Ok(())
     }
 
     /// What is measured of a step's rollout: rewards and outcomes over all generated groups, dropped ones included.
@@ -282,18 +316,24 @@ impl<'a> Rollouts<'a> {
             metrics.total("groups/all_equal", f64::from(u8::from(group.all_equal)));
             metrics.total("groups/mixed", f64::from(u8::from(!group.all_equal)));
             metrics.total("groups/discarded", f64::from(u8::from(!group.kept)));
-            let distinct: BTreeSet<&[i64]> = group.samples.iter().map(|sample| sample.graded.ids.as_slice()).collect();
+            let distinct: BTreeSet<&[i64]> =
+                group.samples.iter().map(|sample| sample.trajectory.ids.as_slice()).collect();
             metrics.mean("completions/unique_share", distinct.len() as f64, group.samples.len() as f64);
             for sample in &group.samples {
                 metrics.mean("reward", sample.total, 1.0);
-                metrics.mean("completions/mean_length", sample.graded.ids.len() as f64, 1.0);
-                metrics.mean("completions/clipped_share", f64::from(u8::from(sample.graded.finish == limit)), 1.0);
-                metrics.max("advantage_max", sample.advantage.abs());
+                let trajectory = &sample.trajectory;
+                metrics.mean("completions/mean_length", trajectory.length() as f64, 1.0);
+                metrics.mean("completions/clipped_share", f64::from(u8::from(trajectory.finish() == limit)), 1.0);
+                metrics.mean("episodes/turns", trajectory.turns.len() as f64, 1.0);
+                metrics.mean("episodes/truncated_share", f64::from(u8::from(trajectory.truncated)), 1.0);
+                for advantage in &sample.advantages {
+                    metrics.max("advantage_max", advantage.abs());
+                }
                 for (name, value) in self.params.rewards.keys().zip(&sample.rewards) {
                     metrics.mean(&format!("reward/{name}/mean"), *value, 1.0);
                     metrics.deviation(&format!("reward/{name}/std"), *value);
                 }
-                for (name, value) in self.prompts.measures().iter().zip(&sample.graded.measurements) {
+                for (name, value) in self.prompts.measures().iter().zip(&sample.trajectory.measurements) {
                     metrics.mean(&format!("rollout/{name}"), *value, 1.0);
                 }
             }
@@ -328,6 +368,15 @@ fn spread(group: &ScoredGroup, reward: usize) -> (f64, f64) {
     let (own, all) = (mean(&|sample| sample.rewards[reward]), mean(&|sample| sample.total));
     let pairs = group.samples.iter().map(|sample| (sample.rewards[reward] - own, sample.total - all));
     pairs.fold((0.0, 0.0), |(covariance, variance), (r, total)| (covariance + r * total, variance + total * total))
+}
+
+/// The turns of trajectories as JSON; null where an episode has one turn, of which the other columns say all.
+pub fn turns_column<'a>(prompts: &Prompts, played: impl Iterator<Item = &'a Trajectory>) -> Column {
+    let turns = |one: &Trajectory| {
+        let alone = one.turns.len() == 1 && one.turns[0].measurements == prompts.named(&one.measurements);
+        (!alone).then(|| serde_json::to_string(&one.turns).expect("turns are plain data"))
+    };
+    Column::Text(played.map(turns).collect())
 }
 
 /// The word for a finish reason in tables.

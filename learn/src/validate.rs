@@ -9,11 +9,12 @@ use pipe::stages::training::Validate;
 use pipe::telemetry::{Metrics, StepLines};
 use serde_json::json;
 
-use crate::generate::{Group, Sampling, generate};
+use crate::generate::Sampling;
 use crate::model::Transformer;
 use crate::preflight;
 use crate::prompts::{Prompts, Purpose};
 use crate::session::tell_failure;
+use crate::trajectory::{Request, play};
 
 /// Prompts generated at once. Batch shapes move the last bits of logits, so it is fixed.
 const CHUNK: usize = 128;
@@ -87,22 +88,20 @@ impl Validation {
         let (mut metrics, mut logged) = (Metrics::default(), Vec::new());
         for rows in self.rows.chunks(CHUNK) {
             let counters = |row: usize| vec![self.seed, Purpose::Validation as u64, step, row as u64];
-            let groups: Vec<Group> =
-                rows.iter().map(|&row| Group { prompt: prompts.prompt(row), samples: vec![counters(row)] }).collect();
-            let completions = generate(model, &groups, &self.sampling, interrupt, &mut |_| {})?;
-            for (&row, completion) in rows.iter().zip(completions.into_iter().flatten()) {
-                let graded = prompts.grade(row, completion)?;
-                for (name, value) in prompts.measures().iter().zip(&graded.measurements) {
+            let asked: Vec<Request> = rows.iter().map(|&row| Request { row, samples: vec![counters(row)] }).collect();
+            let played = play(model, prompts, &asked, &self.sampling, interrupt, &mut |_| {})?;
+            for (&row, one) in rows.iter().zip(played.iter().flatten()) {
+                for (name, value) in prompts.measures().iter().zip(&one.measurements) {
                     metrics.mean(&format!("validation/{name}"), *value, 1.0);
                 }
-                let clipped = f64::from(u8::from(graded.finish == pipe::tasks::Finish::Length));
-                metrics.mean("validation/mean_length", graded.ids.len() as f64, 1.0);
+                let clipped = f64::from(u8::from(one.finish() == pipe::tasks::Finish::Length));
+                metrics.mean("validation/mean_length", one.length() as f64, 1.0);
                 metrics.mean("validation/clipped_share", clipped, 1.0);
                 if logged.len() < LOGGED {
                     let about = &prompts.tokens.rows[row];
                     logged.push(json!({
-                        "step": step, "instance": about.instance, "prompt": about.prompt, "completion": graded.text,
-                        "finish": graded.finish, "measurements": prompts.named(&graded),
+                        "step": step, "instance": about.instance, "prompt": about.prompt, "completion": one.text(),
+                        "finish": one.finish(), "measurements": prompts.named(&one.measurements),
                     }));
                 }
             }

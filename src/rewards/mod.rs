@@ -129,7 +129,7 @@ pub fn unknown_measure(name: &str, measures: &[Measure]) -> Option<(String, Opti
     if measures.iter().any(|measure| measure.name == name) {
         return None;
     }
-    let distance = |measure: &&Measure| strsim::damerau_levenshtein(name, measure.name);
+    let distance = |measure: &&Measure| strsim::damerau_levenshtein(name, &measure.name);
     let nearest = measures.iter().min_by_key(distance).filter(|measure| distance(measure) <= 2);
     let hint = nearest.map_or_else(
         || {
@@ -196,16 +196,16 @@ pub fn total(weights: &[f64], scores: &[f64]) -> f64 {
 mod tests {
     use super::*;
 
-    const MEASURES: &[Measure] = &[
-        Measure { name: "solved", meaning: "" },
-        Measure { name: "format", meaning: "" },
-        Measure { name: "progress", meaning: "" },
-        Measure { name: "shortest", meaning: "" },
-        Measure { name: "steps", meaning: "" },
+    static MEASURES: &[Measure] = &[
+        Measure::new("solved", ""),
+        Measure::new("format", ""),
+        Measure::new("progress", ""),
+        Measure::new("shortest", ""),
+        Measure::new("steps", ""),
     ];
 
     fn verdict(values: [f64; 5]) -> Measurements {
-        MEASURES.iter().map(|measure| measure.name.to_owned()).zip(values).collect()
+        MEASURES.iter().map(|measure| measure.name.clone().into_owned()).zip(values).collect()
     }
 
     fn expression(text: &str) -> RewardSpec {

@@ -47,7 +47,7 @@ impl Evaluate {
 
 impl Stage for Evaluate {
     const KIND: &'static str = "evaluate";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const PLACE: Place = Place::Worker;
 
     fn outputs(&self) -> Vec<Output> {

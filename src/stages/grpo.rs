@@ -169,7 +169,7 @@ impl Grpo {
 
 impl Stage for Grpo {
     const KIND: &'static str = "grpo";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const PLACE: Place = Place::Worker;
 
     fn outputs(&self) -> Vec<Output> {
@@ -207,7 +207,7 @@ impl Stage for Grpo {
         problems.extend(check_select(*upstream, reference, self.validate.as_ref()));
         if let Some(task) = task_of(*upstream, reference) {
             for (name, reward) in &self.rewards {
-                for (field, message, hint) in reward.check(task.measures()) {
+                for (field, message, hint) in reward.check(&task.measures()) {
                     let place = [name, field.as_str()].into_iter().filter(|part| !part.is_empty());
                     let path = ["rewards"].into_iter().chain(place).collect::<Vec<_>>().join(".");
                     problems.push(Problem { path, message, hint });

@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context as _, bail};
@@ -19,7 +20,7 @@ use serde_json::{Value, json};
 use crate::pipeline::stage::{ArtifactType, Output, Part, Problem, Stage, StageContext, Upstream};
 use crate::random;
 use crate::stages::table::{Column, ColumnType, TableWriter};
-use crate::tasks::{FormatSpec, Task, TaskSpec, open};
+use crate::tasks::{Task, TaskSpec, open};
 
 /// The columns of a data set that comes from a task.
 const COLUMNS: &[(&str, ColumnType)] = &[
@@ -32,6 +33,8 @@ const COLUMNS: &[(&str, ColumnType)] = &[
 ];
 /// Candidates drawn at a time.
 const CHUNK: u64 = 1 << 14;
+/// Candidates that a thread draws at a time.
+const BLOCK: u64 = 1 << 8;
 /// Candidates between two looks at whether the request can be met: as many for every row that is asked for, ...
 const WINDOW_PER_ROW: u64 = 64;
 /// ... but no more than this.
@@ -82,11 +85,9 @@ impl Synthesize {
         true
     }
 
-    /// The longest path that a maze of this size can have: it visits every cell.
+    /// The longest that the `length` of an instance can be.
     fn longest(&self) -> u64 {
-        match self.task {
-            TaskSpec::Maze { rows, columns, .. } => (rows * columns).saturating_sub(1),
-        }
+        self.task.longest().unwrap_or(u64::MAX)
     }
 }
 
@@ -104,7 +105,7 @@ impl Stage for Synthesize {
     }
 
     fn check(&self, _: &Upstream<'_>) -> Vec<Problem> {
-        if let Err(error) = open(&self.task, &FormatSpec::default()) {
+        if let Err(error) = open(&self.task, &self.task.any_format()) {
             return vec![Problem::new("task", error.to_string())];
         }
         let mut problems = Vec::new();
@@ -139,7 +140,7 @@ impl Stage for Synthesize {
     }
 
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
-        let task = open(&self.task, &FormatSpec::default())?;
+        let task = open(&self.task, &self.task.any_format())?;
         let pool = pool(context)?;
         let mut drawing = Drawing::new(self);
         pool.install(|| drawing.draw(task.as_ref(), context))?;
@@ -216,8 +217,9 @@ impl<'a> Drawing<'a> {
         for chunk in 0.. {
             context.stop_if_interrupted()?;
             let first = chunk * CHUNK;
-            let candidates = (first..first + CHUNK).into_par_iter().map(|index| self.candidate(task, index));
-            let candidates: Vec<Option<Candidate>> = candidates.collect::<anyhow::Result<_>>()?;
+            let blocks = (0..CHUNK / BLOCK).into_par_iter().map(|block| first + block * BLOCK);
+            let candidates = blocks.map(|index| self.candidates(task, index..index + BLOCK));
+            let candidates: Vec<Vec<Candidate>> = candidates.collect::<anyhow::Result<_>>()?;
             for candidate in candidates.into_iter().flatten() {
                 self.take(candidate);
             }
@@ -235,14 +237,19 @@ impl<'a> Drawing<'a> {
         unreachable!("the stream of candidates does not end")
     }
 
-    fn candidate(&self, task: &dyn Task, index: u64) -> anyhow::Result<Option<Candidate>> {
-        let instance = task.generate(self.stage.seed, index);
+    /// The candidates among the instances `indices`.
+    fn candidates(&self, task: &dyn Task, indices: Range<u64>) -> anyhow::Result<Vec<Candidate>> {
+        let instances = task.generate(self.stage.seed, indices)?;
+        instances.iter().filter_map(|instance| self.candidate(task, instance).transpose()).collect()
+    }
+
+    fn candidate(&self, task: &dyn Task, instance: &Value) -> anyhow::Result<Option<Candidate>> {
         let length = instance.get("length").and_then(Value::as_u64);
         let (least, most) = (self.stage.min_length.unwrap_or(0), self.stage.max_length.unwrap_or(u64::MAX));
         if length.is_some_and(|length| !(least..=most).contains(&length)) {
             return Ok(None);
         }
-        let digest = blake3::hash(&task.canonical(&instance)?);
+        let digest = blake3::hash(&task.canonical(instance)?);
         let hash = *digest.as_bytes().first_chunk().expect("a digest has 32 bytes");
         Ok(Some(Candidate { hash, length, data: instance.to_string() }))
     }
@@ -314,7 +321,7 @@ fn write_split(folder: &Path, split: &Split, task: &dyn Task) -> anyhow::Result<
         let first = chunk * CHUNK as usize;
         let stratum = |row: &Candidate| {
             let instance: Value = serde_json::from_str(&row.data).expect("the instance was written by this stage");
-            task.stratum(&instance).map(str::to_owned)
+            task.stratum(&instance)
         };
         writer.write(vec![
             Column::text((first..first + rows.len()).map(|row| instance_id(&split.name, row))),
@@ -365,7 +372,7 @@ mod tests {
     #[test]
     fn splits_have_their_rows_share_no_layout_and_hold_true_instances() {
         let folder = run(&small(), 2).unwrap();
-        let task = open(&stage(&small()).task, &FormatSpec::default()).unwrap();
+        let task = open(&stage(&small()).task, &crate::tasks::FormatSpec::default()).unwrap();
         let mut owner = BTreeMap::new();
         let mut seen = HashSet::new();
         for (split, rows) in [("train", 300), ("rl", 100), ("test", 50)] {
@@ -380,7 +387,7 @@ mod tests {
                 let instance: Value = serde_json::from_str(data).unwrap();
                 let canonical = task.canonical(&instance).unwrap();
                 assert_eq!(blake3::hash(&canonical).to_hex()[..32], *layout);
-                assert_eq!(task.stratum(&instance), Some(stratum.as_str()));
+                assert_eq!(task.stratum(&instance).as_ref(), Some(stratum));
                 assert!(seen.insert(data.clone()), "an instance stands twice");
             }
         }

@@ -34,6 +34,8 @@ pub enum Column {
     Flag(Vec<bool>),
     /// Lists of 32-bit integers, as token ids.
     Integers(Vec<Vec<i32>>),
+    /// Lists of 64-bit floating-point numbers, as log-probabilities.
+    Numbers(Vec<Vec<f64>>),
 }
 
 impl Column {
@@ -61,6 +63,8 @@ pub enum ColumnType {
     Flag,
     /// Lists of 32-bit integers.
     Integers,
+    /// Lists of 64-bit floating-point numbers.
+    Numbers,
 }
 
 /// Writes a Parquet file piece by piece.
@@ -82,6 +86,7 @@ impl TableWriter {
                     ColumnType::Number => DataType::Float64,
                     ColumnType::Flag => DataType::Boolean,
                     ColumnType::Integers => DataType::new_list(DataType::Int32, true),
+                    ColumnType::Numbers => DataType::new_list(DataType::Float64, true),
                 };
                 Field::new(*name, data_type, true)
             })
@@ -113,6 +118,10 @@ impl TableWriter {
                 Column::Integers(values) => {
                     let lists = values.into_iter().map(|list| Some(list.into_iter().map(Some)));
                     Arc::new(ListArray::from_iter_primitive::<Int32Type, _, _>(lists)) as ArrayRef
+                }
+                Column::Numbers(values) => {
+                    let lists = values.into_iter().map(|list| Some(list.into_iter().map(Some)));
+                    Arc::new(ListArray::from_iter_primitive::<Float64Type, _, _>(lists)) as ArrayRef
                 }
             })
             .collect();
@@ -158,6 +167,7 @@ fn read_columns(path: &Path, names: &[&str]) -> anyhow::Result<Vec<Column>> {
             DataType::Float64 => Column::Number(Vec::new()),
             DataType::Boolean => Column::Flag(Vec::new()),
             DataType::List(item) if *item.data_type() == DataType::Int32 => Column::Integers(Vec::new()),
+            DataType::List(item) if *item.data_type() == DataType::Float64 => Column::Numbers(Vec::new()),
             other => bail!("column `{name}` holds values of type `{other}`, which is not read"),
         });
     }
@@ -174,6 +184,11 @@ fn read_columns(path: &Path, names: &[&str]) -> anyhow::Result<Vec<Column>> {
                     let lists = array.as_list::<i32>().iter();
                     let ids = |list: ArrayRef| list.as_primitive::<Int32Type>().values().to_vec();
                     values.extend(lists.map(|list| list.map(ids).unwrap_or_default()));
+                }
+                Column::Numbers(values) => {
+                    let lists = array.as_list::<i32>().iter();
+                    let numbers = |list: ArrayRef| list.as_primitive::<Float64Type>().values().to_vec();
+                    values.extend(lists.map(|list| list.map(numbers).unwrap_or_default()));
                 }
                 Column::Text(values) => match array.data_type() {
                     DataType::Utf8 => {
@@ -195,6 +210,7 @@ fn read_columns(path: &Path, names: &[&str]) -> anyhow::Result<Vec<Column>> {
             Column::Number(values) => values.len(),
             Column::Flag(values) => values.len(),
             Column::Integers(values) => values.len(),
+            Column::Numbers(values) => values.len(),
         })
         .collect();
     ensure!(lengths.windows(2).all(|pair| pair[0] == pair[1]), "the columns differ in length");
@@ -229,16 +245,22 @@ mod tests {
     fn numbers_flags_and_lists_read_back() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("t.parquet");
-        let columns = [("n", ColumnType::Number), ("f", ColumnType::Flag), ("ids", ColumnType::Integers)];
+        let columns = [
+            ("n", ColumnType::Number),
+            ("f", ColumnType::Flag),
+            ("ids", ColumnType::Integers),
+            ("logprobs", ColumnType::Numbers),
+        ];
         let mut writer = TableWriter::create(&path, &columns).unwrap();
         let rows = vec![
             Column::Number(vec![Some(0.1 + 0.2), None]),
             Column::Flag(vec![true, false]),
             Column::Integers(vec![vec![3, 1, 2], vec![]]),
+            Column::Numbers(vec![vec![], vec![-0.25, f64::from(-0.1f32)]]),
         ];
         writer.write(rows.clone()).unwrap();
         writer.finish().unwrap();
-        assert_eq!(read(&path, &["n", "f", "ids"]).unwrap(), rows);
+        assert_eq!(read(&path, &["n", "f", "ids", "logprobs"]).unwrap(), rows);
     }
 
     #[test]

@@ -25,7 +25,7 @@ use crate::stages::synthesize::pool;
 use crate::stages::table::{self, Column, ColumnType, TableWriter};
 use crate::stages::tokenizer::Encoder;
 use crate::stages::tokens::{ROWS_FILE, TASK_FILE, TENSORS_FILE, TOKENIZER_FOLDER, TaskFile};
-use crate::tasks::{FormatSpec, Task, TaskSpec, open, parts};
+use crate::tasks::{FormatSpec, Start, Task, TaskSpec, open, parts};
 
 /// Rows tokenized at a time.
 const CHUNK: usize = 8_192;
@@ -182,12 +182,12 @@ impl Tokenize {
         let (prompt, completion, stratum) = match (&split.contents, task) {
             (Contents::Task(data), Some(task)) => {
                 let instance: Value = serde_json::from_str(&data[row]).context("reading the instance")?;
-                let prompt = task.reset(&instance)?.observe();
+                let prompt = task.begin(&[Start { instance: &instance, seed: 0 }])?.observe()?.remove(0);
                 // Keyed by the instance's id, so that an instance that stands twice may be shown in two ways.
                 let id = blake3::hash(split.instances[row].as_bytes());
                 let id = u64::from_le_bytes(*id.as_bytes().first_chunk().expect("a digest has 32 bytes"));
                 let seed = random::rng("tokenize.trace", &[self.seed, id]).next_u64();
-                (prompt, task.demonstrate(&instance, seed)?, task.stratum(&instance).map(str::to_owned))
+                (prompt, task.demonstrate(&instance, seed)?.concat(), task.stratum(&instance))
             }
             (Contents::Texts(prompts, completions), _) => (prompts[row].clone(), completions[row].clone(), None),
             (Contents::Task(_), None) => bail!("the data set has instances and names no task"),

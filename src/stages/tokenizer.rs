@@ -52,9 +52,9 @@ impl Stage for Tokenizer {
     }
 
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
-        let vocabulary = open(&self.task, &self.format)?.vocabulary();
+        let task = open(&self.task, &self.format)?;
         let folder = context.output("tokenizer");
-        let tokenizer = build(&vocabulary)?;
+        let tokenizer = build(&task.vocabulary(), task.pieces())?;
         let text = tokenizer.to_string(true).map_err(|error| anyhow!("{error}")).context("writing the tokenizer")?;
         let write = |name: &str, text: String| {
             let path = folder.join(name);
@@ -81,14 +81,14 @@ fn config() -> Value {
     })
 }
 
-/// The tokenizer whose ids are the places in `vocabulary`.
-fn build(vocabulary: &[String]) -> anyhow::Result<HuggingFaceTokenizer> {
+/// The tokenizer whose ids are the places in `vocabulary`; the expression `pieces` cuts text into its tokens.
+fn build(vocabulary: &[String], pieces: &str) -> anyhow::Result<HuggingFaceTokenizer> {
     let wrong = |error: tokenizers::Error| anyhow!("{error}");
     let words = vocabulary.iter().cloned().zip(0..).collect();
     // The name of the unknown token is not in the vocabulary, so unknown text is an error.
     let model = WordLevel::builder().vocab(words).unk_token("<|unknown|>".to_owned()).build().map_err(wrong)?;
     let mut tokenizer = HuggingFaceTokenizer::new(model);
-    let pattern = SplitPattern::Regex(r"<\|[^<>]*\|>|</?think>".to_owned());
+    let pattern = SplitPattern::Regex(pieces.to_owned());
     let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(wrong)?;
     tokenizer.with_pre_tokenizer(Some(split));
     tokenizer.with_decoder(Some(Fuse::default()));
@@ -179,8 +179,10 @@ mod tests {
             encoder.encode(&vocabulary.concat(), &mut ids).unwrap();
             assert_eq!(ids, (0..vocabulary.len() as i32).collect::<Vec<_>>());
             assert_eq!(encoder.decode(&ids), vocabulary.concat());
-            let instance = task.generate(0, 0);
-            let text = task.reset(&instance).unwrap().observe() + &task.demonstrate(&instance, 0).unwrap();
+            let instance = task.generate(0, 0..1).unwrap().remove(0);
+            let start = crate::tasks::Start { instance: &instance, seed: 0 };
+            let text = task.begin(&[start]).unwrap().observe().unwrap().remove(0)
+                + &task.demonstrate(&instance, 0).unwrap()[0];
             ids.clear();
             encoder.encode(&text, &mut ids).unwrap();
             assert_eq!(encoder.decode(&ids), text);

@@ -128,7 +128,7 @@ pub(crate) fn task_of(upstream: Upstream<'_>, reference: &str) -> Option<TaskSpe
 
 /// Whether `validate.select` names a measurement of the task behind the tokens `reference`.
 pub(crate) fn check_select(upstream: Upstream<'_>, reference: &str, validate: Option<&Validate>) -> Option<Problem> {
-    let (message, hint) = unknown_measure(&validate?.select, task_of(upstream, reference)?.measures())?;
+    let (message, hint) = unknown_measure(&validate?.select, &task_of(upstream, reference)?.measures())?;
     Some(Problem { path: "validate.select".to_owned(), message, hint })
 }
 

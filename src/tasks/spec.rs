@@ -6,7 +6,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::tasks::{Measure, Task, maze};
+use crate::tasks::{Measure, Task, maze, number_line};
 
 /// What a model is taught to do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -24,6 +24,26 @@ pub enum TaskSpec {
         #[serde(default)]
         algorithm: Algorithm,
     },
+    /// Bring a number to a target by steps of one, a step a turn (NumberLine of RL4VLM, arXiv 2405.10292, as text). A
+    /// reply that names no action moves at random.
+    NumberLine {
+        /// Numbers run from 0 to this.
+        #[serde(default = "default_max_position")]
+        #[schemars(range(min = 1, max = 99))]
+        max_position: u64,
+        /// Turns in an episode, at most.
+        #[serde(default = "default_max_turns")]
+        #[schemars(range(min = 1, max = 1000))]
+        max_turns: u64,
+    },
+}
+
+fn default_max_position() -> u64 {
+    5
+}
+
+fn default_max_turns() -> u64 {
+    10
 }
 
 /// How maze layouts are drawn.
@@ -99,6 +119,16 @@ pub enum FormatSpec {
         #[serde(default)]
         order: SearchOrder,
     },
+    /// English and JSON, for `number_line`: each reply is an object with the keys of RL4VLM, `action` last.
+    Json {
+        /// Whether replies state what they see and think before they act; else they are an action alone.
+        #[serde(default = "default_thoughts")]
+        thoughts: bool,
+    },
+}
+
+fn default_thoughts() -> bool {
+    true
 }
 
 impl Default for FormatSpec {
@@ -112,13 +142,31 @@ impl TaskSpec {
     pub fn part(&self) -> (&'static str, u32) {
         match self {
             Self::Maze { .. } => ("task.maze", maze::VERSION),
+            Self::NumberLine { .. } => ("task.number_line", number_line::VERSION),
         }
     }
 
     /// What verdicts of the task measure, whatever the format.
-    pub fn measures(&self) -> &'static [Measure] {
+    pub fn measures(&self) -> Vec<Measure> {
         match self {
-            Self::Maze { .. } => maze::MEASURES,
+            Self::Maze { .. } => maze::MEASURES.to_vec(),
+            Self::NumberLine { .. } => number_line::MEASURES.to_vec(),
+        }
+    }
+
+    /// The longest that the `length` of an instance can be, where instances have one.
+    pub fn longest(&self) -> Option<u64> {
+        match *self {
+            Self::Maze { rows, columns, .. } => Some((rows * columns).saturating_sub(1)),
+            Self::NumberLine { max_position, .. } => Some(max_position),
+        }
+    }
+
+    /// A format in which the task can be written, for stages that need its instances alone.
+    pub fn any_format(&self) -> FormatSpec {
+        match self {
+            Self::Maze { .. } => FormatSpec::default(),
+            Self::NumberLine { .. } => FormatSpec::Json { thoughts: true },
         }
     }
 }
@@ -130,17 +178,20 @@ impl FormatSpec {
             Self::Alphamaze { .. } => ("format.alphamaze", maze::ALPHAMAZE_VERSION),
             Self::Compact { .. } => ("format.compact", maze::COMPACT_VERSION),
             Self::Fused { .. } => ("format.fused", maze::FUSED_VERSION),
+            Self::Json { .. } => ("format.json", number_line::JSON_VERSION),
         }
     }
 }
 
 /// Every task and format with its version: for the keys of stages that learn from their input alone which task it is.
-pub fn parts() -> [(&'static str, u32); 4] {
+pub fn parts() -> [(&'static str, u32); 6] {
     [
         ("format.alphamaze", maze::ALPHAMAZE_VERSION),
         ("format.compact", maze::COMPACT_VERSION),
         ("format.fused", maze::FUSED_VERSION),
+        ("format.json", number_line::JSON_VERSION),
         ("task.maze", maze::VERSION),
+        ("task.number_line", number_line::VERSION),
     ]
 }
 
@@ -149,6 +200,9 @@ pub fn open(task: &TaskSpec, format: &FormatSpec) -> anyhow::Result<Box<dyn Task
     match task {
         TaskSpec::Maze { rows, columns, algorithm } => {
             Ok(Box::new(maze::MazeTask::new(*rows, *columns, *algorithm, format)?))
+        }
+        TaskSpec::NumberLine { max_position, max_turns } => {
+            Ok(Box::new(number_line::NumberLine::new(*max_position, *max_turns, format)?))
         }
     }
 }

@@ -6,14 +6,16 @@ use std::process::Command;
 
 /// Which folders of `src/` each folder may name with `crate::`. Arrows run only downward.
 const MAY_USE: &[(&str, &[&str])] = &[
-    ("cli", &["stages", "pipeline", "statistics", "telemetry"]),
-    ("stages", &["pipeline", "tasks", "rewards", "telemetry", "random"]),
-    ("pipeline", &["telemetry", "random"]),
-    ("rewards", &["tasks"]),
-    ("tasks", &["random"]),
+    ("cli", &["stages", "pipeline", "tasks", "rewards", "statistics", "telemetry", "random", "file"]),
+    ("stages", &["pipeline", "tasks", "rewards", "telemetry", "random", "program", "file"]),
+    ("pipeline", &["telemetry", "random", "file"]),
+    ("rewards", &["tasks", "program", "file", "random"]),
+    ("tasks", &["random", "program", "file"]),
     ("statistics", &["random"]),
     ("telemetry", &[]),
     ("random", &[]),
+    ("program", &["file"]),
+    ("file", &[]),
 ];
 
 /// Code lines that a file may have, up to its tests.

@@ -12,16 +12,16 @@ use pipe::stages::evaluate::Evaluate;
 use pipe::stages::table::{Column, ColumnType, TableWriter};
 use pipe::stages::tokens::TokensFolder;
 use pipe::statistics::mean::wilson;
-use pipe::tasks::Finish;
 use pipe::telemetry::Metrics;
 use serde::{Deserialize, Serialize};
 
-use crate::generate::{Group, Sampling, generate};
+use crate::generate::Sampling;
 use crate::journal::Journal;
 use crate::model::Transformer;
-use crate::prompts::{Graded, Prompts, Purpose};
-use crate::rollout::{distinct, finish_name};
+use crate::prompts::{Prompts, Purpose};
+use crate::rollout::{distinct, finish_name, turns_column};
 use crate::session::states;
+use crate::trajectory::{Request, Trajectory, play};
 use crate::{device, preflight};
 
 /// A row each evaluated instance.
@@ -35,7 +35,7 @@ const LEVEL: f64 = 0.95;
 #[derive(Debug, Serialize, Deserialize)]
 struct Chunk {
     rows: Vec<usize>,
-    graded: Vec<Graded>,
+    played: Vec<Trajectory>,
 }
 
 /// Runs the stage.
@@ -64,26 +64,26 @@ pub fn run(params: &Evaluate, context: &mut StageContext) -> anyhow::Result<()> 
     let (mut journal, finished) = Journal::open(&states.join("evaluation.jsonl"), 0, |_: &Chunk| true)?;
     let fits = finished.len() <= chunks.len() && finished.iter().zip(&chunks).all(|(done, rows)| done.rows == **rows);
     anyhow::ensure!(fits, "the journal in `{}` is of other rows; remove it to begin anew", states.display());
-    let mut graded: Vec<Graded> = finished.into_iter().flat_map(|chunk| chunk.graded).collect();
+    let mut played: Vec<Trajectory> = finished.into_iter().flat_map(|chunk| chunk.played).collect();
     let total = rows.len() as u64;
-    if !graded.is_empty() {
-        context.tell(StageEvent::Resumed { done: graded.len() as u64 });
+    if !played.is_empty() {
+        context.tell(StageEvent::Resumed { done: played.len() as u64 });
     }
-    context.progress(graded.len() as u64, total, "rows");
+    context.progress(played.len() as u64, total, "rows");
 
     // Loop.
-    for rows in chunks.iter().skip(graded.len().div_ceil(params.generation_chunk as usize)) {
+    for rows in chunks.iter().skip(played.len().div_ceil(params.generation_chunk as usize)) {
         context.stop_if_interrupted()?;
         let chunk = step(params, &model, &prompts, rows, &context.interrupt)?;
         journal.append(&chunk)?;
-        graded.extend(chunk.graded);
-        context.progress(graded.len() as u64, total, "rows");
+        played.extend(chunk.played);
+        context.progress(played.len() as u64, total, "rows");
     }
 
     // Finish.
     let out = context.output("evaluation");
-    write_examples(&prompts, &rows, &graded, &out.join(EXAMPLES_FILE))?;
-    let values = metrics(&prompts, &rows, &graded);
+    write_examples(&prompts, &rows, &played, &out.join(EXAMPLES_FILE))?;
+    let values = metrics(&prompts, &rows, &played);
     let path = out.join(METRICS_FILE);
     let text = serde_json::to_string_pretty(&values).context("metrics are plain data")?;
     std::fs::write(&path, text + "\n").with_context(|| format!("writing `{}`", path.display()))?;
@@ -100,18 +100,16 @@ fn step(
     interrupt: &AtomicBool,
 ) -> anyhow::Result<Chunk> {
     let place = |row: usize| vec![params.seed, Purpose::Evaluation as u64, row as u64];
-    let groups: Vec<Group> =
-        rows.iter().map(|&row| Group { prompt: prompts.prompt(row), samples: vec![place(row)] }).collect();
+    let asked: Vec<Request> = rows.iter().map(|&row| Request { row, samples: vec![place(row)] }).collect();
     let sampling = Sampling { temperature: params.temperature, max_new_tokens: params.max_new_tokens as usize };
-    let completions = generate(model, &groups, &sampling, interrupt, &mut |_| {})?.into_iter().flatten();
-    let graded = rows.iter().zip(completions).map(|(&row, completion)| prompts.grade(row, completion));
-    Ok(Chunk { rows: rows.to_vec(), graded: graded.collect::<anyhow::Result<_>>()? })
+    let played = play(model, prompts, &asked, &sampling, interrupt, &mut |_| {})?;
+    Ok(Chunk { rows: rows.to_vec(), played: played.into_iter().flatten().collect() })
 }
 
-fn write_examples(prompts: &Prompts, rows: &[usize], graded: &[Graded], path: &Path) -> anyhow::Result<()> {
-    use ColumnType::{Number, Text};
+fn write_examples(prompts: &Prompts, rows: &[usize], played: &[Trajectory], path: &Path) -> anyhow::Result<()> {
+    use ColumnType::{Flag, Number, Text};
     let mut columns = vec![("instance", Text), ("stratum", Text), ("data", Text)];
-    columns.extend([("prompt", Text), ("completion", Text), ("finish", Text)]);
+    columns.extend([("prompt", Text), ("completion", Text), ("turns", Text), ("finish", Text), ("truncated", Flag)]);
     columns.extend(prompts.measures().iter().map(|name| (name.as_str(), Number)));
     distinct(&columns)?;
     let rows = || rows.iter().map(|&row| &prompts.tokens.rows[row]);
@@ -120,12 +118,14 @@ fn write_examples(prompts: &Prompts, rows: &[usize], graded: &[Graded], path: &P
         Column::Text(rows().map(|row| row.stratum.clone()).collect()),
         Column::Text(rows().map(|row| row.data.as_ref().map(ToString::to_string)).collect()),
         Column::text(rows().map(|row| row.prompt.clone())),
-        Column::text(graded.iter().map(|graded| graded.text.clone())),
-        Column::text(graded.iter().map(|graded| finish_name(graded.finish).to_owned())),
+        Column::text(played.iter().map(Trajectory::text)),
+        turns_column(prompts, played.iter()),
+        Column::text(played.iter().map(|one| finish_name(one.finish()).to_owned())),
+        Column::Flag(played.iter().map(|one| one.truncated).collect()),
     ];
     values.extend(
         (0..prompts.measures().len())
-            .map(|measure| Column::Number(graded.iter().map(|graded| Some(graded.measurements[measure])).collect())),
+            .map(|measure| Column::Number(played.iter().map(|one| Some(one.measurements[measure])).collect())),
     );
     let mut table = TableWriter::create(path, &columns)?;
     table.write(values)?;
@@ -135,25 +135,25 @@ fn write_examples(prompts: &Prompts, rows: &[usize], graded: &[Graded], path: &P
 /// The figures: `n`, each measurement's mean, the Wilson interval and the strata of `solved`, lengths, truncations.
 ///
 /// Every instance counts; a completion that the token limit cut off is judged as the task judges it, and counted apart.
-fn metrics(prompts: &Prompts, rows: &[usize], graded: &[Graded]) -> BTreeMap<String, f64> {
+fn metrics(prompts: &Prompts, rows: &[usize], played: &[Trajectory]) -> BTreeMap<String, f64> {
     let solved = prompts.measure("solved").ok();
     let mut metrics = Metrics::default();
-    for (&row, graded) in rows.iter().zip(graded) {
+    for (&row, one) in rows.iter().zip(played) {
         metrics.total("n", 1.0);
-        metrics.mean("completion_length", graded.ids.len() as f64, 1.0);
-        metrics.mean("truncated", f64::from(u8::from(graded.finish == Finish::Length)), 1.0);
-        for (name, value) in prompts.measures().iter().zip(&graded.measurements) {
+        metrics.mean("completion_length", one.length() as f64, 1.0);
+        metrics.mean("truncated", f64::from(u8::from(one.truncated)), 1.0);
+        for (name, value) in prompts.measures().iter().zip(&one.measurements) {
             metrics.mean(name, *value, 1.0);
         }
         if let (Some(solved), Some(stratum)) = (solved, &prompts.tokens.rows[row].stratum) {
-            metrics.mean(&format!("solved.{stratum}"), graded.measurements[solved], 1.0);
+            metrics.mean(&format!("solved.{stratum}"), one.measurements[solved], 1.0);
             metrics.total(&format!("n.{stratum}"), 1.0);
         }
     }
     let mut values = metrics.values();
     if let Some(solved) = solved {
-        let successes = graded.iter().filter(|graded| graded.measurements[solved] > 0.5).count() as u64;
-        if let Some(interval) = wilson(successes, graded.len() as u64, LEVEL) {
+        let successes = played.iter().filter(|one| one.measurements[solved] > 0.5).count() as u64;
+        if let Some(interval) = wilson(successes, played.len() as u64, LEVEL) {
             values.extend(interval.low.map(|low| ("solved_low".to_owned(), low)));
             values.extend(interval.high.map(|high| ("solved_high".to_owned(), high)));
         }

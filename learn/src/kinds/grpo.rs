@@ -135,7 +135,8 @@ fn step(
     })?;
     let mut metrics = rollouts.metrics(&rollout);
     metrics.merge(&train(params, prompts, &rollout, training).with_context(|| format!("at step {}", step + 1))?);
-    let generated = rollout.groups.iter().flat_map(|group| &group.samples).map(|sample| sample.logprobs.len() as u64);
+    let samples = rollout.groups.iter().flat_map(|group| &group.samples);
+    let generated = samples.map(|sample| sample.trajectory.length() as u64);
     let own = &mut training.counters.own;
     own.tokens += generated.sum::<u64>();
     own.drawn = drawn;
@@ -159,7 +160,7 @@ fn train(params: &Grpo, prompts: &Prompts, rollout: &Rollout, training: &mut Tra
         // Neighbours of like length share a micro-batch with little padding.
         rows.sort_by_key(|row| row.ids.len());
         // Counted over the whole update before the first backward pass, so that micro-batches do not change the gradient.
-        let denominator: usize = rows.iter().map(|row| row.sample.logprobs.len()).sum();
+        let denominator: usize = rows.iter().map(|row| row.sample.trajectory.length()).sum();
         model.zero_gradients();
         for rows in rows.chunks(micro_batch(params.micro_batch_size, rows.len())) {
             let part = backward(params, model, rows, denominator as f64, updates == 0)?;
@@ -188,7 +189,7 @@ fn train(params: &Grpo, prompts: &Prompts, rollout: &Rollout, training: &mut Tra
     Ok(metrics)
 }
 
-/// A prompt and its completion, whose tokens alone are targets.
+/// A prompt and what follows it, of which the model's tokens alone are targets.
 struct Sequence<'a> {
     ids: Vec<i64>,
     mask: Vec<u8>,
@@ -199,9 +200,8 @@ struct Sequence<'a> {
 fn sequences<'a>(prompts: &Prompts, group: &'a ScoredGroup) -> impl Iterator<Item = Sequence<'a>> {
     let prompt = prompts.prompt(group.row);
     group.samples.iter().map(move |sample| {
-        let mut mask = vec![0; prompt.len()];
-        mask.resize(prompt.len() + sample.graded.ids.len(), 1);
-        Sequence { ids: [prompt.as_slice(), &sample.graded.ids].concat(), mask, sample }
+        let mask = [vec![0; prompt.len()], sample.trajectory.mask()].concat();
+        Sequence { ids: [prompt.as_slice(), &sample.trajectory.ids].concat(), mask, sample }
     })
 }
 
@@ -219,11 +219,8 @@ fn backward(
     let inputs: Vec<Row<'_>> = rows.iter().map(|row| Row { ids: &row.ids, mask: &row.mask }).collect();
     let batch = Batch::new(&inputs, model.config().padding(), model.device())?;
     // Both [N] f32, in the order of the batch's targets: by row, then by place.
-    let old: Vec<f32> = rows.iter().flat_map(|row| row.sample.logprobs.iter().map(|value| *value as f32)).collect();
-    let advantages: Vec<f32> = rows
-        .iter()
-        .flat_map(|row| std::iter::repeat_n(row.sample.advantage as f32, row.sample.logprobs.len()))
-        .collect();
+    let old: Vec<f32> = rows.iter().flat_map(|row| row.sample.trajectory.logprobs.iter().copied()).collect();
+    let advantages: Vec<f32> = rows.iter().flat_map(|row| advantages(row.sample)).collect();
     let tensor = |values: &[f32]| Tensor::from_slice(values).to_device(model.device());
     let logits = model.logits(&batch.select(&model.hidden(&batch.ids)));
     let new = token_logprobs(&logits, &batch.targets, params.temperature);
@@ -247,6 +244,12 @@ fn backward(
         metrics.max("sampling/logprob_difference_max", policy.mismatch_max);
     }
     Ok(metrics)
+}
+
+/// The advantage of each of the model's tokens: that of its turn.
+fn advantages(sample: &Sample) -> impl Iterator<Item = f32> {
+    let turns = sample.trajectory.turns.iter().zip(&sample.advantages);
+    turns.flat_map(|(turn, advantage)| std::iter::repeat_n(*advantage as f32, turn.end - turn.begin))
 }
 
 /// Rows in a forward pass; 0 stands for all.

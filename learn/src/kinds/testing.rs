@@ -63,6 +63,25 @@ pub(super) static FLOW: LazyLock<Flow> = LazyLock::new(|| {
     flow
 });
 
+/// A flow over episodes of several turns: number lines, whose model is as it was drawn.
+pub(super) static LINES: LazyLock<Flow> = LazyLock::new(|| {
+    let task = json!({"kind": "number_line", "max_position": 9, "max_turns": 4});
+    let format = json!({"kind": "json", "thoughts": false});
+    let mut flow = Flow { root: tempfile::tempdir().unwrap(), inputs: BTreeMap::new() };
+    let splits = json!({"train": 48, "rl": 20, "validation": 10, "test": 14});
+    flow.add("lines", "synthesize", &json!({"task": task, "splits": splits, "unique": false, "max_length": 4}));
+    flow.add("tokenizer", "tokenizer", &json!({"task": task, "format": format}));
+    flow.add("tokens", "tokenize", &json!({"dataset": "lines", "tokenizer": "tokenizer", "format": format}));
+    let architecture = json!({
+        "kind": "qwen2", "hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 32,
+        "max_position_embeddings": 224
+    });
+    flow.add("base", "model", &json!({"tokenizer": "tokenizer", "architecture": architecture, "seed": 1}));
+    let sft = json!({"model": "base", "data": "tokens", "steps": 60, "batch_size": 8, "learning_rate": 1e-2});
+    flow.add("policy", "sft", &sft);
+    flow
+});
+
 impl Flow {
     /// Runs a stage to its end and keeps its first output under `name`.
     fn add(&mut self, name: &str, kind: &str, params: &Value) {

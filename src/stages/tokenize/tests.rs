@@ -8,7 +8,7 @@ use crate::stages::synthesize::Synthesize;
 use crate::stages::testing::{context, digest, give};
 use crate::stages::tokenizer;
 use crate::stages::tokens::TokensFolder;
-use crate::tasks::Finish;
+use crate::tasks::{Finish, Start, replay};
 
 /// A folder with a data set and a tokenizer of 4 x 4 mazes in `format`.
 fn inputs(format: &Value) -> tempfile::TempDir {
@@ -74,11 +74,11 @@ fn rows_read_back_are_prompts_and_demonstrations_that_solve() {
             assert_eq!(encoder.decode(&prompt[1..]), of.prompt);
             let completion = encoder.decode(&ids[prompt.len()..ids.len() - 1]);
             let data = of.data.as_ref().unwrap();
-            assert_eq!(of.stratum.as_deref(), task.stratum(data));
-            let mut episode = task.reset(data).unwrap();
-            assert_eq!(episode.observe(), of.prompt);
-            episode.step(&completion, Finish::Stop);
-            assert_eq!(episode.verdict()["solved"].to_bits(), 1f64.to_bits());
+            assert_eq!(of.stratum, task.stratum(data));
+            let start = Start { instance: data, seed: 0 };
+            assert_eq!(task.begin(&[start]).unwrap().observe().unwrap()[0], of.prompt);
+            let (_, verdict) = replay(&*task, start, &[completion], Finish::Stop).unwrap();
+            assert_eq!(verdict["solved"].to_bits(), 1f64.to_bits());
             let wanted: Vec<u8> = (0..ids.len()).map(|at| u8::from(at >= prompt.len())).collect();
             assert_eq!(tokens.row_mask(row), wanted, "the completion and one `eos`");
         }

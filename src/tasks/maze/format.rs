@@ -59,8 +59,8 @@ pub(super) struct Answer {
 }
 
 impl Format {
-    /// The format `spec` for mazes of `rows` x `columns`.
-    pub(super) fn new(spec: &FormatSpec, rows: usize, columns: usize) -> Self {
+    /// The format `spec` for mazes of `rows` x `columns`; an error where it is none for mazes.
+    pub(super) fn new(spec: &FormatSpec, rows: usize, columns: usize) -> anyhow::Result<Self> {
         let thought = |trace: SearchTrace| match trace {
             SearchTrace::Search => Thought::Search,
             SearchTrace::Path => Thought::Path,
@@ -71,8 +71,11 @@ impl Format {
             FormatSpec::Alphamaze { trace: Trace::Direct } => (Style::Alphamaze, Thought::Direct, SearchOrder::Random),
             FormatSpec::Compact { trace, order } => (Style::Compact, thought(trace), order),
             FormatSpec::Fused { trace, order } => (Style::Fused, thought(trace), order),
+            FormatSpec::Json { .. } => {
+                anyhow::bail!("the format `json` is none for a maze; `alphamaze`, `compact` and `fused` are")
+            }
         };
-        Self { style, thought, order, rows, columns }
+        Ok(Self { style, thought, order, rows, columns })
     }
 
     /// Every token, in the order of ids: specials, thinking, then what cells and moves are written with.
@@ -321,7 +324,7 @@ mod tests {
     #[test]
     fn every_text_is_made_of_the_vocabulary_and_solves_its_maze() {
         for spec in formats() {
-            let format = Format::new(&spec, 4, 5);
+            let format = Format::new(&spec, 4, 5).unwrap();
             let vocabulary: std::collections::BTreeSet<String> = format.vocabulary().into_iter().collect();
             assert_eq!(vocabulary.len(), format.vocabulary().len(), "no token stands twice");
             for index in 0..50 {
@@ -340,7 +343,7 @@ mod tests {
     #[test]
     fn a_prompt_depends_on_walls_and_endpoints_alone() {
         for spec in formats() {
-            let format = Format::new(&spec, 4, 5);
+            let format = Format::new(&spec, 4, 5).unwrap();
             let maze = maze(1);
             assert_eq!(format.prompt(&maze), format.prompt(&Maze { length: 0, ..maze.clone() }));
             let other = Maze { origin: maze.target, target: maze.origin, ..maze.clone() };
@@ -384,7 +387,7 @@ mod tests {
 
     #[test]
     fn vocabularies_are_those_of_the_paper_and_of_its_fused_form() {
-        let paper = Format::new(&FormatSpec::default(), 5, 5).vocabulary();
+        let paper = Format::new(&FormatSpec::default(), 5, 5).unwrap().vocabulary();
         assert_eq!(paper.len(), 5 + 48);
         assert_eq!(&paper[..5], [PAD, BEGIN, END, THINK, END_THINK]);
         assert_eq!(
@@ -396,8 +399,14 @@ mod tests {
             assert!(paper.iter().any(|token| token == wall), "{wall}");
         }
         let (trace, order) = (SearchTrace::Search, SearchOrder::Random);
-        assert_eq!(Format::new(&FormatSpec::Compact { trace, order }, 5, 5).vocabulary().len(), 5 + 4 + 25 + 48);
-        assert_eq!(Format::new(&FormatSpec::Fused { trace, order }, 5, 5).vocabulary().len(), 5 + 4 + 25 + 100 + 400);
+        assert_eq!(
+            Format::new(&FormatSpec::Compact { trace, order }, 5, 5).unwrap().vocabulary().len(),
+            5 + 4 + 25 + 48
+        );
+        assert_eq!(
+            Format::new(&FormatSpec::Fused { trace, order }, 5, 5).unwrap().vocabulary().len(),
+            5 + 4 + 25 + 100 + 400
+        );
     }
 
     #[test]

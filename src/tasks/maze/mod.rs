@@ -7,6 +7,8 @@
 mod format;
 mod grid;
 
+use std::ops::Range;
+
 use anyhow::{Context as _, ensure};
 use serde_json::Value;
 
@@ -16,7 +18,7 @@ pub use grid::{Direction, Maze};
 use crate::random;
 use crate::tasks::maze::format::{Format, read_answer};
 use crate::tasks::maze::grid::{Symmetry, canonical, symmetries};
-use crate::tasks::{Algorithm, Episode, Finish, FormatSpec, Measure, Measurements, Task, Turn};
+use crate::tasks::{Algorithm, Episode, Episodes, Finish, FormatSpec, Measure, Measurements, Start, Task, Turn};
 
 /// The version of instances and verdicts.
 pub const VERSION: u32 = 1;
@@ -29,26 +31,23 @@ pub const COMPACT_VERSION: u32 = 1;
 pub const FUSED_VERSION: u32 = 1;
 
 /// What a verdict measures.
-pub const MEASURES: &[Measure] = &[
-    Measure {
-        name: "solved",
-        meaning: "1 where a well-formed, finished answer walks through no wall, reaches the target with its last move \
+pub static MEASURES: &[Measure] = &[
+    Measure::new(
+        "solved",
+        "1 where a well-formed, finished answer walks through no wall, reaches the target with its last move \
                   and not before; else 0",
-    },
-    Measure { name: "valid_moves", meaning: "moves of the answer before the first that runs into a wall" },
-    Measure { name: "steps", meaning: "moves of the answer up to the first thing that is no move" },
-    Measure { name: "shortest", meaning: "moves of the shortest path" },
-    Measure { name: "wall_hits", meaning: "moves of the answer that run into a wall, the walker staying where it is" },
-    Measure {
-        name: "progress",
-        meaning: "the share of the distance to the target that the valid moves have covered, from 0 to 1",
-    },
-    Measure {
-        name: "format",
-        meaning: "1 where the completion is `<think>`, a trace, `</think>` and at least one move and nothing but \
+    ),
+    Measure::new("valid_moves", "moves of the answer before the first that runs into a wall"),
+    Measure::new("steps", "moves of the answer up to the first thing that is no move"),
+    Measure::new("shortest", "moves of the shortest path"),
+    Measure::new("wall_hits", "moves of the answer that run into a wall, the walker staying where it is"),
+    Measure::new("progress", "the share of the distance to the target that the valid moves have covered, from 0 to 1"),
+    Measure::new(
+        "format",
+        "1 where the completion is `<think>`, a trace, `</think>` and at least one move and nothing but \
                   moves; else 0",
-    },
-    Measure { name: "finished", meaning: "1 where the model ended its completion, 0 where the token limit did" },
+    ),
+    Measure::new("finished", "1 where the model ended its completion, 0 where the token limit did"),
 ];
 
 /// Mazes of one size in one format.
@@ -67,7 +66,7 @@ impl MazeTask {
         }
         let (rows, columns) = (rows as usize, columns as usize);
         let Algorithm::Dfs = algorithm;
-        Ok(Self { rows, columns, format: Format::new(format, rows, columns), symmetries: symmetries(rows, columns) })
+        Ok(Self { rows, columns, format: Format::new(format, rows, columns)?, symmetries: symmetries(rows, columns) })
     }
 
     fn read(&self, instance: &Value) -> anyhow::Result<Maze> {
@@ -79,9 +78,12 @@ impl MazeTask {
 }
 
 impl Task for MazeTask {
-    fn generate(&self, seed: u64, index: u64) -> Value {
-        let mut random = random::rng("task.maze", &[seed, self.rows as u64, self.columns as u64, index]);
-        serde_json::to_value(Maze::draw(self.rows, self.columns, &mut random)).expect("a maze is plain data")
+    fn generate(&self, seed: u64, indices: Range<u64>) -> anyhow::Result<Vec<Value>> {
+        let draw = |index| {
+            let mut random = random::rng("task.maze", &[seed, self.rows as u64, self.columns as u64, index]);
+            serde_json::to_value(Maze::draw(self.rows, self.columns, &mut random)).expect("a maze is plain data")
+        };
+        Ok(indices.map(draw).collect())
     }
 
     fn canonical(&self, instance: &Value) -> anyhow::Result<Vec<u8>> {
@@ -91,31 +93,43 @@ impl Task for MazeTask {
         Ok(bytes)
     }
 
-    fn reset(&self, instance: &Value) -> anyhow::Result<Box<dyn Episode>> {
-        let maze = self.read(instance)?;
-        let prompt = self.format.prompt(&maze);
-        Ok(Box::new(MazeEpisode { maze, prompt, turn: None }))
+    fn begin(&self, starts: &[Start<'_>]) -> anyhow::Result<Box<dyn Episodes>> {
+        let episodes = starts.iter().map(|start| {
+            let maze = self.read(start.instance)?;
+            let prompt = self.format.prompt(&maze);
+            Ok(MazeEpisode { maze, prompt, turn: None })
+        });
+        Ok(Box::new(episodes.collect::<anyhow::Result<Vec<_>>>()?))
     }
 
-    fn demonstrate(&self, instance: &Value, seed: u64) -> anyhow::Result<String> {
-        Ok(self.format.demonstrate(&self.read(instance)?, &mut random::rng("task.maze.demonstrate", &[seed])))
+    fn demonstrate(&self, instance: &Value, seed: u64) -> anyhow::Result<Vec<String>> {
+        Ok(vec![self.format.demonstrate(&self.read(instance)?, &mut random::rng("task.maze.demonstrate", &[seed]))])
     }
 
     fn vocabulary(&self) -> Vec<String> {
         self.format.vocabulary()
     }
 
-    fn measures(&self) -> &'static [Measure] {
+    fn pieces(&self) -> &'static str {
+        r"<\|[^<>]*\|>|</?think>"
+    }
+
+    fn measures(&self) -> &[Measure] {
         MEASURES
     }
 
-    fn stratum(&self, instance: &Value) -> Option<&'static str> {
-        Some(match instance.get("length")?.as_u64()? {
+    fn max_turns(&self) -> usize {
+        1
+    }
+
+    fn stratum(&self, instance: &Value) -> Option<String> {
+        let name = match instance.get("length")?.as_u64()? {
             0..=4 => "short",
             5..=8 => "medium",
             9..=13 => "long",
             14.. => "very_long",
-        })
+        };
+        Some(name.to_owned())
     }
 }
 
@@ -128,7 +142,7 @@ struct MazeEpisode {
 
 impl Episode for MazeEpisode {
     fn observe(&self) -> String {
-        if self.turn.is_none() { self.prompt.clone() } else { String::new() }
+        self.prompt.clone()
     }
 
     fn step(&mut self, reply: &str, finish: Finish) -> Turn {
@@ -179,7 +193,7 @@ fn measure(maze: &Maze, completion: &str, finish: Finish) -> Measurements {
         f64::from(u8::from(answer.well_formed)),
         f64::from(u8::from(finished)),
     ];
-    MEASURES.iter().map(|measure| measure.name.to_owned()).zip(values).collect()
+    MEASURES.iter().map(|measure| measure.name.clone().into_owned()).zip(values).collect()
 }
 
 #[cfg(test)]

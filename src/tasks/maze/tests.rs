@@ -3,7 +3,7 @@
 #![expect(clippy::float_cmp, reason = "measurements of known walks are exact")]
 
 use super::*;
-use crate::tasks::{SearchOrder, SearchTrace, TaskSpec, Trace, open};
+use crate::tasks::{Reply, SearchOrder, SearchTrace, TaskSpec, Trace, open, replay};
 
 fn specs() -> Vec<FormatSpec> {
     let traces = [SearchTrace::Search, SearchTrace::Path, SearchTrace::Direct];
@@ -18,9 +18,18 @@ fn task(format: &FormatSpec) -> Box<dyn Task> {
 }
 
 fn judge(task: &dyn Task, instance: &Value, reply: &str, finish: Finish) -> Measurements {
-    let mut episode = task.reset(instance).unwrap();
-    episode.step(reply, finish);
-    episode.verdict()
+    played(task, instance, reply, finish).1
+}
+
+/// The one turn of an episode, and the verdict.
+fn played(task: &dyn Task, instance: &Value, reply: &str, finish: Finish) -> (Turn, Measurements) {
+    let (mut turns, verdict) = replay(task, Start { instance, seed: 0 }, &[reply.to_owned()], finish).unwrap();
+    (turns.remove(0), verdict)
+}
+
+/// An instance of the stream `seed`.
+fn generate(task: &dyn Task, seed: u64, index: u64) -> Value {
+    task.generate(seed, index..index + 1).unwrap().remove(0)
 }
 
 /// An answer by letters: `u`, `d`, `l`, `r`.
@@ -72,9 +81,9 @@ fn a_completion_that_was_cut_off_is_not_solved() {
     let (task, maze) = fixed();
     let verdict = judge(&*task, &maze, &answer("drru"), Finish::Length);
     assert_eq!((verdict["solved"], verdict["finished"], verdict["progress"]), (0.0, 0.0, 1.0));
-    let turn = task.reset(&maze).unwrap().step(&answer("drru"), Finish::Length);
+    let turn = played(&*task, &maze, &answer("drru"), Finish::Length).0;
     assert!(turn.truncated && !turn.terminated);
-    let turn = task.reset(&maze).unwrap().step(&answer("drru"), Finish::Stop);
+    let turn = played(&*task, &maze, &answer("drru"), Finish::Stop).0;
     assert!(turn.terminated && !turn.truncated);
 }
 
@@ -150,9 +159,9 @@ fn every_single_token_mutation_is_judged_as_an_independent_reading_judges_it() {
         let vocabulary = task.vocabulary();
         let (mut solved, mut failed) = (0, 0);
         for index in 0..3 {
-            let instance = task.generate(5, index);
+            let instance = generate(&*task, 5, index);
             let maze: Maze = serde_json::from_value(instance.clone()).unwrap();
-            let text = task.demonstrate(&instance, index).unwrap();
+            let text = task.demonstrate(&instance, index).unwrap().remove(0);
             let tokens: Vec<String> = text.split_inclusive('>').map(str::to_owned).collect();
             let mut mutants = vec![tokens.clone()];
             for at in 0..=tokens.len() {
@@ -193,8 +202,8 @@ fn a_demonstration_solves_its_instance_and_its_neighbours_do_not() {
     for spec in specs() {
         let task = task(&spec);
         for index in 0..40 {
-            let instance = task.generate(9, index);
-            let verdict = judge(&*task, &instance, &task.demonstrate(&instance, 1).unwrap(), Finish::Stop);
+            let instance = generate(&*task, 9, index);
+            let verdict = judge(&*task, &instance, &task.demonstrate(&instance, 1).unwrap()[0], Finish::Stop);
             assert_eq!((verdict["solved"], verdict["steps"]), (1.0, verdict["shortest"]));
             assert_eq!(verdict.len(), task.measures().len());
             assert_eq!(task.demonstrate(&instance, 3).unwrap(), task.demonstrate(&instance, 3).unwrap());
@@ -205,23 +214,28 @@ fn a_demonstration_solves_its_instance_and_its_neighbours_do_not() {
 #[test]
 fn an_episode_before_and_after_its_turn() {
     let (task, maze) = fixed();
-    let mut episode = task.reset(&maze).unwrap();
-    assert!(episode.observe().starts_with("<|0-0|><|up_left_right_wall|><|origin|>"));
-    assert_eq!(episode.verdict()["solved"], 0.0);
-    episode.step(&answer("d"), Finish::Stop);
-    let again = episode.step(&answer("drru"), Finish::Stop);
-    assert_eq!(again.measurements["solved"], 0.0, "the first reply is the episode");
-    assert_eq!(episode.observe(), "");
+    let mut episodes = task.begin(&[Start { instance: &maze, seed: 0 }]).unwrap();
+    assert!(episodes.observe().unwrap()[0].starts_with("<|0-0|><|up_left_right_wall|><|origin|>"));
+    assert_eq!(episodes.verdicts().unwrap()[0]["solved"], 0.0);
+    let mut step = |letters: &str| {
+        let text = answer(letters);
+        episodes.step(&[Reply { episode: 0, text: &text, finish: Finish::Stop }]).unwrap().remove(0)
+    };
+    assert_eq!(step("d").observation, "");
+    assert_eq!(step("drru").measurements["solved"], 0.0, "the first reply is the episode");
 }
 
 #[test]
 fn values_that_are_no_instance_are_refused() {
     let (task, mut maze) = fixed();
     maze["walls"][3] = 7.into();
-    assert!(format!("{:#}", task.reset(&maze).err().unwrap()).contains("does not hold together"));
+    assert!(
+        format!("{:#}", task.begin(&[Start { instance: &maze, seed: 0 }]).err().unwrap())
+            .contains("does not hold together")
+    );
     assert!(task.canonical(&maze).is_err());
     assert!(task.demonstrate(&Value::Null, 0).is_err());
-    assert!(task.reset(&serde_json::json!({"rows": 2})).is_err());
+    assert!(task.begin(&[Start { instance: &serde_json::json!({"rows": 2}), seed: 0 }]).is_err());
 }
 
 #[test]
@@ -233,7 +247,7 @@ fn the_canonical_form_forgets_endpoints_and_remembers_layouts() {
     assert_eq!(task.canonical(&maze).unwrap(), task.canonical(&other).unwrap());
     let spec = TaskSpec::Maze { rows: 5, columns: 5, algorithm: Algorithm::Dfs };
     let task = open(&spec, &FormatSpec::default()).unwrap();
-    assert_ne!(task.canonical(&task.generate(0, 0)).unwrap(), task.canonical(&task.generate(0, 1)).unwrap());
+    assert_ne!(task.canonical(&generate(&*task, 0, 0)).unwrap(), task.canonical(&generate(&*task, 0, 1)).unwrap());
 }
 
 #[test]
@@ -249,8 +263,9 @@ fn golden_texts() {
     let mut texts = Vec::new();
     for spec in specs() {
         let task = task(&spec);
-        let instance = task.generate(0, 0);
-        texts.push((task.reset(&instance).unwrap().observe(), task.demonstrate(&instance, 0).unwrap()));
+        let instance = generate(&*task, 0, 0);
+        let prompt = task.begin(&[Start { instance: &instance, seed: 0 }]).unwrap().observe().unwrap().remove(0);
+        texts.push((prompt, task.demonstrate(&instance, 0).unwrap().remove(0)));
     }
     insta::assert_debug_snapshot!(texts);
 }

@@ -1,5 +1,7 @@
 //! Tests of the loops, end to end on tiny mazes: same run same bytes, stopped anywhere; laws of rollouts; refusals.
 
+mod episodes;
+
 use std::time::Duration;
 
 use pipe::pipeline::stage::{ArtifactType, StageEvent};
@@ -7,7 +9,7 @@ use pipe::stages::table::{self, Column};
 use pipe::stages::tokens::TokensFolder;
 use serde_json::{Value, json};
 
-use super::testing::{End, FLOW, Job};
+use super::testing::{End, FLOW, Flow, Job};
 use crate::order::Order;
 
 fn sft() -> Value {
@@ -36,15 +38,15 @@ fn evaluate() -> Value {
 }
 
 /// Runs a stage whole, then again and again with stops of both kinds at places spread over its events, and compares.
-fn stops_change_nothing(kind: &str, params: &Value, places: usize) {
-    let whole = Job::new(&FLOW, kind, params.clone());
+fn stops_change_nothing(flow: &Flow, kind: &str, params: &Value, places: usize) {
+    let whole = Job::new(flow, kind, params.clone());
     let digest = whole.run(&[]).unwrap();
-    let again = Job::new(&FLOW, kind, params.clone());
+    let again = Job::new(flow, kind, params.clone());
     assert_eq!(again.run(&[]).unwrap(), digest, "twice is not the same");
     let count = whole.count();
     let mut place = 0;
     for round in 0..places {
-        let mut job = Job::new(&FLOW, kind, params.clone());
+        let mut job = Job::new(flow, kind, params.clone());
         // Saves at every step, or only when asked to stop.
         job.save_every = if round % 2 == 0 { Duration::ZERO } else { Duration::from_secs(3600) };
         let mut next = || {
@@ -61,19 +63,19 @@ fn stops_change_nothing(kind: &str, params: &Value, places: usize) {
 
 #[test]
 fn sft_gives_the_same_bytes_wherever_it_is_stopped() {
-    stops_change_nothing("sft", &sft(), 6);
+    stops_change_nothing(&FLOW, "sft", &sft(), 6);
 }
 
 #[test]
 fn grpo_gives_the_same_bytes_wherever_it_is_stopped() {
     let mut params = grpo();
     params["updates_per_step"] = json!(5);
-    stops_change_nothing("grpo", &params, 8);
+    stops_change_nothing(&FLOW, "grpo", &params, 8);
 }
 
 #[test]
 fn evaluate_gives_the_same_bytes_wherever_it_is_stopped() {
-    stops_change_nothing("evaluate", &evaluate(), 4);
+    stops_change_nothing(&FLOW, "evaluate", &evaluate(), 4);
 }
 
 #[test]
@@ -104,6 +106,8 @@ fn numbers(job: &Job<'_>, names: &[&str]) -> Vec<Vec<f64>> {
     let numbers = |column| match column {
         Column::Number(values) => values.into_iter().map(Option::unwrap).collect(),
         Column::Integer(values) => values.into_iter().map(|value| value.unwrap() as f64).collect(),
+        // Of tasks of one turn.
+        Column::Numbers(values) => values.into_iter().map(|list| list[0]).collect(),
         Column::Flag(values) => values.into_iter().map(|flag| f64::from(u8::from(flag))).collect(),
         other => panic!("{other:?} are no numbers"),
     };
@@ -114,7 +118,7 @@ fn numbers(job: &Job<'_>, names: &[&str]) -> Vec<Vec<f64>> {
 fn what_is_logged_is_what_is_optimised() {
     let job = Job::new(&FLOW, "grpo", grpo());
     job.run(&[]).unwrap();
-    let columns = numbers(&job, &["step", "reward_correct", "reward_near", "total", "advantage", "solved", "kept"]);
+    let columns = numbers(&job, &["step", "reward_correct", "reward_near", "total", "advantages", "solved", "kept"]);
     let [step, correct, near, total, advantage, solved, kept] = columns.try_into().unwrap();
     assert_eq!(correct, solved);
     for row in 0..total.len() {
