@@ -192,7 +192,7 @@ impl Tokenize {
             (Contents::Texts(prompts, completions), _) => (prompts[row].clone(), completions[row].clone(), None),
             (Contents::Task(_), None) => bail!("the data set has instances and names no task"),
         };
-        let mut ids = vec![encoder.begin];
+        let mut ids: Vec<i32> = encoder.begin.into_iter().collect();
         encoder.encode(&prompt, &mut ids)?;
         let prompt_length = ids.len();
         encoder.encode(&completion, &mut ids)?;

@@ -70,7 +70,7 @@ fn rows_read_back_are_prompts_and_demonstrations_that_solve() {
         assert_eq!(error, "the tokens have no split `rl`; there are `test` (20 rows), `train` (40 rows)");
         for (row, of) in tokens.rows.iter().enumerate() {
             let (ids, prompt) = (tokens.row_ids(row), tokens.prompt_ids(row));
-            assert_eq!((ids[0], ids[ids.len() - 1]), (encoder.begin, encoder.end));
+            assert_eq!((Some(ids[0]), ids[ids.len() - 1]), (encoder.begin, encoder.end));
             assert_eq!(encoder.decode(&prompt[1..]), of.prompt);
             let completion = encoder.decode(&ids[prompt.len()..ids.len() - 1]);
             let data = of.data.as_ref().unwrap();
