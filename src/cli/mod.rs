@@ -12,6 +12,7 @@ pub mod pace;
 pub mod plan;
 pub mod progress;
 pub mod render;
+pub mod rescore;
 pub mod results;
 pub mod run;
 pub mod schema;
@@ -76,6 +77,7 @@ pub struct Global {
 enum Command {
     Check(check::Args),
     Plan(plan::Args),
+    Rescore(rescore::Args),
     Run(run::Args),
     Schema(schema::Args),
     Score(score::Args),
@@ -124,6 +126,7 @@ fn dispatch(command: &Command, session: &Session) -> Result<(), Failure> {
     match command {
         Command::Check(args) => check::run(args, session),
         Command::Plan(args) => plan::run(args, session),
+        Command::Rescore(args) => rescore::run(args, session),
         Command::Run(args) => run::run(args, session),
         Command::Schema(args) => schema::run(args, session),
         Command::Score(args) => score::run(args, session),

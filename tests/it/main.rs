@@ -6,4 +6,5 @@ mod architecture;
 mod engine;
 mod generated;
 mod learning;
+mod rewards;
 mod sandbox;
