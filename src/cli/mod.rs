@@ -5,6 +5,7 @@
 //! Nothing here computes a result.
 
 pub mod arms;
+pub mod audit;
 pub mod check;
 pub mod comparison;
 pub mod failure;
@@ -75,6 +76,7 @@ pub struct Global {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
+    Audit(audit::Args),
     Check(check::Args),
     Plan(plan::Args),
     Rescore(rescore::Args),
@@ -124,6 +126,7 @@ pub fn main() -> ExitCode {
 
 fn dispatch(command: &Command, session: &Session) -> Result<(), Failure> {
     match command {
+        Command::Audit(args) => audit::run(args, session),
         Command::Check(args) => check::run(args, session),
         Command::Plan(args) => plan::run(args, session),
         Command::Rescore(args) => rescore::run(args, session),

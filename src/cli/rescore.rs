@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::cli::failure::Failure;
-use crate::cli::show::{Found, find};
+use crate::cli::show::{StageObjects, find};
 use crate::cli::{Session, render};
 use crate::pipeline::stage::ArtifactType;
 use crate::rewards::{Outcome, RewardSpec, Scorer};
@@ -74,7 +74,7 @@ struct Informative {
 /// With `--json`, one object.
 pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     let specs = read_rewards(&args.rewards)?;
-    let samples = stored(&find(&args.target, &[], session)?)?;
+    let samples = stored(&find(&args.target, &[], session)?.result())?;
     check(&specs, &samples.measures, &args.rewards)?;
     let mut scorer = Scorer::new(&specs, None).map_err(|error| Failure::input(&error))?;
     let inputs: Vec<_> = samples.rows.iter().map(Sample::input).collect();
@@ -109,7 +109,7 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
 }
 
 /// The completions of a result, with structured instances where an input has them.
-pub(super) fn stored(found: &Found<'_>) -> Result<Samples, Failure> {
+pub(super) fn stored(found: &StageObjects<'_>) -> Result<Samples, Failure> {
     let kinds = [ArtifactType::Rollouts, ArtifactType::Evaluation];
     let output = found.manifest.outputs.iter().find(|output| kinds.contains(&output.artifact)).ok_or_else(|| {
         Failure::wrong(format!("a `{}` stage stores no completions", found.manifest.parts.kind))

@@ -50,10 +50,24 @@ impl<'a> Target<'a> {
 pub struct Found<'a> {
     target: Target<'a>,
     recipe: Digest,
-    /// The store that holds it.
-    pub store: Store,
-    /// Its record.
-    pub manifest: Arc<Manifest>,
+    store: Store,
+    manifest: Arc<Manifest>,
+}
+
+/// A result and the store that holds its objects.
+#[derive(Clone, Copy)]
+pub struct StageObjects<'a> {
+    /// The store.
+    pub store: &'a Store,
+    /// The record.
+    pub manifest: &'a Manifest,
+}
+
+impl Found<'_> {
+    /// The result with its store.
+    pub fn result(&self) -> StageObjects<'_> {
+        StageObjects { store: &self.store, manifest: &self.manifest }
+    }
 }
 
 /// Looks up `EXPERIMENT[/TRIAL]/STAGE[.OUTPUT]` as it last ran, or `FILE.toml[/TRIAL]/STAGE[.OUTPUT]` as the file is now.

@@ -71,6 +71,8 @@ fn stored_completions_are_scored_anew_without_a_model() {
     assert!((shares.iter().sum::<f64>() - 1.0).abs() < 1e-9, "{shares:?}");
     let columns = pipe::stages::table::column_names(&sandbox.path("s.parquet")).unwrap();
     assert!(columns.iter().any(|column| column == "reward_moves"), "{columns:?}");
+    let audited = sandbox.json(&["audit", "rewards", "tiny.toml", "--completions", "tiny/grpo", "--json"]);
+    assert_eq!(audited[0]["completions"], report["completions"]);
     // A program reads structured instances; another reward has other totals.
     let script = "import json, sys\nfor line in sys.stdin:\n  s = json.loads(line)['samples']\n  \
                   print(json.dumps({'rewards': [len(x['instance']) if x['instance'] else None for x in s]}), flush=True)\n";
@@ -88,4 +90,34 @@ fn stored_completions_are_scored_anew_without_a_model() {
     assert!(bad.stderr.contains("rewards.x.expression") && bad.stderr.contains("valid_moves"), "{}", bad.stderr);
     let none = sandbox.pipe(&["rescore", "tiny/sft", "--rewards", "same.toml"]);
     assert_eq!(none.code, Some(2), "{}", none.stderr);
+}
+
+#[test]
+fn a_reward_for_every_valid_move_is_named_as_a_hole_before_training() {
+    let sandbox = Sandbox::new();
+    sandbox.write("tiny.toml", TINY);
+    // Nothing has run: it needs no model, no data and no worker.
+    let reports = sandbox.json(&["audit", "rewards", "tiny.toml", "--json"]);
+    let report = &reports[0];
+    assert_eq!(report["stage"], "grpo");
+    assert_eq!(report["holes"]["moves"]["pays_unsolved"], true, "{report}");
+    assert_eq!(report["holes"]["correct"]["pays_unsolved"], false, "{report}");
+    assert_eq!(report["total"]["pays_unsolved"], true);
+    assert!(report["total"]["unsolved"].as_f64().unwrap() > report["total"]["mean_solved"].as_f64().unwrap());
+    assert_eq!(report["total"]["answer"]["family"], "loop", "{report}");
+    let shown = sandbox.ok(&["audit", "rewards", "tiny.toml"]);
+    assert!(
+        shown.stdout.contains("`moves` is a hole") && shown.stdout.contains("`correct` is no hole"),
+        "{}",
+        shown.stdout
+    );
+    assert!(shown.stdout.contains("without solving: loop `"), "{}", shown.stdout);
+    let denied = sandbox.pipe(&["audit", "rewards", "tiny.toml", "--deny"]);
+    assert_eq!(denied.code, Some(1), "{}", denied.stderr);
+    // Paid only when solved, there is no hole and nothing to deny.
+    let honest = "stages.grpo.rewards.moves.expression=0.5 * solved * shortest / max(steps, shortest)";
+    sandbox.ok(&["audit", "rewards", "tiny.toml", "--deny", "--set", honest]);
+    let wrong = sandbox.pipe(&["audit", "rewards", "tiny.toml", "--stage", "sft"]);
+    assert_eq!(wrong.code, Some(2));
+    assert!(wrong.stderr.contains("no stage of kind `grpo`"), "{}", wrong.stderr);
 }
