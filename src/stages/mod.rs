@@ -5,6 +5,7 @@ pub mod dataset;
 pub mod evaluate;
 pub mod grpo;
 pub mod model;
+pub mod sampling;
 pub mod sft;
 pub mod synthesize;
 pub mod table;
