@@ -2,11 +2,9 @@
 //!
 //! Components are joined, what is still to come is counted from each unit on (the episode, a turn, a token), then it is
 //! centred and scaled. Where all rewards that are compared are equal (but for the rounding of sums) the advantage is exactly
-//! 0: that is asked of the rewards, never of a deviation, which need not come out as 0. An abstention is no 0 and an excluded sample is nobody's
-//! baseline. It knows no model and no loss.
+//! 0: that is asked of the rewards, never of a deviation, which need not come out as 0. An excluded sample is nobody's baseline. It knows no model and no loss.
 
 use anyhow::{Result, ensure};
-use pipe::rewards::total;
 use pipe::stages::grpo::axes::{Advantage, Aggregation, Centre, Level, Scale};
 
 /// Differences below this share of the numbers that are compared are the rounding of sums.
@@ -15,6 +13,8 @@ const ROUNDING: f64 = 1e-13;
 /// What one sample earned.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Earned {
+    /// The weighted sum of the components that have a value: what is logged is what is optimised.
+    pub total: f64,
     /// Each component of the reward over the whole episode, unweighted; `None` where it abstains.
     pub components: Vec<Option<f64>>,
     /// The model's turns; not empty.
@@ -37,20 +37,6 @@ pub type Group = Vec<Option<Earned>>;
 /// One number a unit of the level for every sample of a group; `None` for samples that are excluded.
 pub type GroupAdvantages = Vec<Option<Vec<f64>>>;
 
-/// The weighted sum of each sample's components: what is logged and what is optimised.
-///
-/// A component that abstains takes the mean of those in the group for which it speaks: it says nothing of the sample, so it
-/// must move it neither up nor down against the others. Where it speaks for nobody it is left out for all. A sample of
-/// which every component abstains is excluded.
-pub fn totals(weights: &[f64], group: &[Option<Earned>]) -> Vec<Option<f64>> {
-    let means: Vec<f64> = (0..weights.len()).map(|index| mean(spoken(group, index)).unwrap_or(0.0)).collect();
-    let of = |earned: &Earned| {
-        let filled = earned.components.iter().zip(&means).map(|(value, mean)| value.unwrap_or(*mean));
-        earned.components.iter().any(Option::is_some).then(|| total(weights, &filled.collect::<Vec<_>>()))
-    };
-    group.iter().map(|sample| sample.as_ref().and_then(of)).collect()
-}
-
 /// The advantages of every sample of a batch: `[group][sample][unit]`, units being one episode, its turns or its tokens.
 ///
 /// Groups that a step does not train on are not in the batch. `weights` are those of the components. Fails where the rule
@@ -62,10 +48,8 @@ pub fn advantages(rule: &Advantage, weights: &[f64], groups: &[Group]) -> Result
     let mut units: Vec<GroupAdvantages> = groups
         .iter()
         .map(|group| {
-            let totals = totals(weights, group);
-            let of =
-                |(sample, total): (&Option<Earned>, Option<f64>)| Some(to_come(rule.level, sample.as_ref()?, total?));
-            group.iter().zip(totals).map(of).collect()
+            let of = |sample: &Option<Earned>| sample.as_ref().map(|sample| to_come(rule.level, sample));
+            group.iter().map(of).collect()
         })
         .collect();
 
@@ -107,10 +91,10 @@ pub fn of_tokens(level: Level, units: &[f64], turns: &[usize]) -> Vec<f32> {
     }
 }
 
-/// What is still to come from each unit on: of the reward `total`, and of the tokens' costs, a token's own included.
-fn to_come(level: Level, earned: &Earned, total: f64) -> Vec<f64> {
+/// What is still to come from each unit on: of the total, and of the tokens' costs, a token's own included.
+fn to_come(level: Level, earned: &Earned) -> Vec<f64> {
     let mut cost: f64 = earned.turns.iter().flat_map(|turn| &turn.penalties).sum();
-    let mut left = total;
+    let mut left = earned.total;
     let mut units = Vec::new();
     if level == Level::Episode {
         return vec![left - cost];
@@ -156,14 +140,13 @@ fn relative(rule: &Advantage, rewards: &[f64]) -> Result<Vec<f64>> {
 
 /// Each component's z-score in its group, summed with the weights, over the deviation of these sums in the batch.
 ///
-/// The sums of a group have the mean 0, so the batch has, and nothing is left to take away from it.
+/// The sums of a group have the mean 0, so the batch has, and nothing is left to take away from it. A component that abstains
+/// moves its sample neither up nor down.
 fn normalized_then_summed(rule: &Advantage, weights: &[f64], groups: &[Group]) -> Vec<GroupAdvantages> {
     let mut units: Vec<GroupAdvantages> = groups
         .iter()
         .map(|group| {
-            let speaks = |sample: &Earned| sample.components.iter().any(Option::is_some);
-            let mut sums: GroupAdvantages =
-                group.iter().map(|sample| sample.as_ref().filter(|sample| speaks(sample)).map(|_| vec![0.0])).collect();
+            let mut sums: GroupAdvantages = group.iter().map(|sample| sample.as_ref().map(|_| vec![0.0])).collect();
             let mut sizes = vec![0.0; group.len()];
             for (index, weight) in weights.iter().enumerate() {
                 let values: Vec<f64> = spoken(group, index).collect();
@@ -249,7 +232,8 @@ mod tests {
 
     #[expect(clippy::unnecessary_wraps, reason = "an element of a group")]
     fn one(components: &[Option<f64>]) -> Option<Earned> {
-        Some(Earned { components: components.to_vec(), turns: vec![Turn::default()] })
+        let total = components.iter().flatten().sum();
+        Some(Earned { total, components: components.to_vec(), turns: vec![Turn::default()] })
     }
 
     fn plain(rewards: &[f64]) -> Group {
@@ -331,20 +315,15 @@ mod tests {
     }
 
     #[test]
-    fn excluded_samples_are_nobodys_baseline_and_abstentions_move_nobody() {
+    fn excluded_samples_are_nobodys_baseline() {
         let mut group = plain(&[1.0, 0.0, 0.5]);
         group.insert(1, None);
-        group.push(one(&[None]));
-        let made = advantages(&rule(&json!({"scale": "none"})), &[1.0], &[group]).unwrap().remove(0);
-        assert_eq!(made[1], None);
-        assert_eq!(made[4], None, "all its components abstain");
-        close(&made.into_iter().flatten().flatten().collect::<Vec<_>>(), &[0.5, -0.5, 0.0]);
-
-        // The second component speaks for two samples only, with a mean of 4: the third takes that mean.
-        let group = vec![one(&[Some(1.0), Some(6.0)]), one(&[Some(0.0), Some(2.0)]), one(&[Some(0.5), None])];
-        assert_eq!(totals(&[1.0, 0.5], &group), [Some(4.0), Some(1.0), Some(2.5)]);
-        let none = vec![one(&[Some(1.0), None]), one(&[Some(0.0), None])];
-        assert_eq!(totals(&[1.0, 0.5], &none), [Some(1.0), Some(0.0)]);
+        for file in [json!({"scale": "none"}), json!({"aggregation": "normalize_then_sum"})] {
+            let made = advantages(&rule(&file), &[1.0], std::slice::from_ref(&group)).unwrap().remove(0);
+            assert_eq!(made[1], None);
+            let due = flat(advantages(&rule(&file), &[1.0], &[plain(&[1.0, 0.0, 0.5])]).unwrap());
+            close(&made.into_iter().flatten().flatten().collect::<Vec<_>>(), &due);
+        }
     }
 
     #[test]
@@ -368,23 +347,28 @@ mod tests {
     fn what_is_still_to_come_from_a_turn_and_from_a_token() {
         let turn = |arrived: f64, penalties: &[f64]| Turn { arrived, penalties: penalties.to_vec() };
         let earned = Earned {
+            total: 10.0,
             components: vec![Some(10.0)],
             turns: vec![turn(3.0, &[0.1, 0.2]), turn(2.0, &[0.3]), turn(0.0, &[0.4])],
         };
-        close(&to_come(Level::Episode, &earned, 10.0), &[9.0]);
-        close(&to_come(Level::Turn, &earned, 10.0), &[9.0, 7.0 - 0.7, 5.0 - 0.4]);
-        close(&to_come(Level::Token, &earned, 10.0), &[9.0, 10.0 - 0.9, 7.0 - 0.7, 5.0 - 0.4]);
+        close(&to_come(Level::Episode, &earned), &[9.0]);
+        close(&to_come(Level::Turn, &earned), &[9.0, 7.0 - 0.7, 5.0 - 0.4]);
+        close(&to_come(Level::Token, &earned), &[9.0, 10.0 - 0.9, 7.0 - 0.7, 5.0 - 0.4]);
         assert_eq!(of_tokens(Level::Turn, &[1.0, 2.0], &[2, 1]), [1.0, 1.0, 2.0]);
         assert_eq!(of_tokens(Level::Episode, &[1.0], &[2, 1]), [1.0, 1.0, 1.0]);
         assert_eq!(of_tokens(Level::Token, &[1.0, 2.0, 3.0], &[2, 1]), [1.0, 2.0, 3.0]);
 
         // Turns are compared with the same turn of the others; a turn that one alone reached is compared with nobody.
-        let short = Earned { components: vec![Some(4.0)], turns: vec![turn(1.0, &[0.0])] };
+        let short = Earned { total: 4.0, components: vec![Some(4.0)], turns: vec![turn(1.0, &[0.0])] };
         let made = advantages(
             &rule(&json!({"level": "turn", "scale": "none"})),
             &[1.0],
             &[vec![
-                Some(Earned { components: vec![Some(8.0)], turns: vec![turn(3.0, &[0.0]), turn(5.0, &[0.0])] }),
+                Some(Earned {
+                    total: 8.0,
+                    components: vec![Some(8.0)],
+                    turns: vec![turn(3.0, &[0.0]), turn(5.0, &[0.0])],
+                }),
                 Some(short),
             ]],
         )

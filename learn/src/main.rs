@@ -1,15 +1,74 @@
 //! `pipe-worker`: runs one stage that computes with libtorch, and ends. `pipe run` starts it; people never need to.
+//!
+//! `pipe-worker score` is what `pipe score` starts: no stage and no store, only a model, rows, and their scores.
 
+use std::io::{BufWriter, Write as _};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
+use clap::Parser;
 use pipe::pipeline::exec::attempt::Request;
 use pipe::pipeline::exec::worker::{Program, serve};
+use pipe::pipeline::stage::Resources;
 use pipe_learn::kinds::RUNNERS;
+use pipe_learn::model::{ModelConfig, Transformer};
+use pipe_learn::{device, score};
+
+/// What `pipe score` passes on.
+#[derive(Debug, Parser)]
+struct Score {
+    model: PathBuf,
+    rows: PathBuf,
+    #[arg(long)]
+    device: String,
+    #[arg(long)]
+    batch_size: usize,
+    #[arg(long)]
+    output: Option<PathBuf>,
+}
 
 fn main() -> anyhow::Result<ExitCode> {
+    let mut arguments = std::env::args_os().skip(1).peekable();
+    if arguments.peek().is_some_and(|mode| mode == "score") {
+        return Ok(match run_score(&Score::parse_from(arguments)) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                let _ = writeln!(std::io::stderr(), "error: {error:#}");
+                ExitCode::from(2)
+            }
+        });
+    }
     let set_threads = |threads: usize| tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
     serve(&Program { runners: RUNNERS, prepare, set_threads }).map(ExitCode::from)
+}
+
+/// Scores the rows of a file. Nothing is written before all of it is computed.
+fn run_score(asked: &Score) -> anyhow::Result<()> {
+    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let device = match asked.device.as_str() {
+        "auto" if tch::Cuda::is_available() => "cuda:0",
+        "auto" => "cpu",
+        other => other,
+    };
+    let device = device::open(&Resources { device: device.to_owned(), threads, save_every: Duration::from_secs(60) })?;
+    let rows = score::read_rows(&asked.rows, &asked.model, &ModelConfig::read(&asked.model)?)?;
+    let model = Transformer::load(&asked.model, device)?;
+    let scores = score::score(&model, &rows, asked.batch_size)
+        .with_context(|| format!("scoring the rows of `{}`", asked.rows.display()))?;
+    let Some(output) = &asked.output else {
+        return score::write_rows(&rows, &scores, &mut std::io::stdout().lock());
+    };
+    // Beside its place first, so that a file that is there is whole.
+    let writing = || format!("cannot write `{}`", output.display());
+    let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(folder).with_context(writing)?;
+    score::write_rows(&rows, &scores, &mut BufWriter::new(file.as_file_mut())).with_context(writing)?;
+    // A temporary file is its owner's alone; a result is for whoever may read the folder.
+    let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+    file.as_file().set_permissions(permissions).with_context(writing)?;
+    file.persist(output).with_context(writing).map(drop)
 }
 
 /// Notes which build computes, and refuses a device that is not there.

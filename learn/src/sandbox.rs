@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor, no_grad};
 use tempfile::TempDir;
 
-use crate::model::Transformer;
+use crate::model::{ModelConfig, Transformer};
 
 /// The vocabulary of tiny models.
 pub(crate) const VOCABULARY: u64 = 13;
@@ -31,6 +31,37 @@ pub(crate) fn model(extra: &Value) -> (TempDir, Transformer) {
     let model = Transformer::load(folder.path(), Device::Cpu).expect("a model");
     stir(&model, 0.3);
     (folder, model)
+}
+
+/// Models of every family and setting that changes the forward pass, with weights large enough for every part to matter.
+pub(crate) fn families() -> Vec<Transformer> {
+    let yarn = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8});
+    let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32});
+    let own = [
+        json!({"model_type": "qwen2", "tie_word_embeddings": true}),
+        json!({"model_type": "qwen2", "num_key_value_heads": 4, "rope_scaling": yarn}),
+        json!({"model_type": "qwen3", "head_dim": 6, "tie_word_embeddings": true}),
+        json!({"model_type": "qwen3", "head_dim": 4, "attention_bias": true, "num_key_value_heads": 1}),
+        json!({"model_type": "llama", "rope_scaling": llama3}),
+        json!({"model_type": "llama", "head_dim": 8, "attention_bias": true, "mlp_bias": true,
+            "rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ];
+    own.into_iter()
+        .map(|own| {
+            let mut config = json!({"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "eos_token_id": END,
+                "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64});
+            config.as_object_mut().expect("an object").extend(own.as_object().expect("an object").clone());
+            let model = Transformer::zeros(ModelConfig::parse(config).expect("a configuration"), Device::Cpu);
+            no_grad(|| {
+                for (name, mut leaf) in model.weights().leaves() {
+                    let _ = leaf.fill_(f64::from(u8::from(name.ends_with("norm.weight"))));
+                }
+            });
+            stir(&model, 0.3);
+            model
+        })
+        .collect()
 }
 
 /// Adds a fixed wave of height `by` to all weights.

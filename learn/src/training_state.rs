@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-use crate::model::weights::Stored;
+use crate::model::folder::Stored;
 
 /// States that are kept.
 const KEPT: usize = 2;

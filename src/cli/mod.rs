@@ -15,6 +15,7 @@ pub mod render;
 pub mod results;
 pub mod run;
 pub mod schema;
+pub mod score;
 pub mod show;
 pub mod table;
 pub mod ui;
@@ -77,6 +78,7 @@ enum Command {
     Plan(plan::Args),
     Run(run::Args),
     Schema(schema::Args),
+    Score(score::Args),
     Show(show::Args),
     Table(table::Args),
     Verify(verify::Args),
@@ -124,6 +126,7 @@ fn dispatch(command: &Command, session: &Session) -> Result<(), Failure> {
         Command::Plan(args) => plan::run(args, session),
         Command::Run(args) => run::run(args, session),
         Command::Schema(args) => schema::run(args, session),
+        Command::Score(args) => score::run(args, session),
         Command::Show(args) => show::run(args, session),
         Command::Table(args) => table::run(args, session),
         Command::Verify(args) => verify::run(args, session),

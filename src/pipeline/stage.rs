@@ -6,7 +6,9 @@
 
 mod edge;
 
-pub use edge::{Any, Artifact, ArtifactType, Checkpoint, Dataset, Input, PlacedFile, SourceFile, Tokenizer, Tokens};
+pub use edge::{Any, Artifact, ArtifactType, Checkpoint, Dataset, Input, Tokenizer, Tokens};
+
+pub use crate::file::{PlacedFile, SourceFile};
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -11,19 +11,16 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Component, Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context as _, bail};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::pipeline::stage::{
-    Any, ArtifactType, Input, Interrupted, Output, PlacedFile, Problem, Stage, StageContext, Upstream,
-};
+use crate::file::{Misplaced, PlacedFile, lay_out, misplaced};
+use crate::pipeline::stage::{Any, ArtifactType, Input, Interrupted, Output, Problem, Stage, StageContext, Upstream};
+use crate::program;
 use process::{Ended, Program};
-
-/// What of the driver's environment the program sees.
-const INHERITED: [&str; 3] = ["PATH", "HOME", "LANG"];
 
 /// The program's folder, beside the outputs: no output can bear this name, and a failed attempt keeps it.
 const FOLDER: &str = ".folder";
@@ -77,7 +74,10 @@ impl Stage for Command {
             }
         }
         self.check_outputs(&mut problems);
-        self.check_files(&mut problems);
+        problems.extend(misplaced(&self.files).into_iter().map(|misplaced| {
+            let Misplaced { index, message, hint } = misplaced;
+            Problem { path: format!("files.{index}"), message, hint }
+        }));
         for (name, value) in &self.env {
             if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
                 let message = format!("`{}` cannot be an environment variable", name.escape_default());
@@ -90,10 +90,7 @@ impl Stage for Command {
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
         let folder = context.out.join(FOLDER);
         std::fs::create_dir(&folder).with_context(|| format!("cannot create the folder `{}`", folder.display()))?;
-        for file in &self.files {
-            let placed = placed(&file.placed).with_context(|| format!("`{}` cannot be placed", file.placed))?;
-            copy(&file.path, &folder.join(placed))?;
-        }
+        lay_out(&self.files, &folder)?;
         context.stop_if_interrupted()?;
         let arguments = self.arguments(context)?;
         let (name, arguments) = arguments.split_first().context("no program is named")?;
@@ -141,26 +138,6 @@ impl Command {
         }
     }
 
-    fn check_files(&self, problems: &mut Vec<Problem>) {
-        let mut seen = Vec::new();
-        for (index, file) in self.files.iter().enumerate() {
-            let path = format!("files.{index}");
-            match placed(&file.placed) {
-                None => {
-                    let message = format!("`{}` has no place in the working folder", file.placed);
-                    let hint = "give a relative path without `..`: files stand where they lie beside the TOML file";
-                    problems.push(Problem::new(path, message).hint(hint));
-                }
-                Some(place)
-                    if seen.iter().any(|other: &PathBuf| other.starts_with(&place) || place.starts_with(other)) =>
-                {
-                    problems.push(Problem::new(path, format!("`{}` is there already", file.placed)));
-                }
-                Some(place) => seen.push(place),
-            }
-        }
-    }
-
     /// The command with the folders of its inputs filled in.
     fn arguments(&self, context: &StageContext) -> anyhow::Result<Vec<OsString>> {
         let mut arguments = Vec::with_capacity(self.command.len());
@@ -181,9 +158,8 @@ impl Command {
 
     /// The whole environment of the program.
     fn environment(&self) -> BTreeMap<OsString, OsString> {
-        let inherited = INHERITED.iter().filter_map(|name| std::env::var_os(name).map(|value| ((*name).into(), value)));
         let own = self.env.iter().map(|(name, value)| (name.into(), value.into()));
-        inherited.chain(own).collect()
+        program::inherited().chain(own).collect()
     }
 }
 
@@ -201,39 +177,6 @@ fn mentions(argument: &str) -> impl Iterator<Item = (&str, std::ops::Range<usize
 fn is_output_name(name: &str) -> bool {
     let plain = |character: char| character.is_ascii_alphanumeric() || "_-.".contains(character);
     !name.starts_with(['.', '-']) && !name.is_empty() && name.len() <= 100 && name.chars().all(plain)
-}
-
-/// The relative path at which a file stands, without `.`; `None` if that is not below the folder.
-fn placed(path: &str) -> Option<PathBuf> {
-    let mut place = PathBuf::new();
-    for component in Path::new(path).components() {
-        match component {
-            Component::Normal(name) => place.push(name),
-            Component::CurDir => {}
-            Component::ParentDir | Component::RootDir | Component::Prefix(_) => return None,
-        }
-    }
-    (place != PathBuf::new()).then_some(place)
-}
-
-/// Copies a user's file or folder; links become what they point at, and of the mode only the executable bit is kept.
-fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
-    let failed = || format!("cannot copy `{}` to `{}`", from.display(), to.display());
-    if let Some(folder) = to.parent() {
-        std::fs::create_dir_all(folder).with_context(failed)?;
-    }
-    let metadata = std::fs::metadata(from).with_context(failed)?;
-    if metadata.is_dir() {
-        std::fs::create_dir_all(to).with_context(failed)?;
-        for entry in std::fs::read_dir(from).with_context(failed)? {
-            let entry = entry.with_context(failed)?;
-            copy(&entry.path(), &to.join(entry.file_name()))?;
-        }
-        return Ok(());
-    }
-    std::fs::copy(from, to).with_context(failed)?;
-    let mode = if metadata.permissions().mode() & 0o111 == 0 { 0o644 } else { 0o755 };
-    std::fs::set_permissions(to, Permissions::from_mode(mode)).with_context(failed)
 }
 
 /// Moves an output from the program's folder into the stage's, under its own name.

@@ -1,5 +1,6 @@
 //! The kinds of stages. [`KINDS`] is the one list; a new kind is a file here and a line there.
 
+pub mod chat;
 pub mod command;
 pub mod dataset;
 pub mod evaluate;

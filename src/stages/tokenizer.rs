@@ -54,7 +54,7 @@ impl Stage for Tokenizer {
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
         let task = open(&self.task, &self.format)?;
         let folder = context.output("tokenizer");
-        let tokenizer = build(&task.vocabulary(), task.pieces())?;
+        let tokenizer = build(&task.vocabulary(), &task.pieces())?;
         let text = tokenizer.to_string(true).map_err(|error| anyhow!("{error}")).context("writing the tokenizer")?;
         let write = |name: &str, text: String| {
             let path = folder.join(name);

@@ -140,3 +140,38 @@ fn a_changed_learning_rate_reruns_its_stage_and_what_rests_on_it() {
     let outcome = sandbox.run(&[&["tiny.toml"], &short[..], &["--set", "stages.grpo.learning_rate=2e-4"]].concat());
     assert_eq!((&outcome["run"], &outcome["cached"]), (&2.into(), &5.into()), "{outcome}");
 }
+
+#[test]
+fn scores_are_those_of_transformers_and_bad_rows_are_located() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("learn/tests/fixtures/models/qwen3");
+    let golden = std::fs::read_to_string(folder.join("golden.json")).unwrap();
+    let golden: serde_json::Value = serde_json::from_str(&golden).unwrap();
+    let logits: Vec<f64> = serde_json::from_value(golden["logits"].clone()).unwrap();
+    let rows: Vec<Vec<usize>> = serde_json::from_value(golden["ids"].clone()).unwrap();
+    let sandbox = Sandbox::new();
+    let lines: Vec<String> = rows.iter().map(|ids| format!("{{\"ids\": {ids:?}, \"id\": {}}}\n", ids[1])).collect();
+    sandbox.write("rows.jsonl", &lines.concat());
+    let model = folder.to_str().unwrap();
+    let printed = sandbox.ok(&["score", model, "rows.jsonl", "--device", "cpu"]).stdout;
+    let alone = ["--device", "cpu", "--batch-size", "1", "--output", "scores.jsonl"];
+    assert_eq!(sandbox.ok(&[&["score", model, "rows.jsonl"], &alone[..]].concat()).stdout, "");
+    let written = std::fs::read_to_string(sandbox.path("scores.jsonl")).unwrap();
+    for (row, ids) in rows.iter().enumerate() {
+        for text in [&printed, &written] {
+            let line: serde_json::Value = serde_json::from_str(text.lines().nth(row).unwrap()).unwrap();
+            assert_eq!((&line["id"], line["logprobs"][0].is_null()), (&ids[1].into(), true));
+            for place in 1..ids.len() {
+                let before = &logits[(row * ids.len() + place - 1) * 16..][..16];
+                let total: f64 = before.iter().map(|logit| logit.exp()).sum();
+                let theirs = before[ids[place]] - total.ln();
+                let ours = line["logprobs"][place].as_f64().unwrap();
+                assert!((ours - theirs).abs() < 1e-4, "row {row}, token {place}: {ours} against {theirs}");
+            }
+        }
+    }
+    sandbox.write("rows.jsonl", "{\"ids\": [1, 2]}\n{\"ids\": [1, 16]}\n");
+    let ended = sandbox.pipe(&["score", model, "rows.jsonl", "--device", "cpu"]);
+    assert_eq!((ended.code, ended.stdout.as_str()), (Some(2), ""));
+    assert!(ended.stderr.starts_with("error: the row has the token id 16"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("--> rows.jsonl:2"), "{}", ended.stderr);
+}

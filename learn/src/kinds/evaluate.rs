@@ -119,7 +119,7 @@ fn write_examples(prompts: &Prompts, rows: &[usize], played: &[Trajectory], path
         Column::Text(rows().map(|row| row.data.as_ref().map(ToString::to_string)).collect()),
         Column::text(rows().map(|row| row.prompt.clone())),
         Column::text(played.iter().map(Trajectory::text)),
-        turns_column(played.iter()),
+        turns_column(prompts, played.iter()),
         Column::text(played.iter().map(|one| finish_name(one.finish()).to_owned())),
         Column::Flag(played.iter().map(|one| one.truncated).collect()),
     ];

@@ -22,6 +22,7 @@ use crate::model::Transformer;
 use crate::optimizer::learning_rate;
 use crate::policy::{PolicyRow, backward};
 use crate::prompts::Prompts;
+use crate::rewards::Rewards;
 use crate::rollout::{ROLLOUTS_FILE, Rollout, Rollouts, Sample, ScoredGroup, policy_row};
 use crate::session::{Session, rate, states};
 use crate::training::Training;
@@ -65,7 +66,8 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     let journal = states.join("rollouts.jsonl");
     let (committed, at) = (training.counters.own.journal, training.counters.step);
     let in_reward = reference.as_ref();
-    let mut rollouts = Rollouts::open(params, &prompts, in_reward, rows, &journal, committed, at)?;
+    let rewards = Rewards::open(params, &prompts, &rows, context)?;
+    let mut rollouts = Rollouts::open(params, &prompts, rewards, in_reward, rows, &journal, committed, at)?;
     let recorded = (resumed || rollouts.replayed() > 0).then_some(recorded);
     let mut validation = None;
     if let Some(validate) = &params.validate {

@@ -5,13 +5,33 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 use serde_json::Value;
 
-/// The architecture of a checkpoint (Qwen2), with the field names of Hugging Face.
+use crate::model::rope::Rope;
+
+/// The families of decoders that are implemented, as `model_type` names them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    /// Qwen2 and Qwen2.5: biases on queries, keys and values.
+    Qwen2,
+    /// Qwen3: queries and keys are normed head by head.
+    Qwen3,
+    /// Llama.
+    Llama,
+}
+
+/// The names of [`Family`].
+const FAMILIES: &[&str] = &["qwen2", "qwen3", "llama"];
+
+/// The architecture of a checkpoint, with the field names of Hugging Face.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct ModelConfig {
+    /// The family of the decoder.
+    #[serde(rename = "model_type")]
+    pub family: Family,
     /// Rows of the embedding: token ids are below it.
     pub vocab_size: i64,
     /// Width of the residual stream.
@@ -23,15 +43,25 @@ pub struct ModelConfig {
     /// Query heads.
     pub num_attention_heads: i64,
     /// Key and value heads; as many as query heads when absent.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "zero_if_null")]
     pub num_key_value_heads: i64,
+    /// Width of one head; the heads together need not be as wide as the residual stream.
+    #[serde(default, deserialize_with = "zero_if_null")]
+    pub head_dim: i64,
     /// Positions that the model was made for; longer sequences are errors.
     pub max_position_embeddings: i64,
-    /// Base of the rotary frequencies.
-    #[serde(default = "ModelConfig::default_rope_theta")]
-    pub rope_theta: f64,
+    /// The rotary positions.
+    #[serde(skip)]
+    pub rope: Rope,
     /// Added to the mean square before its root.
+    #[serde(default = "ModelConfig::default_rms_norm_eps")]
     pub rms_norm_eps: f64,
+    /// Biases on all four projections of the attention (those of Qwen2 are another matter).
+    #[serde(default)]
+    attention_bias: bool,
+    /// Biases on the projections of the feed-forward layer.
+    #[serde(default)]
+    mlp_bias: bool,
     /// The output projection is the embedding.
     #[serde(default)]
     pub tie_word_embeddings: bool,
@@ -39,7 +69,7 @@ pub struct ModelConfig {
     #[serde(default)]
     pub bos_token_id: Option<i64>,
     /// Ends a sequence; any of them does.
-    #[serde(default, deserialize_with = "one_or_many")]
+    #[serde(default, deserialize_with = "ends")]
     pub eos_token_id: Vec<i64>,
     /// Fills rows up to a common length; 0 where the folder names none, for it is never attended to nor trained on.
     #[serde(default)]
@@ -47,31 +77,68 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    fn default_rope_theta() -> f64 {
-        10_000.0
+    fn default_rms_norm_eps() -> f64 {
+        1e-6
     }
 
     /// Reads `config.json` of `folder` and refuses what is not implemented.
+    ///
+    /// Of `generation_config.json` it takes the ids that end a sequence, for chat models have several and name the others
+    /// there alone, and nothing else: how to sample is the caller's to say, never a file's.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
-        let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
-        let raw: Value = serde_json::from_str(&text).with_context(|| format!("`{}` is no JSON", path.display()))?;
-        Self::parse(raw).with_context(|| format!("cannot use the model of `{}`", path.display()))
+        let raw = read_json(&path)?;
+        let mut config = Self::parse(raw).with_context(|| format!("cannot use the model of `{}`", path.display()))?;
+        let generation = folder.join("generation_config.json");
+        if generation.exists() {
+            let raw = read_json(&generation)?;
+            let ends = one_or_many(&raw["eos_token_id"])
+                .with_context(|| format!("cannot use `eos_token_id` of `{}`", generation.display()))?;
+            let more: Vec<i64> = ends.into_iter().filter(|id| !config.eos_token_id.contains(id)).collect();
+            config.eos_token_id.extend(more);
+        }
+        Ok(config)
     }
 
     /// The configuration in `raw`, the content of a `config.json`.
-    pub fn parse(mut raw: Value) -> Result<Self> {
+    pub fn parse(raw: Value) -> Result<Self> {
         refuse(&raw)?;
-        // Newer folders keep the base of the frequencies in a table of their own.
-        if let Some(theta) = raw.pointer("/rope_parameters/rope_theta").cloned() {
-            raw["rope_theta"] = theta;
-        }
-        let mut config: Self = serde_json::from_value(raw)?;
+        let rope = Rope::parse(&raw)?;
+        let mut config = Self { rope, ..serde_json::from_value(raw)? };
         if config.num_key_value_heads == 0 {
             config.num_key_value_heads = config.num_attention_heads;
         }
+        if config.head_dim == 0 {
+            // Every folder of Qwen3 states it; this is the default of its configuration in transformers.
+            let (hidden, heads) = (config.hidden_size, config.num_attention_heads.max(1));
+            config.head_dim = if config.family == Family::Qwen3 { 128 } else { hidden / heads };
+            ensure!(
+                hidden % heads == 0 || config.family == Family::Qwen3,
+                "`num_attention_heads` {heads} does not divide `hidden_size` {hidden}, and no `head_dim` is given"
+            );
+        }
         config.check()?;
         Ok(config)
+    }
+
+    /// Whether queries, keys and values have biases.
+    pub fn projection_bias(&self) -> bool {
+        self.family == Family::Qwen2 || self.attention_bias
+    }
+
+    /// Whether the attention's output projection has a bias.
+    pub fn output_bias(&self) -> bool {
+        self.family != Family::Qwen2 && self.attention_bias
+    }
+
+    /// Whether the feed-forward projections have biases.
+    pub fn feed_forward_bias(&self) -> bool {
+        self.family == Family::Llama && self.mlp_bias
+    }
+
+    /// Whether queries and keys are normed head by head before they turn.
+    pub fn head_norms(&self) -> bool {
+        self.family == Family::Qwen3
     }
 
     fn check(&self) -> Result<()> {
@@ -87,16 +154,11 @@ impl ModelConfig {
         for (name, size) in sizes {
             ensure!(size > 0, "`{name}` is {size}, but must be positive");
         }
-        let (hidden, heads, shared) = (self.hidden_size, self.num_attention_heads, self.num_key_value_heads);
-        ensure!(hidden % heads == 0, "`num_attention_heads` {heads} does not divide `hidden_size` {hidden}");
+        let (heads, shared) = (self.num_attention_heads, self.num_key_value_heads);
         ensure!(heads % shared == 0, "`num_key_value_heads` {shared} does not divide `num_attention_heads` {heads}");
-        ensure!(self.head_size() % 2 == 0, "rotary positions need an even head size, but it is {}", self.head_size());
+        ensure!(self.head_dim > 0, "`head_dim` is {}, but must be positive", self.head_dim);
+        ensure!(self.head_dim % 2 == 0, "rotary positions need an even `head_dim`, but it is {}", self.head_dim);
         Ok(())
-    }
-
-    /// Width of one head.
-    pub fn head_size(&self) -> i64 {
-        self.hidden_size / self.num_attention_heads
     }
 
     /// The id that fills rows up.
@@ -108,13 +170,11 @@ impl ModelConfig {
 /// Every setting that would change the forward pass and is not implemented.
 fn refuse(raw: &Value) -> Result<()> {
     let model_type = raw["model_type"].as_str().unwrap_or_default();
-    ensure!(model_type == "qwen2", "the model type `{model_type}` is not implemented: `qwen2` is");
-    if !raw["rope_scaling"].is_null() {
-        bail!("`rope_scaling` is not implemented: {}", raw["rope_scaling"]);
-    }
-    if let Some(rope_type) = raw.pointer("/rope_parameters/rope_type").and_then(Value::as_str) {
-        ensure!(rope_type == "default", "the rope type `{rope_type}` is not implemented: `default` is");
-    }
+    ensure!(
+        FAMILIES.contains(&model_type),
+        "the model type `{model_type}` is not implemented: there are `{}`",
+        FAMILIES.join("`, `")
+    );
     ensure!(raw["use_sliding_window"] != true, "`use_sliding_window` is set, but sliding windows are not implemented");
     if let Some(types) = raw["layer_types"].as_array() {
         let other = types.iter().find(|kind| kind.as_str() != Some("full_attention"));
@@ -124,28 +184,32 @@ fn refuse(raw: &Value) -> Result<()> {
     ensure!(activation == "silu", "the activation `{activation}` is not implemented: `silu` is");
     let dropout = raw["attention_dropout"].as_f64().unwrap_or(0.0);
     ensure!(dropout == 0.0, "`attention_dropout` is {dropout}, but dropout is not implemented");
-    if let (Some(head), Some(hidden), Some(heads)) =
-        (raw["head_dim"].as_i64(), raw["hidden_size"].as_i64(), raw["num_attention_heads"].as_i64())
-    {
-        ensure!(head * heads == hidden, "`head_dim` {head} times {heads} heads is not `hidden_size` {hidden}");
-    }
+    let full = raw["quantization_config"].is_null();
+    ensure!(full, "the weights are quantized (`quantization_config`), which is not implemented: take the full ones");
     Ok(())
 }
 
+fn read_json(path: &Path) -> Result<Value> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("`{}` is no JSON", path.display()))
+}
+
 /// Token ids given as one number, a list, or null.
-fn one_or_many<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<i64>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Ids {
-        None(()),
-        One(i64),
-        Many(Vec<i64>),
+fn one_or_many(ids: &Value) -> Result<Vec<i64>> {
+    let id = |value: &Value| value.as_i64().with_context(|| format!("{value} is no token id"));
+    match ids {
+        Value::Null => Ok(Vec::new()),
+        Value::Array(ids) => ids.iter().map(id).collect(),
+        other => Ok(vec![id(other)?]),
     }
-    Ok(match Ids::deserialize(deserializer)? {
-        Ids::None(()) => Vec::new(),
-        Ids::One(id) => vec![id],
-        Ids::Many(ids) => ids,
-    })
+}
+
+fn ends<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<i64>, D::Error> {
+    one_or_many(&Value::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+}
+
+fn zero_if_null<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(0))
 }
 
 #[cfg(test)]
@@ -164,26 +228,61 @@ mod tests {
     #[test]
     fn absent_fields_take_the_meaning_that_transformers_gives_them() {
         let config = ModelConfig::parse(raw()).expect("a plain configuration");
-        assert_eq!((config.num_key_value_heads, config.rope_theta), (2, 10_000.0));
+        assert_eq!((config.num_key_value_heads, config.head_dim, config.rope.theta), (2, 4, 10_000.0));
         assert_eq!((config.eos_token_id, config.tie_word_embeddings), (vec![3], false));
         let mut newer = raw();
         newer["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 5e5});
         newer["eos_token_id"] = json!([3, 4]);
         let config = ModelConfig::parse(newer).expect("the newer way to say it");
-        assert_eq!((config.rope_theta, config.eos_token_id), (5e5, vec![3, 4]));
+        assert_eq!((config.rope.theta, config.eos_token_id), (5e5, vec![3, 4]));
+    }
+
+    #[test]
+    fn families_differ_in_their_biases_and_norms() {
+        let of = |family: &str, field: &str, value: Value| {
+            let mut raw = raw();
+            raw["model_type"] = json!(family);
+            raw[field] = value;
+            let config = ModelConfig::parse(raw).expect(family);
+            let biases = [config.projection_bias(), config.output_bias(), config.feed_forward_bias()];
+            (biases, config.head_norms(), config.head_dim)
+        };
+        assert_eq!(of("qwen2", "attention_bias", json!(false)), ([true, false, false], false, 4));
+        assert_eq!(of("qwen3", "head_dim", json!(6)), ([false, false, false], true, 6));
+        assert_eq!(of("qwen3", "attention_bias", json!(true)), ([true, true, false], true, 128));
+        assert_eq!(of("llama", "mlp_bias", json!(true)), ([false, false, true], false, 4));
+        assert_eq!(of("llama", "attention_bias", json!(true)), ([true, true, false], false, 4));
+        assert_eq!(of("llama", "head_dim", json!(null)), ([false, false, false], false, 4));
+    }
+
+    #[test]
+    fn a_generation_config_adds_ends_and_decides_nothing_else() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let write = |name: &str, value: &Value| std::fs::write(folder.path().join(name), value.to_string());
+        write("config.json", &raw()).expect("written");
+        let plain = ModelConfig::read(folder.path()).expect("a configuration");
+        let generation = json!({"eos_token_id": [7, 3], "temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1});
+        write("generation_config.json", &generation).expect("written");
+        let read = ModelConfig::read(folder.path()).expect("a configuration");
+        assert_eq!(read.eos_token_id, [3, 7]);
+        assert_eq!(ModelConfig { eos_token_id: vec![3], ..read }, plain);
+        write("generation_config.json", &json!({"eos_token_id": "x"})).expect("written");
+        let error = format!("{:#}", ModelConfig::read(folder.path()).expect_err("no id"));
+        assert!(error.contains("generation_config.json") && error.contains("no token id"), "{error}");
     }
 
     #[test]
     fn what_is_not_implemented_is_refused_by_name() {
         let cases = [
-            ("model_type", json!("llama"), "llama"),
-            ("rope_scaling", json!({"type": "yarn"}), "rope_scaling"),
-            ("rope_parameters", json!({"rope_type": "yarn"}), "yarn"),
+            ("model_type", json!("mamba"), "`mamba` is not implemented: there are `qwen2`, `qwen3`, `llama`"),
+            ("rope_scaling", json!({"type": "dynamic"}), "dynamic"),
+            ("rope_parameters", json!({"rope_type": "longrope"}), "longrope"),
+            ("quantization_config", json!({"bits": 4}), "quantized"),
             ("use_sliding_window", json!(true), "sliding"),
             ("layer_types", json!(["sliding_attention"]), "sliding_attention"),
             ("hidden_act", json!("gelu"), "gelu"),
             ("attention_dropout", json!(0.1), "dropout"),
-            ("head_dim", json!(16), "head_dim"),
+            ("head_dim", json!(3), "even `head_dim`"),
             ("num_attention_heads", json!(3), "does not divide"),
             ("num_hidden_layers", json!(0), "must be positive"),
         ];

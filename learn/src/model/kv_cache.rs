@@ -6,7 +6,8 @@
 
 use tch::{Kind, Tensor, no_grad};
 
-use crate::model::transformer::{Transformer, Turn, attend, normalise, paired};
+use crate::model::rope::{Turn, paired};
+use crate::model::transformer::{Transformer, attend, normalise, turn};
 
 /// Keys and values of all layers, `[layers, 2, rows, kv heads, slots, D]` f32: what a head attends to lies together.
 #[derive(Debug)]
@@ -85,11 +86,25 @@ fn attend_last(query: &Tensor, keys: &Tensor, values: &Tensor, mask: Option<&Ten
 /// One layer's weights with its norms multiplied in and its projections stacked.
 #[derive(Debug)]
 struct Layer {
-    projection: Tensor,
-    bias: Tensor,
-    output: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    projection: Projection,
+    /// The norm of each query and key head, `[heads + kv heads, D]`.
+    head_norms: Option<Tensor>,
+    output: Projection,
+    gate_up: Projection,
+    down: Projection,
+}
+
+/// A matrix and its bias.
+#[derive(Debug)]
+struct Projection {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Projection {
+    fn of(&self, x: &Tensor) -> Tensor {
+        x.linear(&self.weight, self.bias.as_ref())
+    }
 }
 
 /// A model prepared for generation. It sees the weights as they were when it was made.
@@ -102,28 +117,48 @@ pub struct Decoder<'a> {
 
 impl<'a> Decoder<'a> {
     pub(crate) fn new(model: &'a Transformer) -> Self {
-        let config = model.config();
-        let weights = model.weights();
-        let projected = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_size();
-        let turning = config.num_attention_heads + config.num_key_value_heads;
+        let (config, weights) = (model.config(), model.weights());
+        let (heads, shared, size) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
         // Queries and keys come first in the stack; their rows are paired, those of values are not.
         let paired_stack = |stack: &Tensor| {
-            let rows = turning * config.head_size();
-            let values = stack.narrow(0, rows, projected - rows);
-            Tensor::cat(&[paired(&stack.narrow(0, 0, rows), turning), values], 0)
+            let (turning, all) = (heads + shared, stack.size()[0]);
+            let values = stack.narrow(0, turning * size, all - turning * size);
+            Tensor::cat(&[paired(&stack.narrow(0, 0, turning * size), turning), values], 0)
         };
         let layers = (0..config.num_hidden_layers)
             .map(|layer| {
                 let name = |name: &str| format!("model.layers.{layer}.{name}");
                 let leaf = |short: &str| weights.leaf(&name(short)).detach();
-                let projection = weights.stacked(&name("self_attn.q_proj.weight"), projected);
+                let stacked = |short: &str, rows: i64| weights.stacked(&name(short), rows);
+                let (projected, inner) = ((heads + 2 * shared) * size, config.intermediate_size);
+                let fed = config.feed_forward_bias();
+                let head_norms = || {
+                    let norm =
+                        |short: &str, heads: i64| paired(&leaf(short), 1).unsqueeze(0).expand([heads, size], false);
+                    Tensor::cat(&[norm("self_attn.q_norm.weight", heads), norm("self_attn.k_norm.weight", shared)], 0)
+                };
                 Layer {
-                    projection: paired_stack(&(projection * leaf("input_layernorm.weight"))),
-                    bias: paired_stack(&weights.stacked(&name("self_attn.q_proj.bias"), projected)),
-                    output: leaf("self_attn.o_proj.weight"),
-                    gate_up: weights.stacked(&name("mlp.gate_proj.weight"), 2 * config.intermediate_size)
-                        * leaf("post_attention_layernorm.weight"),
-                    down: leaf("mlp.down_proj.weight"),
+                    projection: Projection {
+                        weight: paired_stack(
+                            &(stacked("self_attn.q_proj.weight", projected) * leaf("input_layernorm.weight")),
+                        ),
+                        bias: config
+                            .projection_bias()
+                            .then(|| paired_stack(&stacked("self_attn.q_proj.bias", projected))),
+                    },
+                    head_norms: config.head_norms().then(head_norms),
+                    output: Projection {
+                        weight: leaf("self_attn.o_proj.weight"),
+                        bias: config.output_bias().then(|| leaf("self_attn.o_proj.bias")),
+                    },
+                    gate_up: Projection {
+                        weight: stacked("mlp.gate_proj.weight", 2 * inner) * leaf("post_attention_layernorm.weight"),
+                        bias: fed.then(|| stacked("mlp.gate_proj.bias", 2 * inner)),
+                    },
+                    down: Projection {
+                        weight: leaf("mlp.down_proj.weight"),
+                        bias: fed.then(|| leaf("mlp.down_proj.bias")),
+                    },
                 }
             })
             .collect();
@@ -136,7 +171,7 @@ impl<'a> Decoder<'a> {
         no_grad(|| {
             let (rows, length) = ids.size2().expect("ids have two dimensions");
             let config = self.model.config();
-            let size = [config.num_hidden_layers, 2, rows, config.num_key_value_heads, length, config.head_size()];
+            let size = [config.num_hidden_layers, 2, rows, config.num_key_value_heads, length, config.head_dim];
             let entries = Tensor::empty(size, (Kind::Float, self.model.device()));
             let mut cache = KvCache { entries, rows, used: 0 };
             let hidden = self.forward(ids, &mut cache, &self.model.rotation().first(length), None);
@@ -160,24 +195,24 @@ impl<'a> Decoder<'a> {
     fn forward(&self, ids: &Tensor, cache: &mut KvCache, rotation: &Turn, mask: Option<&Tensor>) -> Tensor {
         let (rows, length) = ids.size2().expect("ids have two dimensions");
         let config = self.model.config();
-        let (heads, shared, size) = (config.num_attention_heads, config.num_key_value_heads, config.head_size());
+        let (heads, shared, size) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
         let mut x = Tensor::embedding(self.model.embedding(), ids, -1, false, false);
         for (index, layer) in self.layers.iter().enumerate() {
             let normed = normalise(&x, config.rms_norm_eps);
-            let projected = normed.linear(&layer.projection, Some(&layer.bias));
-            let projected = projected.view([rows, length, heads + 2 * shared, size]);
+            let projected = layer.projection.of(&normed).view([rows, length, heads + 2 * shared, size]);
             // Queries and keys lie side by side and turn together.
-            let turned = rotation.apply(&projected.narrow(2, 0, heads + shared));
+            let turning = projected.narrow(2, 0, heads + shared);
+            let turned = turn(rotation, &turning, layer.head_norms.as_ref(), config.rms_norm_eps);
             let (query, key) = (turned.narrow(2, 0, heads), turned.narrow(2, heads, shared));
             let value = projected.narrow(2, heads + shared, shared);
             let (keys, values) = cache.append(index as i64, &key, &value);
             let mixed =
                 if length == 1 { attend_last(&query, &keys, &values, mask) } else { attend(&query, &key, &value) };
-            x += mixed.reshape([rows, length, heads * size]).linear(&layer.output, None::<&Tensor>);
+            x += layer.output.of(&mixed.reshape([rows, length, heads * size]));
             let normed = normalise(&x, config.rms_norm_eps);
-            let mut parts = normed.linear(&layer.gate_up, None::<&Tensor>).chunk(2, -1).into_iter();
+            let mut parts = layer.gate_up.of(&normed).chunk(2, -1).into_iter();
             let (gate, up) = parts.next().zip(parts.next()).expect("a chunking in two has two parts");
-            x += (gate.silu() * up).linear(&layer.down, None::<&Tensor>);
+            x += layer.down.of(&(gate.silu() * up));
         }
         cache.used += length;
         x
@@ -190,7 +225,6 @@ impl<'a> Decoder<'a> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
     use tch::Device;
 
     use super::*;
@@ -206,8 +240,7 @@ mod tests {
 
     #[test]
     fn cached_logits_are_the_uncached_ones() {
-        for extra in [json!({}), json!({"kv_heads": 4, "tie_word_embeddings": false})] {
-            let (_folder, model) = sandbox::model(&extra);
+        for model in sandbox::families() {
             let decoder = model.decoder();
             // Two prompts of unequal lengths; the second is expanded to two rows.
             let mut rows = vec![vec![1, 5, 7, 3], vec![1, 9], vec![1, 9]];

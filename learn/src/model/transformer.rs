@@ -1,4 +1,4 @@
-//! The forward pass: token ids to hidden states to logits, for a Qwen2 folder, in fp32.
+//! The forward pass: token ids to hidden states to logits, in fp32, for every family of [`ModelConfig`].
 //!
 //! Rows are padded on the right and attention is causal, so what fills a row up can never reach what stands before it;
 //! no mask is needed. The weight of each norm is multiplied into the projections behind it (a product over a small
@@ -7,13 +7,14 @@
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use tch::{Device, Tensor, no_grad};
 
-use crate::model::ModelConfig;
 use crate::model::kv_cache::Decoder;
-use crate::model::weights::{Stored, Weights, read_folder};
+use crate::model::rope::{Rotation, Turn, paired};
+use crate::model::weights::Weights;
+use crate::model::{ModelConfig, folder};
 
 /// A decoder with its weights.
 #[derive(Debug)]
@@ -35,6 +36,8 @@ struct Layer {
     query: Linear,
     key: Linear,
     value: Linear,
+    /// The norms of every query head and every key head, `[D]` each.
+    head_norms: Option<(Tensor, Tensor)>,
     output: Linear,
     post_norm: Tensor,
     gate: Linear,
@@ -66,10 +69,12 @@ impl Linear {
 }
 
 /// The names, shapes and decay flags of the weights that `config` needs, in the order of the layers.
+///
+/// Projections that read the same states are neighbours, and so are their biases: generation takes them as one matrix.
 pub fn plan(config: &ModelConfig) -> Vec<(String, Vec<i64>, bool)> {
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-    let queries = config.num_attention_heads * config.head_size();
-    let keys = config.num_key_value_heads * config.head_size();
+    let queries = config.num_attention_heads * config.head_dim;
+    let keys = config.num_key_value_heads * config.head_dim;
     let mut plan = vec![("model.embed_tokens.weight".to_owned(), vec![config.vocab_size, hidden], false)];
     for layer in 0..config.num_hidden_layers {
         let mut add = |name: &str, shape: &[i64], decays: bool| {
@@ -79,14 +84,29 @@ pub fn plan(config: &ModelConfig) -> Vec<(String, Vec<i64>, bool)> {
         for (name, rows) in [("q", queries), ("k", keys), ("v", keys)] {
             add(&format!("self_attn.{name}_proj.weight"), &[rows, hidden], true);
         }
-        for (name, rows) in [("q", queries), ("k", keys), ("v", keys)] {
-            add(&format!("self_attn.{name}_proj.bias"), &[rows], false);
+        if config.projection_bias() {
+            for (name, rows) in [("q", queries), ("k", keys), ("v", keys)] {
+                add(&format!("self_attn.{name}_proj.bias"), &[rows], false);
+            }
+        }
+        if config.head_norms() {
+            add("self_attn.q_norm.weight", &[config.head_dim], false);
+            add("self_attn.k_norm.weight", &[config.head_dim], false);
         }
         add("self_attn.o_proj.weight", &[hidden, queries], true);
+        if config.output_bias() {
+            add("self_attn.o_proj.bias", &[hidden], false);
+        }
         add("post_attention_layernorm.weight", &[hidden], false);
-        add("mlp.gate_proj.weight", &[inner, hidden], true);
-        add("mlp.up_proj.weight", &[inner, hidden], true);
-        add("mlp.down_proj.weight", &[hidden, inner], true);
+        let feed_forward = [("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)];
+        for (name, rows, columns) in feed_forward {
+            add(&format!("mlp.{name}_proj.weight"), &[rows, columns], true);
+        }
+        if config.feed_forward_bias() {
+            for (name, rows, _) in feed_forward {
+                add(&format!("mlp.{name}_proj.bias"), &[rows], false);
+            }
+        }
     }
     plan.push(("model.norm.weight".to_owned(), vec![hidden], false));
     if !config.tie_word_embeddings {
@@ -98,41 +118,35 @@ pub fn plan(config: &ModelConfig) -> Vec<(String, Vec<i64>, bool)> {
 impl Transformer {
     /// Reads a Hugging Face folder into fp32 on `device`; a missing, unused or misshapen weight is an error.
     pub fn load(folder: &Path, device: Device) -> Result<Self> {
-        let config = ModelConfig::read(folder)?;
-        let mut tensors = read_folder(folder)?;
-        if config.tie_word_embeddings {
-            // Some programs write the tied head out; a copy is harmless, another matrix would be a lost weight.
-            if let Some(head) = tensors.remove("lm_head.weight") {
-                let tied = tensors.get("model.embed_tokens.weight").is_some_and(|embedding| *embedding == head);
-                ensure!(tied, "`{}` ties `lm_head.weight` to the embedding, but they differ", folder.display());
-            }
-        }
-        let model = Self::zeros(config, device);
-        let known = model.weights.entries();
-        if let Some(name) = tensors.keys().find(|name| known.iter().all(|entry| entry.name != **name)) {
-            anyhow::bail!("the weight `{name}` of `{}` has no place in the model", folder.display());
-        }
-        model.weights.fill("", model.weights.flat(), &tensors).with_context(|| format!("in `{}`", folder.display()))?;
+        let model = Self::zeros(ModelConfig::read(folder)?, device);
+        let tied = model.config.tie_word_embeddings.then_some(("lm_head.weight", "model.embed_tokens.weight"));
+        folder::read(folder, &model.weights, tied)?;
         Ok(model)
     }
 
-    fn zeros(config: ModelConfig, device: Device) -> Self {
+    /// A model whose weights are all 0.
+    pub(crate) fn zeros(config: ModelConfig, device: Device) -> Self {
         let weights = Weights::zeros(plan(&config), device);
         let layers = (0..config.num_hidden_layers)
             .map(|layer| {
                 let leaf = |name: &str| weights.leaf(&format!("model.layers.{layer}.{name}"));
-                let linear = |name: &str| Linear { weight: leaf(&format!("{name}.weight")), bias: None };
-                let biased = |name: &str| Linear { bias: Some(leaf(&format!("{name}.bias"))), ..linear(name) };
+                let linear = |name: &str, bias: bool| Linear {
+                    weight: leaf(&format!("{name}.weight")),
+                    bias: bias.then(|| leaf(&format!("{name}.bias"))),
+                };
+                let (projected, fed) = (config.projection_bias(), config.feed_forward_bias());
+                let norms = || (leaf("self_attn.q_norm.weight"), leaf("self_attn.k_norm.weight"));
                 Layer {
                     input_norm: leaf("input_layernorm.weight"),
-                    query: biased("self_attn.q_proj"),
-                    key: biased("self_attn.k_proj"),
-                    value: biased("self_attn.v_proj"),
-                    output: linear("self_attn.o_proj"),
+                    query: linear("self_attn.q_proj", projected),
+                    key: linear("self_attn.k_proj", projected),
+                    value: linear("self_attn.v_proj", projected),
+                    head_norms: config.head_norms().then(norms),
+                    output: linear("self_attn.o_proj", config.output_bias()),
                     post_norm: leaf("post_attention_layernorm.weight"),
-                    gate: linear("mlp.gate_proj"),
-                    up: linear("mlp.up_proj"),
-                    down: linear("mlp.down_proj"),
+                    gate: linear("mlp.gate_proj", fed),
+                    up: linear("mlp.up_proj", fed),
+                    down: linear("mlp.down_proj", fed),
                 }
             })
             .collect();
@@ -180,17 +194,19 @@ impl Transformer {
     pub fn hidden(&self, ids: &Tensor) -> Tensor {
         let (rows, length) = ids.size2().expect("ids have two dimensions");
         let (heads, shared, size) =
-            (self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_size());
+            (self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim);
         let rotation = self.rotation.first(length);
         let mut x = Tensor::embedding(&self.embedding, ids, -1, false, false);
         for layer in &self.layers {
             // 1. Project to heads [B, T, heads, D] and rotate by position.
             let normed = normalise(&x, self.config.rms_norm_eps);
-            let turned = |linear: &Linear, heads: i64| {
-                let heads_of = linear.paired_after_norm(&layer.input_norm, &normed, heads);
-                rotation.apply(&heads_of.view([rows, length, heads, size]))
+            let turned = |linear: &Linear, heads: i64, norm: Option<&Tensor>| {
+                let projected = linear.paired_after_norm(&layer.input_norm, &normed, heads);
+                let projected = projected.view([rows, length, heads, size]);
+                turn(&rotation, &projected, norm.map(|norm| paired(norm, 1)).as_ref(), self.config.rms_norm_eps)
             };
-            let (query, key) = (turned(&layer.query, heads), turned(&layer.key, shared));
+            let (query_norm, key_norm) = layer.head_norms.as_ref().map(|(query, key)| (query, key)).unzip();
+            let (query, key) = (turned(&layer.query, heads, query_norm), turned(&layer.key, shared, key_norm));
             let value = layer.value.after_norm(&layer.input_norm, &normed).view([rows, length, shared, size]);
             // 2. Attend causally.
             let mixed = attend(&query, &key, &value);
@@ -244,17 +260,7 @@ impl Transformer {
         let to = folder.join("config.json");
         let text = serde_json::to_string_pretty(&config).context("a configuration is plain data")?;
         fs::write(&to, text + "\n").with_context(|| format!("cannot write `{}`", to.display()))?;
-        let tensors: Vec<(String, Stored)> = self
-            .weights
-            .named("", self.weights.flat())
-            .into_iter()
-            .map(|(name, tensor)| Ok((name, Stored::tensor(&tensor)?)))
-            .collect::<Result<_>>()?;
-        // One entry only: the file's header is written in the order of a hash map.
-        let metadata = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        let path = folder.join("model.safetensors");
-        let bytes = safetensors::serialize(tensors, Some(metadata)).context("cannot lay out `model.safetensors`")?;
-        fs::write(&path, bytes).with_context(|| format!("cannot write `{}`", path.display()))
+        folder::write(&folder.join(folder::WEIGHTS_FILE), self.weights.named("", self.weights.flat()))
     }
 }
 
@@ -300,59 +306,12 @@ fn repeat_heads(shared: &Tensor, heads: i64) -> Tensor {
     shared.unsqueeze(3).expand([size[0], size[1], size[2], times, size[3]], false).flatten(2, 3)
 }
 
-/// The rows of a query or key projection reordered so that those which turn together are neighbours.
-///
-/// Hugging Face turns element i of a head with element i + D/2. As neighbours they are one complex number, and turning is
-/// one product. The order of a head's elements is the same for queries and keys, so no score depends on it.
-pub(crate) fn paired(rows: &Tensor, heads: i64) -> Tensor {
-    let size = rows.size();
-    let half = size[0] / heads / 2;
-    rows.view([heads, 2, half, -1]).transpose(1, 2).reshape(size.as_slice())
-}
-
-/// Rotary position embedding (Su et al. 2021) of heads in the order of [`paired`].
-#[derive(Debug)]
-pub(crate) struct Rotation {
-    /// `exp(i angle)`, `[positions, D/2]` complex.
-    table: Tensor,
-}
-
-impl Rotation {
-    fn new(config: &ModelConfig, device: Device) -> Self {
-        let half = config.head_size() / 2;
-        // Frequencies and angles are formed in f32, as transformers does, so that far positions agree with it.
-        let frequency = |index: i64| {
-            let exponent = (2 * index) as f32 / config.head_size() as f32;
-            1.0 / (config.rope_theta as f32).powf(exponent)
-        };
-        let angles: Vec<f32> = (0..config.max_position_embeddings)
-            .flat_map(|position| (0..half).map(move |index| position as f32 * frequency(index)))
-            .collect();
-        let angles = Tensor::from_slice(&angles).view([-1, half]);
-        Self { table: Tensor::complex(&angles.cos(), &angles.sin()).to_device(device) }
-    }
-
-    /// The table for positions 0 to `length` of every row.
-    pub(crate) fn first(&self, length: i64) -> Turn {
-        Turn(self.table.narrow(0, 0, length).unsqueeze(0).unsqueeze(2))
-    }
-
-    /// The table for one position a row: `positions` is `[R]` i64.
-    pub(crate) fn at(&self, positions: &Tensor) -> Turn {
-        Turn(self.table.index_select(0, positions).unsqueeze(1).unsqueeze(1))
-    }
-}
-
-/// A rotation that broadcasts over `[B, T, heads, D/2]` complex.
-#[derive(Debug)]
-pub(crate) struct Turn(Tensor);
-
-impl Turn {
-    /// Rotates `[B, T, heads, D]` f32.
-    pub(crate) fn apply(&self, x: &Tensor) -> Tensor {
-        let size = x.size();
-        let pairs = x.view([size[0], size[1], size[2], size[3] / 2, 2]).view_as_complex();
-        (pairs * &self.0).view_as_real().view(size.as_slice())
+/// Rotates heads `[B, T, heads, D]`, after norming each where the family does; `norm` broadcasts over them, its last
+/// dimension in the order of [`paired`].
+pub(crate) fn turn(rotation: &Turn, heads: &Tensor, norm: Option<&Tensor>, epsilon: f64) -> Tensor {
+    match norm {
+        Some(norm) => rotation.apply(&(normalise(heads, epsilon) * norm)),
+        None => rotation.apply(heads),
     }
 }
 
@@ -374,11 +333,11 @@ mod tests {
         })
     }
 
-    /// The golden numbers come from `tests/fixtures/qwen2.py`, run with transformers.
+    /// The golden numbers come from `tests/fixtures/models.py`, run with transformers.
     #[test]
     fn logits_are_those_of_transformers() {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/qwen2");
-        for name in ["tied", "untied"] {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models");
+        for name in ["qwen2_tied", "qwen2_untied", "qwen2_yarn", "qwen3", "llama_llama3", "llama_linear"] {
             let model = Transformer::load(&folder.join(name), Device::Cpu).expect("the fixture loads");
             let text = fs::read_to_string(folder.join(name).join("golden.json")).expect("golden numbers");
             let golden: Value = serde_json::from_str(&text).expect("JSON");
@@ -421,18 +380,18 @@ mod tests {
         };
         let missing = refuse(&json!({}), &json!({"layers": 3}));
         assert!(missing.contains("`model.layers.2.input_layernorm.weight` is missing"), "{missing}");
+        assert!(missing.contains("11 others"), "{missing}");
         let unused = refuse(&json!({"layers": 3}), &json!({}));
         assert!(unused.contains("model.layers.2") && unused.contains("no place"), "{unused}");
         let untied = refuse(&json!({"tie_word_embeddings": false}), &json!({}));
         assert!(untied.contains("lm_head.weight"), "{untied}");
         let shape = refuse(&json!({"intermediate_size": 32}), &json!({}));
-        assert!(shape.contains("[32, 16]") && shape.contains("[24, 16]"), "{shape}");
+        assert!(shape.contains("[16, 32]") && shape.contains("[16, 24]"), "{shape}");
     }
 
     #[test]
     fn padding_and_batch_mates_do_not_reach_a_row() {
-        for extra in [json!({}), json!({"kv_heads": 4, "tie_word_embeddings": false})] {
-            let (_folder, model) = sandbox::model(&extra);
+        for model in sandbox::families() {
             let alone = all_logits(&model, &ids(&[&[1, 5, 7, 3]]));
             let padded = all_logits(&model, &ids(&[&[1, 5, 7, 3, 0, 0, 9], &[4, 4, 8, 2, 6, 1, 1]]));
             let distance = sandbox::distance(&padded.narrow(0, 0, 1).narrow(1, 0, 4), &alone);
@@ -442,7 +401,12 @@ mod tests {
 
     #[test]
     fn every_weight_gets_a_gradient_in_the_common_buffer() {
-        let (_folder, model) = sandbox::model(&json!({}));
+        for model in sandbox::families() {
+            gradients_gather(&model);
+        }
+    }
+
+    fn gradients_gather(model: &Transformer) {
         let loss =
             || model.logits(&model.hidden(&ids(&[&[1, 5, 7, 3, 8, 9, 2]])).flatten(0, 1)).square().sum(Kind::Float);
         loss().backward();

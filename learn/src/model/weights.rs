@@ -4,12 +4,9 @@
 //! number of weights. Matrices that decay come first, so decay is one operation on a prefix. It knows names and shapes
 //! and nothing of what they are for.
 
-use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
 
-use anyhow::{Context, Result, bail, ensure};
-use safetensors::{Dtype, SafeTensors, View};
+use anyhow::{Context, Result, ensure};
 use tch::{Device, Kind, Tensor, no_grad};
 
 /// One weight: its place in the buffer.
@@ -26,6 +23,7 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// Elements.
     fn length(&self) -> i64 {
         self.shape.iter().product()
     }
@@ -133,6 +131,15 @@ impl Weights {
         Ok(())
     }
 
+    /// Sets the weight `name`; `false` where there is none of this name. Another shape is an error.
+    pub fn set(&self, name: &str, tensor: &Tensor) -> Result<bool> {
+        let Some(entry) = self.entries.iter().find(|entry| entry.name == name) else { return Ok(false) };
+        let size = tensor.size();
+        ensure!(size == entry.shape, "the weight `{name}` has the shape {size:?}, but {:?} is due", entry.shape);
+        no_grad(|| view(&self.flat, entry).copy_(tensor));
+        Ok(true)
+    }
+
     /// Sets every gradient to zero.
     pub fn zero_gradients(&self) {
         let _ = no_grad(|| self.gradient.shallow_clone().zero_());
@@ -141,88 +148,4 @@ impl Weights {
 
 fn view(flat: &Tensor, entry: &Entry) -> Tensor {
     flat.narrow(0, entry.offset, entry.length()).view(entry.shape.as_slice())
-}
-
-/// Reads all tensors of a folder's `model.safetensors`, or of the shards that its index names, as f32 on the CPU.
-pub fn read_folder(folder: &Path) -> Result<BTreeMap<String, Tensor>> {
-    let mut tensors = BTreeMap::new();
-    for path in files(folder)? {
-        let bytes = std::fs::read(&path).with_context(|| format!("cannot read `{}`", path.display()))?;
-        let read = SafeTensors::deserialize(&bytes)
-            .with_context(|| format!("`{}` is no whole safetensors file", path.display()))?;
-        for (name, tensor) in read.iter() {
-            let kind = match tensor.dtype() {
-                Dtype::F32 => Kind::Float,
-                Dtype::BF16 => Kind::BFloat16,
-                Dtype::F16 => Kind::Half,
-                other => bail!("the weight `{name}` of `{}` has the type {other:?}", path.display()),
-            };
-            let shape: Vec<i64> = tensor.shape().iter().map(|&size| size as i64).collect();
-            let value = Tensor::f_from_data_size(tensor.data(), &shape, kind)
-                .with_context(|| format!("cannot take the weight `{name}` of `{}`", path.display()))?;
-            let double = tensors.insert(name.to_owned(), value.to_kind(Kind::Float));
-            ensure!(double.is_none(), "the weight `{name}` stands twice in `{}`", folder.display());
-        }
-    }
-    Ok(tensors)
-}
-
-fn files(folder: &Path) -> Result<Vec<PathBuf>> {
-    let index = folder.join("model.safetensors.index.json");
-    if !index.exists() {
-        return Ok(vec![folder.join("model.safetensors")]);
-    }
-    let text = std::fs::read_to_string(&index).with_context(|| format!("cannot read `{}`", index.display()))?;
-    let parsed: serde_json::Value =
-        serde_json::from_str(&text).with_context(|| format!("`{}` is no JSON", index.display()))?;
-    let map = parsed["weight_map"].as_object();
-    let map = map.with_context(|| format!("`{}` has no `weight_map`", index.display()))?;
-    let names: BTreeSet<&str> = map.values().filter_map(serde_json::Value::as_str).collect();
-    Ok(names.into_iter().map(|name| folder.join(name)).collect())
-}
-
-/// The bytes of a tensor for a safetensors file.
-#[derive(Debug)]
-pub struct Stored {
-    dtype: Dtype,
-    shape: Vec<usize>,
-    bytes: Vec<u8>,
-}
-
-impl Stored {
-    /// An opaque row of bytes.
-    pub fn bytes(bytes: &[u8]) -> Self {
-        Self { dtype: Dtype::U8, shape: vec![bytes.len()], bytes: bytes.to_vec() }
-    }
-
-    /// A tensor's elements, little-endian; f32, f64 and i64 can be stored.
-    pub fn tensor(tensor: &Tensor) -> Result<Self> {
-        let flat = no_grad(|| tensor.detach().to_device(Device::Cpu).contiguous().view(-1));
-        let (dtype, bytes) = match tensor.kind() {
-            Kind::Float => (Dtype::F32, little_endian(&Vec::<f32>::try_from(&flat)?, f32::to_le_bytes)),
-            Kind::Double => (Dtype::F64, little_endian(&Vec::<f64>::try_from(&flat)?, f64::to_le_bytes)),
-            Kind::Int64 => (Dtype::I64, little_endian(&Vec::<i64>::try_from(&flat)?, i64::to_le_bytes)),
-            other => bail!("tensors of the type {other:?} are not stored"),
-        };
-        Ok(Self { dtype, shape: tensor.size().iter().map(|&size| size as usize).collect(), bytes })
-    }
-}
-
-fn little_endian<T: Copy, const N: usize>(values: &[T], bytes: impl Fn(T) -> [u8; N]) -> Vec<u8> {
-    values.iter().flat_map(|&value| bytes(value)).collect()
-}
-
-impl View for Stored {
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-    fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(&self.bytes)
-    }
-    fn data_len(&self) -> usize {
-        self.bytes.len()
-    }
 }

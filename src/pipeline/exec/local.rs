@@ -2,6 +2,7 @@
 //!
 //! Both tell the driver the same few things over one channel. It must never decide what runs.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::fd::{AsRawFd as _, OwnedFd};
@@ -161,6 +162,16 @@ impl WorkerProgram {
         command.arg0(&self.path).args(&self.arguments);
         command
     }
+}
+
+/// Runs the worker program with `arguments` on this process's standard streams, and gives how it ended.
+pub fn run_worker(arguments: &[OsString]) -> Result<ExitStatus, ExecError> {
+    let program = WorkerProgram::open()?;
+    program
+        .command()
+        .args(arguments)
+        .status()
+        .map_err(|cause| ExecError::NoWorker { path: program.path.clone(), cause })
 }
 
 /// A running worker.

@@ -1,15 +1,16 @@
-//! What stages are joined by: artifact types, inputs, and the user's own files, as fields of a stage's parameters.
+//! What stages are joined by: artifact types and inputs, as fields of a stage's parameters.
 //!
-//! Each reads from a plain string and writes a tagged object, so that one walk over a serialised stage finds every edge and
-//! file without knowing the stage.
+//! An input reads from a plain string and writes a tagged object, so that one walk over a serialised stage finds every
+//! edge without knowing the stage.
 
 use std::fmt;
 use std::marker::PhantomData;
-use std::path::PathBuf;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use serde_json::{Value, json};
+use serde_json::json;
+
+use crate::file::tagged_string;
 
 /// What an edge of the graph carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
@@ -126,92 +127,5 @@ impl<A: Artifact> JsonSchema for Input<A> {
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
         let wants = A::WANTS.map_or_else(|| "any".to_owned(), |wants| wants.to_string());
         json_schema!({"type": "string", "x-input": wants})
-    }
-}
-
-/// A file or folder of the user's, known by its content alone.
-///
-/// It reads from a string, relative to the TOML file that names it, and writes `{"$file": absolute path}`.
-#[derive(Clone, Debug)]
-pub struct SourceFile {
-    /// Where it lies, absolute once the specification is read.
-    pub path: PathBuf,
-}
-
-/// A file or folder of the user's, known by its content and by the relative path at which it must stand.
-///
-/// It writes `{"$file": absolute path, "as": relative path}`.
-#[derive(Clone, Debug)]
-pub struct PlacedFile {
-    /// Where it lies, absolute once the specification is read.
-    pub path: PathBuf,
-    /// The relative path, as the user wrote it, at which the stage finds it.
-    pub placed: String,
-}
-
-impl Serialize for SourceFile {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        json!({"$file": self.path}).serialize(serializer)
-    }
-}
-
-impl<'de> Deserialize<'de> for SourceFile {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        tagged_string(deserializer, "$file").map(|(path, _)| Self { path: path.into() })
-    }
-}
-
-impl JsonSchema for SourceFile {
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        "SourceFile".into()
-    }
-
-    fn inline_schema() -> bool {
-        true
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({"type": "string", "x-file": "content"})
-    }
-}
-
-impl Serialize for PlacedFile {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        json!({"$file": self.path, "as": self.placed}).serialize(serializer)
-    }
-}
-
-impl<'de> Deserialize<'de> for PlacedFile {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let (path, placed) = tagged_string(deserializer, "$file")?;
-        Ok(Self { placed: placed.unwrap_or_else(|| path.clone()), path: path.into() })
-    }
-}
-
-impl JsonSchema for PlacedFile {
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        "PlacedFile".into()
-    }
-
-    fn inline_schema() -> bool {
-        true
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({"type": "string", "x-file": "placed"})
-    }
-}
-
-/// Reads a plain string, or the object that the types above write; gives the string and the object's `as`.
-fn tagged_string<'de, D: Deserializer<'de>>(deserializer: D, tag: &str) -> Result<(String, Option<String>), D::Error> {
-    use serde::de::Error as _;
-    match Value::deserialize(deserializer)? {
-        Value::String(text) => Ok((text, None)),
-        Value::Object(fields) => {
-            let text = fields.get(tag).and_then(Value::as_str);
-            let placed = fields.get("as").and_then(Value::as_str).map(str::to_owned);
-            text.map(|text| (text.to_owned(), placed)).ok_or_else(|| D::Error::custom(format!("expected `{tag}`")))
-        }
-        other => Err(D::Error::custom(format!("expected a string, found `{other}`"))),
     }
 }

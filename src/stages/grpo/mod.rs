@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::pipeline::stage::{ArtifactType, Checkpoint, Input, Output, Part, Place, Problem, Stage, Tokens, Upstream};
-use crate::rewards::RewardSpec;
+use crate::rewards::{OnError, RewardSpec};
 pub use crate::stages::grpo::axes::{Axes, DynamicSampling};
 use crate::stages::sampling::Filters;
 use crate::stages::training::{Optimizer, Schedule, Validate, check_select, task_of, task_parts, versions};
@@ -61,6 +61,9 @@ pub struct Grpo {
     pub filters: Filters,
     /// The rewards by name, each with its weight.
     pub rewards: BTreeMap<String, RewardSpec>,
+    /// What an error of a reward on one sample does.
+    #[serde(default, skip_serializing_if = "OnError::is_stop")]
+    pub on_error: OnError,
     /// The loss.
     #[serde(flatten)]
     pub axes: Axes,

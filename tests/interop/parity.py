@@ -1,0 +1,127 @@
+"""Log-probabilities by `pipe score` and by `transformers` agree, for folders that either has written.
+
+usage: parity.py
+
+Makes folders of random weights with `transformers`, of every family and setting that changes a forward pass, and scores
+random rows with both programs. Exits with 1 where a log-probability differs by more than TOLERANCE.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+ROOT = Path(__file__).resolve().parents[2]
+TOLERANCE = 1e-4
+VOCABULARY = 320
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+# name: configuration, its own settings, type of the stored weights, size of a shard
+FOLDERS = {
+    "qwen2 tied": (Qwen2Config, {"tie_word_embeddings": True}, torch.float32, "1GB"),
+    "qwen2 untied, shards": (Qwen2Config, {}, torch.float32, "100KB"),
+    "qwen2 yarn, bf16, shards": (Qwen2Config, {"rope_parameters": YARN}, torch.bfloat16, "100KB"),
+    "qwen3 wide heads": (Qwen3Config, {"head_dim": 32, "tie_word_embeddings": True}, torch.float32, "1GB"),
+    "qwen3 biases, f16": (Qwen3Config, {"head_dim": 16, "attention_bias": True}, torch.float16, "1GB"),
+    "llama llama3": (LlamaConfig, {"rope_parameters": LLAMA3}, torch.float32, "1GB"),
+    "llama linear, biases": (
+        LlamaConfig,
+        {"rope_parameters": LINEAR, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
+        torch.float32,
+        "1GB",
+    ),
+    "llama wide heads, bf16": (LlamaConfig, {"head_dim": 24, "tie_word_embeddings": True}, torch.bfloat16, "1GB"),
+}
+
+
+def make(folder: Path, config: type, own: dict, dtype: torch.dtype, shard: str) -> None:
+    """A folder of random weights, large enough for every part to matter."""
+    torch.manual_seed(len(str(own)))
+    model = AutoModelForCausalLM.from_config(config(**{**SIZES, **own}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+
+
+def rows() -> list[list[int]]:
+    """Rows of many lengths, the longest as long as the positions reach."""
+    torch.manual_seed(0)
+    return [torch.randint(0, VOCABULARY, (length,)).tolist() for length in (256, 2, 17, 1, 100, 64, 33)]
+
+
+def ours(folder: Path, rows: list[list[int]]) -> list[list[float | None]]:
+    """Log-probabilities by `pipe score`."""
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+        file.write("".join(json.dumps({"ids": ids}) + "\n" for ids in rows))
+        file.flush()
+        command = [ROOT / "pipe", "score", folder, file.name, "--device", "cpu", "--batch-size", "3"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line)["logprobs"] for line in done.stdout.splitlines()]
+
+
+def theirs(folder: Path, rows: list[list[int]]) -> list[list[float]]:
+    """Log-probabilities of all tokens but the first by `transformers`, from weights widened to fp32."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    model.eval()
+    found = []
+    for ids in rows:
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        found.append(logprobs[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist())
+    return found
+
+
+def compare(folder: Path, rows: list[list[int]]) -> tuple[float, int]:
+    """The largest difference, and how many log-probabilities were compared."""
+    worst, tokens = 0.0, 0
+    for mine, other in zip(ours(folder, rows), theirs(folder, rows), strict=True):
+        assert mine[0] is None
+        for one, two in zip(mine[1:], other, strict=True):
+            worst, tokens = max(worst, abs(one - two)), tokens + 1
+    return worst, tokens
+
+
+def main() -> None:
+    failed = False
+    print(f"{'log-probabilities by pipe and by transformers':46} {'tokens':>7} {'max |difference|':>17}")
+    with tempfile.TemporaryDirectory() as root:
+        for name, (config, own, dtype, shard) in FOLDERS.items():
+            folder = Path(root) / name.replace(" ", "-").replace(",", "")
+            make(folder, config, own, dtype, shard)
+            worst, tokens = compare(folder, rows())
+            verdict = "" if worst <= TOLERANCE else f"  more than {TOLERANCE}"
+            failed |= bool(verdict)
+            print(f"{name:46} {tokens:7} {worst:17.1e}{verdict}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
