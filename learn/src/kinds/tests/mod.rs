@@ -1,6 +1,7 @@
 //! Tests of the loops, end to end on tiny mazes: same run same bytes, stopped anywhere; laws of rollouts; refusals.
 
 mod episodes;
+mod policy;
 
 use std::time::Duration;
 
