@@ -108,6 +108,31 @@ impl Validate {
     }
 }
 
+/// When a run is told that its reward rises without the task being solved: over validations, with a share of false alarms.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Alarm {
+    /// Validations that are looked at together.
+    #[schemars(range(min = 4))]
+    pub window: u64,
+    /// The chance of a false alarm in a whole run.
+    #[schemars(extend("exclusiveMinimum" = 0.0, "exclusiveMaximum" = 1.0))]
+    pub level: f64,
+}
+
+impl Alarm {
+    /// Whether it is the default, which is not written.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl Default for Alarm {
+    fn default() -> Self {
+        Self { window: 8, level: 0.05 }
+    }
+}
+
 /// The versions of the shared learning modules; each is raised when its results move.
 pub mod versions {
     /// The transformer's forward pass and its weights' names.

@@ -68,7 +68,7 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
         };
         let done = training.counters.step;
         if let Some((validation, prompts)) = validation.as_mut().filter(|(due, _)| due.is_due(done, params.steps)) {
-            match validation.run(&training.model, prompts, done, context) {
+            match validation.run(&training.model, prompts, done, None, context) {
                 Ok(validated) => {
                     training.consider(validated.selecting);
                     metrics.extend(validated.metrics);

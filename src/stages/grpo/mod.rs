@@ -13,7 +13,7 @@ use crate::pipeline::stage::{ArtifactType, Checkpoint, Input, Output, Part, Plac
 use crate::rewards::{OnError, RewardSpec};
 pub use crate::stages::grpo::axes::{Axes, DynamicSampling};
 use crate::stages::sampling::Filters;
-use crate::stages::training::{Optimizer, Schedule, Validate, check_select, task_of, task_parts, versions};
+use crate::stages::training::{Alarm, Optimizer, Schedule, Validate, check_select, task_of, task_parts, versions};
 
 /// Improve a model by its own graded attempts: groups of completions a prompt, policy-gradient loss. The loss is a point in
 /// a space of axes; a `preset` names one, and every axis can be overridden.
@@ -80,6 +80,9 @@ pub struct Grpo {
     /// Validation on the way; without it `best` equals `last`.
     #[serde(default)]
     pub validate: Option<Validate>,
+    /// The alarm over validations: reward up while solved goes down, or reward of unsolved instances up. It stops nothing.
+    #[serde(default, skip_serializing_if = "Alarm::is_default")]
+    pub alarm: Alarm,
     /// Decides the order of prompts and every sampled token.
     #[serde(default)]
     pub seed: u64,

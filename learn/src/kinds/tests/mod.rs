@@ -218,6 +218,26 @@ fn a_reward_without_a_value_stops_with_the_row_named() {
 }
 
 #[test]
+fn validations_are_scored_and_watched() {
+    let mut params = grpo();
+    params["validate"] = json!({"every": 1, "samples": 6});
+    params["alarm"] = json!({"window": 4});
+    let job = Job::new(&FLOW, "grpo", params.clone());
+    job.run(&[]).unwrap();
+    for line in job.metrics() {
+        let at = |name: &str| line[name].as_f64().unwrap_or_else(|| panic!("there is no {name}: {line}"));
+        let total = at("validation/reward/correct") + 0.5 * at("validation/reward/near");
+        assert!((at("validation/reward") - total).abs() < 1e-12);
+        assert_eq!(at("validation/reward/correct"), at("validation/solved"));
+        let solved = at("validation/solved");
+        assert!(solved < 1.0, "nothing is unsolved");
+        assert!(at("validation/reward_unsolved") <= at("validation/reward") + 1e-12);
+        assert_eq!(at("alarm"), 0.0);
+    }
+    stops_change_nothing(&FLOW, "grpo", &params, 2);
+}
+
+#[test]
 fn an_error_of_a_reward_is_counted_and_excluded_where_that_is_asked() {
     let mut params = grpo();
     let unsolved = json!({"kind": "expression", "expression": "progress / solved"});
