@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::pipeline::stage::{ArtifactType, Checkpoint, Input, Output, Part, Place, Problem, Stage, Tokens, Upstream};
 use crate::rewards::RewardSpec;
-use crate::stages::training::{Optimizer, Schedule, Validate, check_select, task_of, task_parts, versions};
+use crate::stages::training::{Lora, Optimizer, Schedule, Validate, check_select, task_of, task_parts, versions};
 
 /// What a group's rewards are divided by after their mean is taken away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -135,6 +135,9 @@ pub struct Grpo {
     /// AdamW and clipping.
     #[serde(default)]
     pub optimizer: Optimizer,
+    /// Train low-rank adapters instead of the model's own weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<Lora>,
     /// Validation on the way; without it `best` equals `last`.
     #[serde(default)]
     pub validate: Option<Validate>,
@@ -205,6 +208,7 @@ impl Stage for Grpo {
         }
         let reference = &self.prompts.reference;
         problems.extend(check_select(*upstream, reference, self.validate.as_ref()));
+        problems.extend(self.lora.iter().flat_map(Lora::problems));
         if let Some(task) = task_of(*upstream, reference) {
             for (name, reward) in &self.rewards {
                 for (field, message, hint) in reward.check(&task.measures()) {

@@ -47,7 +47,8 @@ struct Own {
 pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     // Open.
     let folder = context.input(&params.model)?.to_owned();
-    let model = Transformer::load(&folder, device::open(&context.resources)?)?;
+    let device = device::open(&context.resources)?;
+    let model = Transformer::load_to_train(&folder, device, params.lora.as_ref(), params.seed)?;
     let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?)?;
     let rows = prompts.tokens.split(&params.split)?;
     let checked = preflight::prompts(&prompts.tokens, &rows, model.config(), params.max_new_tokens)?;
