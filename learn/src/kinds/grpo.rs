@@ -56,7 +56,7 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     // Open.
     let folder = context.input(&params.model)?.to_owned();
     let device = device::open(&context.resources)?;
-    let model = Transformer::load(&folder, device)?;
+    let model = Transformer::load_to_train(&folder, device, params.lora.as_ref(), params.seed)?;
     // The weights that the stage starts from; they never move, and their digest is that of the input.
     let reference = params.axes.needs_reference().then(|| Transformer::load(&folder, device)).transpose()?;
     let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?)?;

@@ -34,7 +34,8 @@ struct Own {
 pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
     // Open.
     let folder = context.input(&params.model)?.to_owned();
-    let model = Transformer::load(&folder, device::open(&context.resources)?)?;
+    let device = device::open(&context.resources)?;
+    let model = Transformer::load_to_train(&folder, device, params.lora.as_ref(), params.seed)?;
     let tokens = TokensFolder::open(context.input(&params.data)?)?;
     preflight::tokenizers(&folder, Codec::open(&folder)?.digest(), &tokens)?;
     let rows = tokens.split(&params.split)?;

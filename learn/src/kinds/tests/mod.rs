@@ -1,5 +1,6 @@
 //! Tests of the loops, end to end on tiny mazes: same run same bytes, stopped anywhere; laws of rollouts; refusals.
 
+mod adapters;
 mod episodes;
 mod policy;
 
