@@ -149,13 +149,11 @@ pub struct Rollouts<'a> {
 }
 
 impl<'a> Rollouts<'a> {
-    /// Opens the journal at `path`, whose first `committed` bytes belong to finished steps, at step `step`. `reference` is
-    /// wanted where the KL is a part of the reward.
+    /// Opens the journal at `path`, whose first `committed` bytes belong to finished steps, at step `step`.
     pub fn open(
         params: &'a Grpo,
         prompts: &'a Prompts,
         rewards: Rewards,
-        reference: Option<&'a Transformer>,
         rows: Vec<usize>,
         path: &Path,
         committed: u64,
@@ -167,7 +165,13 @@ impl<'a> Rollouts<'a> {
         let sampling = Sampling::open(&params.filters, params.temperature, params.max_new_tokens, &prompts.codec)?;
         let sampling = Sampling { tells_kept: true, ..sampling };
         let replay = replay.into();
-        Ok(Self { params, prompts, reference, sampling, order, rewards, journal, replay })
+        Ok(Self { params, prompts, reference: None, sampling, order, rewards, journal, replay })
+    }
+
+    /// With the reference that the KL is measured to, where it is a part of the reward.
+    #[must_use]
+    pub fn with_reference(self, reference: Option<&'a Transformer>) -> Self {
+        Self { reference, ..self }
     }
 
     /// Chunks of the step at hand that an earlier attempt has finished.

@@ -65,9 +65,9 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     let recorded = training.counters.step - u64::from(training.counters.unrecorded.is_some());
     let journal = states.join("rollouts.jsonl");
     let (committed, at) = (training.counters.own.journal, training.counters.step);
-    let in_reward = reference.as_ref();
     let rewards = Rewards::open(params, &prompts, &rows, context)?;
-    let mut rollouts = Rollouts::open(params, &prompts, rewards, in_reward, rows, &journal, committed, at)?;
+    let mut rollouts = Rollouts::open(params, &prompts, rewards, rows, &journal, committed, at)?;
+    rollouts = rollouts.with_reference(reference.as_ref());
     let recorded = (resumed || rollouts.replayed() > 0).then_some(recorded);
     let mut validation = None;
     if let Some(validate) = &params.validate {
