@@ -17,13 +17,14 @@ use pipe::telemetry::Metrics;
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
+use crate::credit::policy_row;
 use crate::loss::PolicySums;
 use crate::model::Transformer;
 use crate::optimizer::learning_rate;
 use crate::policy::{PolicyRow, backward};
 use crate::prompts::Prompts;
 use crate::rewards::Rewards;
-use crate::rollout::{ROLLOUTS_FILE, Rollout, Rollouts, Sample, ScoredGroup, policy_row};
+use crate::rollout::{ROLLOUTS_FILE, Rollout, Rollouts, Sample, ScoredGroup};
 use crate::session::{Session, rate, states};
 use crate::training::Training;
 use crate::validate::Validation;
