@@ -13,6 +13,7 @@ pub mod generate;
 pub mod journal;
 pub mod kinds;
 pub mod loss;
+pub mod memory;
 pub mod model;
 pub mod optimizer;
 pub mod order;

@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::pipeline::stage::{ArtifactType, Checkpoint, Input, Output, Part, Place, Problem, Stage, Tokens, Upstream};
-use crate::stages::training::{Optimizer, Schedule, Validate, check_select, task_parts, versions};
+use crate::stages::training::{Lora, Optimizer, Schedule, Validate, check_select, task_parts, versions};
 
 /// Fine-tune a model on tokenized examples with a token-mean cross-entropy over the tokens that the mask marks.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -37,6 +37,9 @@ pub struct Sft {
     /// AdamW and clipping.
     #[serde(default)]
     pub optimizer: Optimizer,
+    /// Train low-rank adapters instead of the model's own weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<Lora>,
     /// Validation on the way; without it `best` equals `last`.
     #[serde(default)]
     pub validate: Option<Validate>,
@@ -84,6 +87,7 @@ impl Stage for Sft {
         let mut problems =
             crate::stages::training::check(&self.split, self.micro_batch_size, self.batch_size, validate);
         problems.extend(check_select(*upstream, &self.data.reference, validate));
+        problems.extend(self.lora.iter().flat_map(Lora::problems));
         problems
     }
 }
