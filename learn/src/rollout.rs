@@ -12,18 +12,16 @@ use std::time::Instant;
 use pipe::pipeline::stage::{StageContext, StageEvent};
 use pipe::rewards::Outcome;
 use pipe::stages::grpo::Grpo;
-use pipe::stages::grpo::axes::KlPlace;
 use pipe::stages::table::{Column, ColumnType, TableWriter};
 use pipe::tasks::Finish;
 use pipe::telemetry::Metrics;
 use serde::{Deserialize, Serialize};
 
-use crate::advantage::{Earned, Turn, advantages, of_tokens};
+use crate::credit::{set_advantages, set_penalties};
 use crate::generate::Sampling;
 use crate::journal::Journal;
 use crate::model::Transformer;
 use crate::order::Order;
-use crate::policy::{PolicyRow, penalties};
 use crate::prompts::{Prompts, Purpose};
 use crate::rewards::{Rewards, Scored};
 use crate::session::rate;
@@ -49,50 +47,6 @@ pub struct Sample {
     /// without a total.
     #[serde(skip)]
     pub advantages: Vec<f64>,
-}
-
-impl Sample {
-    /// What the sample earned, by the rewards' `weights`; `None` without a total.
-    fn earned(&self, weights: &[f64]) -> Option<Earned> {
-        let mut costs = self.penalties.iter().copied();
-        let by_turn = |turn: usize| -> f64 {
-            let of = |(outcome, weight): (&Outcome, &f64)| match outcome {
-                Outcome::Turns(values) => weight * values.get(turn).copied().unwrap_or(0.0),
-                Outcome::Value(_) | Outcome::Abstain | Outcome::Error(_) => 0.0,
-            };
-            self.rewards.iter().zip(weights).map(of).sum()
-        };
-        let turn = |(turn, tokens): (usize, usize)| Turn {
-            arrived: by_turn(turn),
-            penalties: (0..tokens).map(|_| costs.next().unwrap_or(0.0)).collect(),
-        };
-        Some(Earned {
-            total: self.total?,
-            components: self.rewards.iter().map(Outcome::value).collect(),
-            turns: self.trajectory.turn_lengths().into_iter().enumerate().map(turn).collect(),
-        })
-    }
-}
-
-/// The sample on a row's `prompt` as a row to train on; `in_loss` as in [`PolicyRow`].
-pub fn policy_row<'a>(params: &Grpo, prompt: &[i64], sample: &'a Sample, in_loss: bool) -> PolicyRow<'a> {
-    let trajectory = &sample.trajectory;
-    let turns = trajectory.turn_lengths();
-    let advantages = if in_loss {
-        of_tokens(params.axes.advantage.level, &sample.advantages, &turns)
-    } else {
-        vec![0.0; trajectory.length()]
-    };
-    PolicyRow {
-        ids: [prompt, &trajectory.ids].concat(),
-        mask: [vec![0; prompt.len()], trajectory.mask()].concat(),
-        turn: turns.iter().zip(0..).flat_map(|(&tokens, turn)| std::iter::repeat_n(turn, tokens)).collect(),
-        old: &trajectory.logprobs,
-        kept: trajectory.kept.as_ref(),
-        advantages,
-        weights: None,
-        in_loss,
-    }
 }
 
 /// The completions of one prompt.
@@ -149,13 +103,11 @@ pub struct Rollouts<'a> {
 }
 
 impl<'a> Rollouts<'a> {
-    /// Opens the journal at `path`, whose first `committed` bytes belong to finished steps, at step `step`. `reference` is
-    /// wanted where the KL is a part of the reward.
+    /// Opens the journal at `path`, whose first `committed` bytes belong to finished steps, at step `step`.
     pub fn open(
         params: &'a Grpo,
         prompts: &'a Prompts,
         rewards: Rewards,
-        reference: Option<&'a Transformer>,
         rows: Vec<usize>,
         path: &Path,
         committed: u64,
@@ -167,7 +119,13 @@ impl<'a> Rollouts<'a> {
         let sampling = Sampling::open(&params.filters, params.temperature, params.max_new_tokens, &prompts.codec)?;
         let sampling = Sampling { tells_kept: true, ..sampling };
         let replay = replay.into();
-        Ok(Self { params, prompts, reference, sampling, order, rewards, journal, replay })
+        Ok(Self { params, prompts, reference: None, sampling, order, rewards, journal, replay })
+    }
+
+    /// With the reference that the KL is measured to, where it is a part of the reward.
+    #[must_use]
+    pub fn with_reference(self, reference: Option<&'a Transformer>) -> Self {
+        Self { reference, ..self }
     }
 
     /// Chunks of the step at hand that an earlier attempt has finished.
@@ -230,7 +188,7 @@ impl<'a> Rollouts<'a> {
             missing = self.params.prompts_per_step - kept;
         }
         *drawn = next;
-        self.set_advantages(&mut groups)?;
+        set_advantages(&self.params.axes.advantage, self.rewards.weights(), &mut groups)?;
         Ok(Rollout { groups, rounds, tokens_per_second: rate(generated, began) })
     }
 
@@ -268,51 +226,15 @@ impl<'a> Rollouts<'a> {
             ScoredGroup { row, round, all_equal, kept, samples }
         });
         let mut groups: Vec<ScoredGroup> = groups.collect();
-        self.set_penalties(&mut groups)?;
+        if let Some(reference) = self.reference {
+            set_penalties(self.params, self.prompts, reference, &mut groups)?;
+        }
         Ok(groups)
     }
 
     /// The rewards, for whoever scores besides.
     pub fn rewards(&mut self) -> &mut Rewards {
         &mut self.rewards
-    }
-
-    /// Fills in what tokens cost, where the KL is a part of the reward. The reference never moves, so it is as much a
-    /// property of the chunk as its completions.
-    fn set_penalties(&self, groups: &mut [ScoredGroup]) -> anyhow::Result<()> {
-        let kl = &self.params.axes.kl;
-        let Some(reference) = self.reference.filter(|_| kl.beta > 0.0 && kl.place == KlPlace::Reward) else {
-            return Ok(());
-        };
-        let rows: Vec<PolicyRow<'_>> = groups
-            .iter()
-            .flat_map(|group| group.samples.iter().map(move |sample| (self.prompts.prompt(group.row), sample)))
-            .map(|(prompt, sample)| policy_row(self.params, &prompt, sample, false))
-            .collect();
-        let costs = penalties(self.params, reference, &rows)?;
-        for (sample, costs) in groups.iter_mut().flat_map(|group| &mut group.samples).zip(costs) {
-            sample.penalties = costs;
-        }
-        Ok(())
-    }
-
-    /// Fills in the advantages of a step's whole batch: a pure function of its rewards. Groups that are dropped are no part of
-    /// the batch; their advantages are 0.
-    fn set_advantages(&self, groups: &mut [ScoredGroup]) -> anyhow::Result<()> {
-        let weights = self.rewards.weights();
-        let kept = groups.iter().filter(|group| group.kept);
-        let earned: Vec<_> =
-            kept.map(|group| group.samples.iter().map(|sample| sample.earned(weights)).collect()).collect();
-        let mut made = advantages(&self.params.axes.advantage, weights, &earned)?.into_iter();
-        for group in groups {
-            let of_group = if group.kept { made.next() } else { None };
-            let mut of_samples = of_group.into_iter().flatten();
-            for sample in &mut group.samples {
-                let dropped = sample.total.map_or_else(Vec::new, |_| vec![0.0]);
-                sample.advantages = if group.kept { of_samples.next().flatten().unwrap_or_default() } else { dropped };
-            }
-        }
-        Ok(())
     }
 
     /// Writes every completion of the run to `path`; equal rollouts give equal bytes.
@@ -343,7 +265,7 @@ impl<'a> Rollouts<'a> {
 
     /// Writes the groups of a whole step, and empties the list.
     fn write(&self, table: &mut TableWriter, step: u64, groups: &mut Vec<ScoredGroup>) -> anyhow::Result<()> {
-        self.set_advantages(groups)?;
+        set_advantages(&self.params.axes.advantage, self.rewards.weights(), groups)?;
         let rows: Vec<(&ScoredGroup, usize, &Sample)> = groups
             .iter()
             .flat_map(|group| group.samples.iter().enumerate().map(move |(index, sample)| (group, index, sample)))

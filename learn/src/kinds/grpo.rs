@@ -18,13 +18,14 @@ use pipe::telemetry::Metrics;
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
+use crate::credit::policy_row;
 use crate::loss::PolicySums;
 use crate::model::Transformer;
 use crate::optimizer::learning_rate;
 use crate::policy::{PolicyRow, backward};
 use crate::prompts::Prompts;
 use crate::rewards::Rewards;
-use crate::rollout::{ROLLOUTS_FILE, Rollout, Rollouts, Sample, ScoredGroup, policy_row};
+use crate::rollout::{ROLLOUTS_FILE, Rollout, Rollouts, Sample, ScoredGroup};
 use crate::session::{Session, rate, states};
 use crate::training::Training;
 use crate::validate::Validation;
@@ -70,9 +71,9 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     let recorded = training.counters.step - u64::from(training.counters.unrecorded.is_some());
     let journal = states.join("rollouts.jsonl");
     let (committed, at) = (training.counters.own.journal, training.counters.step);
-    let in_reward = reference.as_ref();
     let rewards = Rewards::open(params, &prompts, &rows, context)?;
-    let mut rollouts = Rollouts::open(params, &prompts, rewards, in_reward, rows, &journal, committed, at)?;
+    let mut rollouts = Rollouts::open(params, &prompts, rewards, rows, &journal, committed, at)?;
+    rollouts = rollouts.with_reference(reference.as_ref());
     let recorded = (resumed || rollouts.replayed() > 0).then_some(recorded);
     let mut validation = None;
     if let Some(validate) = &params.validate {

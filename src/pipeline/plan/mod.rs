@@ -4,6 +4,9 @@ mod assess;
 mod graph;
 pub mod key;
 pub mod reason;
+mod same;
+
+pub use same::SameArms;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
