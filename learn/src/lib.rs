@@ -16,6 +16,7 @@ pub mod order;
 pub mod preflight;
 pub mod prompts;
 pub mod replay;
+pub mod rewards;
 pub mod rollout;
 pub mod score;
 pub mod session;

@@ -2,12 +2,17 @@
 //!
 //! What would spoil a run is an error here, before an hour of training; what a person should only know is one note.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
-use anyhow::{bail, ensure};
-use pipe::stages::tokens::TokensFolder;
+use anyhow::{Context as _, bail, ensure};
+use pipe::stages::tokens::{TOKENIZER_FOLDER, TokensFolder};
 
 use crate::model::ModelConfig;
+
+/// The file beside a tokenizer with the tokens that were added to it and their ids.
+const NEW_TOKENS_FILE: &str = "new_tokens.json";
 
 /// Refuses tokens that were made with another tokenizer than the model's.
 pub fn tokenizers(model: &Path, model_digest: &str, tokens: &TokensFolder) -> anyhow::Result<()> {
@@ -24,10 +29,13 @@ pub fn tokenizers(model: &Path, model_digest: &str, tokens: &TokensFolder) -> an
 }
 
 /// Refuses rows that cannot be trained on; gives one sentence on those that can.
+///
+/// Every turn, a run of targets, must end with an end of sequence and have no other, unless the prompt is learnt too.
 pub fn rows(tokens: &TokensFolder, rows: &[usize], config: &ModelConfig) -> anyhow::Result<String> {
     vocabulary(tokens, rows, config)?;
     let limit = config.max_position_embeddings as usize;
-    let (mut shortest, mut longest, mut targets, mut total, mut untargeted) = (usize::MAX, 0, 0, 0, 0);
+    let (mut shortest, mut longest, mut targets, mut total) = (usize::MAX, 0, 0, 0);
+    let (mut untargeted, mut turns) = (0, 0);
     for &row in rows {
         let (ids, mask) = (tokens.row_ids(row), tokens.row_mask(row));
         let name = &tokens.rows[row].instance;
@@ -38,14 +46,30 @@ pub fn rows(tokens: &TokensFolder, rows: &[usize], config: &ModelConfig) -> anyh
         );
         ensure!(mask[0] == 0, "the row `{name}` has its first token as a target, but nothing precedes it");
         let marked = mask.iter().filter(|mask| **mask != 0).count();
-        let ends = ids.iter().zip(mask).filter(|(id, mask)| **mask != 0 && is_end(config, **id)).count();
         if marked == 0 {
             untargeted += 1;
-        } else {
+        }
+        let prompt = tokens.prompt_ids(row).len();
+        for (turn, span) in runs(mask).into_iter().enumerate() {
+            let ends = ids[span.clone()].iter().filter(|id| is_end(config, **id)).count();
+            let last = ids[span.end - 1];
+            let hint = if ends == 0 && tokens.chat {
+                format!("; if its last token {last} ends a turn, the model's `eos_token_id` must have it")
+            } else {
+                String::new()
+            };
             ensure!(
-                ends == 1,
-                "the row `{name}` has {ends} end-of-sequence targets, not one: a model trained on it does not learn to stop"
+                ends == 1 || (ends > 1 && span.start < prompt),
+                "the row `{name}` has {ends} end-of-sequence targets in its turn {}, not one: a model trained on it does \
+                 not learn to stop{hint}",
+                turn + 1
             );
+            ensure!(
+                is_end(config, last),
+                "the turn {} of the row `{name}` goes on behind its end of sequence with the token {last}",
+                turn + 1
+            );
+            turns += 1;
         }
         shortest = shortest.min(ids.len());
         longest = longest.max(ids.len());
@@ -53,12 +77,63 @@ pub fn rows(tokens: &TokensFolder, rows: &[usize], config: &ModelConfig) -> anyh
         total += ids.len();
     }
     ensure!(targets > 0, "no row has a target: there is nothing to learn");
-    let rest = if untargeted == 0 { String::new() } else { format!("; {untargeted} rows have no target") };
+    let mut rest = if turns + untargeted == rows.len() { String::new() } else { format!("; {turns} turns") };
+    if untargeted > 0 {
+        rest = format!("{rest}; {untargeted} rows have no target");
+    }
     Ok(format!(
         "{} rows of {shortest} to {longest} tokens (limit {limit}), {targets} targets among {total} tokens, one end of \
-         sequence a row{rest}",
-        rows.len()
+         sequence a turn{rest}; {}",
+        rows.len(),
+        unseen(tokens, rows, config)?
     ))
+}
+
+/// The runs of targets in a mask: one a reply, where only replies are learnt.
+pub fn runs(mask: &[u8]) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for at in (0..mask.len()).filter(|&at| mask[at] != 0) {
+        match runs.last_mut() {
+            Some(run) if run.end == at => run.end += 1,
+            _ => runs.push(at..at + 1),
+        }
+    }
+    runs
+}
+
+/// How many of the model's token ids stand in no row: their vectors are not trained. New tokens among them are named.
+fn unseen(tokens: &TokensFolder, rows: &[usize], config: &ModelConfig) -> anyhow::Result<String> {
+    let mut seen = vec![false; config.vocab_size as usize];
+    for id in rows.iter().flat_map(|&row| tokens.row_ids(row)) {
+        seen[*id as usize] = true;
+    }
+    let missing = seen.iter().filter(|seen| !**seen).count();
+    let mut text = format!("{missing} of {} token ids stand in no row", seen.len());
+    let new = new_tokens(&tokens.path.join(TOKENIZER_FOLDER))?;
+    let untrained: Vec<&str> = new
+        .iter()
+        .filter(|(_, id)| !seen.get(*id as usize).copied().unwrap_or(false))
+        .map(|(token, _)| token.as_str())
+        .collect();
+    if !untrained.is_empty() {
+        let shown = untrained[..untrained.len().min(8)].join("`, `");
+        let more = if untrained.len() > 8 { " ..." } else { "" };
+        let count = untrained.len();
+        text = format!("{text}, {count} new tokens among them, which stay as they were made: `{shown}`{more}");
+    }
+    Ok(text)
+}
+
+/// The tokens that were added to a tokenizer, with their ids; none where no file tells of them.
+fn new_tokens(folder: &Path) -> anyhow::Result<Vec<(String, i64)>> {
+    let path = folder.join(NEW_TOKENS_FILE);
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let reading = || format!("reading `{}`", path.display());
+    let bytes = std::fs::read(&path).with_context(reading)?;
+    let tokens: BTreeMap<String, i64> = serde_json::from_slice(&bytes).with_context(reading)?;
+    Ok(tokens.into_iter().collect())
 }
 
 /// Refuses prompts from which `max_new_tokens` would lead past the model's positions; gives one sentence on the others.
@@ -131,6 +206,7 @@ mod tests {
             prompt_lengths: Vec::new(),
             rows: Vec::new(),
             task: None,
+            chat: false,
             tokenizer_digest: "aa".to_owned(),
             path: "tokens".into(),
         };
@@ -158,7 +234,16 @@ mod tests {
             note.contains("2 rows of 2 to 4 tokens (limit 6), 2 targets") && note.contains("1 rows have no"),
             "{note}"
         );
-        let cases: [(&[i32], &[u8], &str); 5] = [
+        assert!(note.contains("6 of 10 token ids stand in no row"), "{note}");
+        let turns = tokens(&[(&[1, 5, 3, 6, 7, 3], &[0, 1, 1, 0, 1, 1], 1)]);
+        let note = rows(&turns, &[0], &config()).unwrap();
+        assert!(note.contains("one end of sequence a turn; 2 turns;"), "{note}");
+        let whole = tokens(&[(&[1, 5, 3, 6, 7, 3], &[0, 1, 1, 1, 1, 1], 4)]);
+        assert!(rows(&whole, &[0], &config()).is_ok(), "prompts that are learnt too may have ends of their own");
+        let cases: [(&[i32], &[u8], &str); 8] = [
+            (&[1, 5, 3, 6, 7, 8], &[0, 1, 1, 0, 1, 1], "0 end-of-sequence targets in its turn 2"),
+            (&[1, 5, 5, 6, 7, 3], &[0, 1, 1, 0, 1, 1], "0 end-of-sequence targets in its turn 1"),
+            (&[1, 5, 3, 6], &[0, 1, 1, 1], "goes on behind its end of sequence with the token 6"),
             (&[1, 5, 6, 7, 8, 9, 3], &[0, 0, 0, 0, 0, 1, 1], "has 7 tokens"),
             (&[1, 5, 6], &[0, 1, 1], "0 end-of-sequence targets"),
             (&[1, 3, 6, 3], &[0, 1, 1, 1], "2 end-of-sequence targets"),
@@ -169,6 +254,19 @@ mod tests {
             let error = rows(&tokens(&[(ids, mask, 1)]), &[0], &config()).unwrap_err().to_string();
             assert!(error.contains(says), "{error}");
         }
+    }
+
+    #[test]
+    fn new_tokens_that_stand_in_no_row_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut tokens = tokens(&[(&[1, 5, 6, 3], &[0, 0, 1, 1], 2)]);
+        tokens.path = folder.path().to_owned();
+        std::fs::create_dir(folder.path().join(TOKENIZER_FOLDER)).unwrap();
+        let file = folder.path().join(TOKENIZER_FOLDER).join(NEW_TOKENS_FILE);
+        std::fs::write(file, json!({"<|a|>": 6, "<|b|>": 7, "<|c|>": 9}).to_string()).unwrap();
+        let note = rows(&tokens, &[0], &config()).unwrap();
+        assert!(note.contains("6 of 10 token ids stand in no row, 2 new tokens among them"), "{note}");
+        assert!(note.ends_with("`<|b|>`, `<|c|>`"), "{note}");
     }
 
     #[test]

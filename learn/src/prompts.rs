@@ -6,7 +6,8 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
-use pipe::stages::tokens::TokensFolder;
+use pipe::stages::chat::ChatTemplate;
+use pipe::stages::tokens::{TOKENIZER_FOLDER, TokensFolder};
 use pipe::tasks::{self, Finish, Measurements, Task};
 use serde_json::Value;
 
@@ -33,6 +34,8 @@ pub struct Prompts {
     pub task: Box<dyn Task>,
     /// The tokenizer of model and tokens.
     pub codec: Codec,
+    /// What wrote the rows, where a chat template did; it writes what the environment says later, too.
+    template: Option<ChatTemplate>,
     measures: Vec<String>,
 }
 
@@ -50,7 +53,9 @@ impl Prompts {
         };
         let task = tasks::open(task, format)?;
         let names: BTreeSet<String> = task.measures().iter().map(|measure| measure.name.clone().into_owned()).collect();
-        Ok(Self { tokens, task, codec, measures: names.into_iter().collect() })
+        let folder = tokens.path.join(TOKENIZER_FOLDER);
+        let template = if tokens.chat { ChatTemplate::open(&folder)? } else { None };
+        Ok(Self { tokens, task, codec, template, measures: names.into_iter().collect() })
     }
 
     /// The names of the task's measurements, sorted.
@@ -81,9 +86,14 @@ impl Prompts {
         self.codec.decode(if *finish == Finish::Stop { &ids[..ids.len() - 1] } else { ids })
     }
 
-    /// The ids of what the environment says between two replies.
+    /// The ids of what the environment says between two replies; a chat template frames it as it did in the rows.
     pub fn observation(&self, text: &str) -> anyhow::Result<Vec<i64>> {
-        self.codec.encode(text).with_context(|| format!("reading the observation `{text}`"))
+        let reading = || format!("reading the observation `{text}`");
+        match &self.template {
+            Some(template) => self.codec.encode(&template.next(text).with_context(reading)?),
+            None => self.codec.encode(text),
+        }
+        .with_context(reading)
     }
 
     /// The values of a verdict in the order of [`Prompts::measures`]; one that is missing or not finite is an error.

@@ -9,9 +9,8 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use anyhow::Context as _;
 use pipe::pipeline::stage::{StageContext, StageEvent};
-use pipe::rewards::{Reward, total};
+use pipe::rewards::Outcome;
 use pipe::stages::grpo::Grpo;
 use pipe::stages::table::{Column, ColumnType, TableWriter};
 use pipe::tasks::Finish;
@@ -24,6 +23,7 @@ use crate::loss::group_advantages;
 use crate::model::Transformer;
 use crate::order::Order;
 use crate::prompts::{Prompts, Purpose};
+use crate::rewards::{Rewards, Scored};
 use crate::session::rate;
 use crate::trajectory::{Request, Trajectory, play};
 
@@ -36,10 +36,11 @@ pub struct Sample {
     /// The episode as it was played.
     pub trajectory: Trajectory,
     /// Each reward, unweighted, in the order of their names.
-    pub rewards: Vec<f64>,
-    /// The weighted sum of the rewards: what is optimised and what is logged.
-    pub total: f64,
-    /// Of each turn, relative to the batch of the step; empty until all rounds are done.
+    pub rewards: Vec<Outcome>,
+    /// The weighted sum of the rewards: what is optimised and what is logged. `None` where all rewards abstain or one has an
+    /// error: the sample takes no part in learning.
+    pub total: Option<f64>,
+    /// Of each turn, relative to the batch of the step; empty until all rounds are done, and without a total.
     #[serde(skip)]
     pub advantages: Vec<f64>,
 }
@@ -90,7 +91,7 @@ pub struct Rollouts<'a> {
     params: &'a Grpo,
     prompts: &'a Prompts,
     order: Order,
-    rewards: Vec<Reward>,
+    rewards: Rewards,
     journal: Journal,
     replay: VecDeque<Chunk>,
 }
@@ -100,16 +101,12 @@ impl<'a> Rollouts<'a> {
     pub fn open(
         params: &'a Grpo,
         prompts: &'a Prompts,
+        rewards: Rewards,
         rows: Vec<usize>,
         path: &Path,
         committed: u64,
         step: u64,
     ) -> anyhow::Result<Self> {
-        let rewards = params
-            .rewards
-            .iter()
-            .map(|(name, spec)| Reward::new(spec).with_context(|| format!("the reward `{name}` cannot be computed")));
-        let rewards = rewards.collect::<anyhow::Result<_>>()?;
         // Chunks of later steps were sampled from weights that this attempt has yet to reach again.
         let (journal, replay) = Journal::open(path, committed, |chunk: &Chunk| chunk.at.step == step)?;
         let order = Order::new("grpo.order", params.seed, rows);
@@ -179,7 +176,7 @@ impl<'a> Rollouts<'a> {
     }
 
     fn generate(
-        &self,
+        &mut self,
         model: &Transformer,
         at: Place,
         rows: &[usize],
@@ -198,45 +195,42 @@ impl<'a> Rollouts<'a> {
         let sampling =
             Sampling { temperature: self.params.temperature, max_new_tokens: self.params.max_new_tokens as usize };
         let played = play(model, self.prompts, &asked, &sampling, interrupt, on_tokens)?;
-        rows.iter().zip(played).map(|(&row, trajectories)| self.score(row, round, trajectories)).collect()
+        let episodes: Vec<(usize, &Trajectory)> =
+            rows.iter().zip(&played).flat_map(|(&row, played)| played.iter().map(move |one| (row, one))).collect();
+        let mut scored = self.rewards.score(self.prompts, &episodes)?.into_iter();
+        let groups = rows.iter().zip(played).map(|(&row, played)| {
+            let samples = played.into_iter().zip(scored.by_ref()).map(|(trajectory, scored)| {
+                let Scored { outcomes, total } = scored;
+                Sample { trajectory, rewards: outcomes, total, advantages: Vec::new() }
+            });
+            let samples: Vec<Sample> = samples.collect();
+            let mut counted = samples.iter().filter(|sample| sample.total.is_some());
+            let first = counted.next();
+            let all_equal = first.is_none_or(|first| counted.all(|sample| sample.rewards == first.rewards));
+            let kept = first.is_some() && !(all_equal && self.params.dynamic_sampling.enabled);
+            ScoredGroup { row, round, all_equal, kept, samples }
+        });
+        Ok(groups.collect())
     }
 
-    /// Scores the episodes of one prompt; a reward without a value is an error that names the row.
-    fn score(&self, row: usize, round: u64, trajectories: Vec<Trajectory>) -> anyhow::Result<ScoredGroup> {
-        let weights: Vec<f64> = self.rewards.iter().map(Reward::weight).collect();
-        let mut samples = Vec::with_capacity(trajectories.len());
-        for trajectory in trajectories {
-            let verdict = self.prompts.named(&trajectory.measurements);
-            let mut rewards = Vec::with_capacity(self.rewards.len());
-            for (name, reward) in self.params.rewards.keys().zip(&self.rewards) {
-                let value = reward.score(&verdict).with_context(|| {
-                    let instance = &self.prompts.tokens.rows[row].instance;
-                    format!(
-                        "the reward `{name}` has no value for a completion of `{instance}`: `{}`",
-                        trajectory.text()
-                    )
-                })?;
-                rewards.push(value);
-            }
-            let total = total(&weights, &rewards);
-            samples.push(Sample { trajectory, rewards, total, advantages: Vec::new() });
-        }
-        let all_equal = samples.iter().all(|sample| sample.rewards == samples[0].rewards);
-        let kept = !(all_equal && self.params.dynamic_sampling.enabled);
-        Ok(ScoredGroup { row, round, all_equal, kept, samples })
+    /// The rewards, for whoever scores besides.
+    pub fn rewards(&mut self) -> &mut Rewards {
+        &mut self.rewards
     }
 
     /// Fills in the advantages of a step's whole batch: a pure function of its rewards.
     fn set_advantages(&self, groups: &mut [ScoredGroup]) {
         let rule = &self.params.advantage;
         for group in groups {
-            let totals: Vec<f64> = group.samples.iter().map(|sample| sample.total).collect();
+            // Samples without a total are no part of the group.
+            let totals: Vec<f64> = group.samples.iter().filter_map(|sample| sample.total).collect();
             let advantages = if group.all_equal {
                 vec![0.0; totals.len()]
             } else {
                 group_advantages(&totals, totals.len(), rule.scale, rule.epsilon, rule.ddof)
             };
-            for (sample, advantage) in group.samples.iter_mut().zip(advantages) {
+            let counted = group.samples.iter_mut().filter(|sample| sample.total.is_some());
+            for (sample, advantage) in counted.zip(advantages) {
                 sample.advantages = vec![advantage; sample.trajectory.turns.len()];
             }
         }
@@ -250,7 +244,7 @@ impl<'a> Rollouts<'a> {
         columns.extend([("sample", Integer), ("prompt", Text), ("completion", Text), ("turns", Text)]);
         columns.extend([("ids", Integers), ("logprobs", Numbers), ("finish", Text), ("truncated", Flag)]);
         columns.extend(rewards.iter().map(|name| (name.as_str(), Number)));
-        columns.extend([("total", Number), ("advantages", Numbers)]);
+        columns.extend([("total", Number), ("reward_errors", Text), ("advantages", Numbers)]);
         columns.extend(self.prompts.measures().iter().map(|name| (name.as_str(), Number)));
         columns.push(("kept", Flag));
         distinct(&columns)?;
@@ -278,8 +272,8 @@ impl<'a> Rollouts<'a> {
         if rows.is_empty() {
             return Ok(());
         }
-        let number = |value: &dyn Fn(&Sample) -> f64| {
-            Column::Number(rows.iter().map(|(_, _, sample)| Some(value(sample))).collect())
+        let number = |value: &dyn Fn(&Sample) -> Option<f64>| {
+            Column::Number(rows.iter().map(|(_, _, sample)| value(sample)).collect())
         };
         let about = |group: &ScoredGroup| &self.prompts.tokens.rows[group.row];
         let played = || rows.iter().map(|(_, _, sample)| &sample.trajectory);
@@ -297,11 +291,14 @@ impl<'a> Rollouts<'a> {
             Column::text(played().map(|one| finish_name(one.finish()).to_owned())),
             Column::Flag(played().map(|one| one.truncated).collect()),
         ];
-        columns.extend((0..self.rewards.len()).map(|reward| number(&|sample| sample.rewards[reward])));
+        let names = self.rewards.names();
+        columns.extend((0..names.len()).map(|reward| number(&|sample| sample.rewards[reward].value())));
         columns.push(number(&|sample| sample.total));
+        columns.push(Column::Text(rows.iter().map(|(_, _, sample)| errors(names, &sample.rewards)).collect()));
         columns.push(Column::Numbers(rows.iter().map(|(_, _, sample)| sample.advantages.clone()).collect()));
-        columns
-            .extend((0..self.prompts.measures().len()).map(|at| number(&|sample| sample.trajectory.measurements[at])));
+        columns.extend(
+            (0..self.prompts.measures().len()).map(|at| number(&|sample| Some(sample.trajectory.measurements[at]))),
+        );
         columns.push(Column::Flag(rows.iter().map(|(group, _, _)| group.kept).collect()));
         table.write(columns)?;
         groups.clear();
@@ -320,7 +317,14 @@ impl<'a> Rollouts<'a> {
                 group.samples.iter().map(|sample| sample.trajectory.ids.as_slice()).collect();
             metrics.mean("completions/unique_share", distinct.len() as f64, group.samples.len() as f64);
             for sample in &group.samples {
-                metrics.mean("reward", sample.total, 1.0);
+                if let Some(total) = sample.total {
+                    metrics.mean("reward", total, 1.0);
+                }
+                let abstained = sample.rewards.iter().filter(|outcome| **outcome == Outcome::Abstain).count();
+                let errors = sample.rewards.iter().filter(|outcome| outcome.error().is_some()).count();
+                metrics.total("rewards/abstentions", abstained as f64);
+                metrics.total("rewards/errors", errors as f64);
+                metrics.total("samples/excluded", f64::from(u8::from(sample.total.is_none())));
                 let trajectory = &sample.trajectory;
                 metrics.mean("completions/mean_length", trajectory.length() as f64, 1.0);
                 metrics.mean("completions/clipped_share", f64::from(u8::from(trajectory.finish() == limit)), 1.0);
@@ -329,18 +333,20 @@ impl<'a> Rollouts<'a> {
                 for advantage in &sample.advantages {
                     metrics.max("advantage_max", advantage.abs());
                 }
-                for (name, value) in self.params.rewards.keys().zip(&sample.rewards) {
-                    metrics.mean(&format!("reward/{name}/mean"), *value, 1.0);
-                    metrics.deviation(&format!("reward/{name}/std"), *value);
+                for (name, outcome) in self.rewards.names().iter().zip(&sample.rewards) {
+                    if let Some(value) = outcome.value() {
+                        metrics.mean(&format!("reward/{name}/mean"), value, 1.0);
+                        metrics.deviation(&format!("reward/{name}/std"), value);
+                    }
                 }
                 for (name, value) in self.prompts.measures().iter().zip(&sample.trajectory.measurements) {
                     metrics.mean(&format!("rollout/{name}"), *value, 1.0);
                 }
             }
-            for ((index, name), reward) in self.params.rewards.keys().enumerate().zip(&self.rewards) {
+            for ((index, name), weight) in self.rewards.names().iter().enumerate().zip(self.rewards.weights()) {
                 let (covariance, variance) = spread(group, index);
                 // w Cov(r, R) / Var(R) within groups: the shares of all rewards sum to 1, and one may be negative.
-                metrics.mean(&format!("reward/{name}/variance_share"), reward.weight() * covariance, variance);
+                metrics.mean(&format!("reward/{name}/variance_share"), weight * covariance, variance);
             }
         }
         metrics.total("groups/rounds", rollout.rounds as f64);
@@ -362,12 +368,27 @@ fn check(done: &Chunk, at: Place, rows: &[usize]) -> anyhow::Result<()> {
 }
 
 /// The sums over a group of `(r - mean r)(R - mean R)` and `(R - mean R)^2`, r being one reward and R the total.
+///
+/// A reward that abstains adds nothing to the total, so it counts as 0 in its own share: the shares still sum to 1.
 fn spread(group: &ScoredGroup, reward: usize) -> (f64, f64) {
-    let count = group.samples.len() as f64;
-    let mean = |value: &dyn Fn(&Sample) -> f64| group.samples.iter().map(value).sum::<f64>() / count;
-    let (own, all) = (mean(&|sample| sample.rewards[reward]), mean(&|sample| sample.total));
-    let pairs = group.samples.iter().map(|sample| (sample.rewards[reward] - own, sample.total - all));
+    let counted = group.samples.iter().filter_map(|sample| {
+        let own = sample.rewards[reward].value().unwrap_or(0.0);
+        sample.total.map(|total| (own, total))
+    });
+    let pairs: Vec<(f64, f64)> = counted.collect();
+    let count = pairs.len().max(1) as f64;
+    let own = pairs.iter().map(|(own, _)| own).sum::<f64>() / count;
+    let all = pairs.iter().map(|(_, total)| total).sum::<f64>() / count;
+    let pairs = pairs.into_iter().map(|(r, total)| (r - own, total - all));
     pairs.fold((0.0, 0.0), |(covariance, variance), (r, total)| (covariance + r * total, variance + total * total))
+}
+
+/// The errors of a sample's rewards as `NAME: why`; null where there is none.
+fn errors(names: &[String], outcomes: &[Outcome]) -> Option<String> {
+    let named = names.iter().zip(outcomes);
+    let errors: Vec<String> =
+        named.filter_map(|(name, outcome)| Some(format!("{name}: {}", outcome.error()?))).collect();
+    (!errors.is_empty()).then(|| errors.join("; "))
 }
 
 /// The turns of trajectories as JSON; null where an episode has one turn, of which the other columns say all.

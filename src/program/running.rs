@@ -178,11 +178,19 @@ pub(super) fn parse<A: DeserializeOwned>(line: &[u8]) -> Result<A, Trouble> {
             serde_json::error::Category::Data => "answered JSON of another form than was asked for",
             _ => "answered a line that is no JSON (standard output is for answers alone)",
         };
+        // Python's `json.dumps` writes these names unless it is told not to.
+        if error.is_syntax() && ["NaN", "Infinity"].iter().any(|name| contains(line, name.as_bytes())) {
+            return Trouble::Answer(format!("answered `NaN` or `Infinity`, which is no number: `{}`", shown(line)));
+        }
         // The place in a line of its own says nothing.
         let error = error.to_string();
         let error = error.split(" at line ").next().unwrap_or_default();
         Trouble::Answer(format!("{kind}: {error}: `{}`", shown(line)))
     })
+}
+
+fn contains(line: &[u8], word: &[u8]) -> bool {
+    line.windows(word.len()).any(|window| window == word)
 }
 
 /// The beginning of a line for an error.

@@ -173,8 +173,9 @@ fn the_task_of_the_documentation_keeps_its_protocol() {
     let instance = &made["instances"][1];
     let read = call(json!({"call": "reset", "episodes": [{"id": 5, "instance": instance, "seed": 0}]}));
     assert_eq!(read["observations"][0], format!("{} + {} =", instance["a"], instance["b"]));
-    let shown = call(json!({"call": "demonstrate", "instance": instance, "seed": 0}));
-    let reply = json!({"id": 5, "text": shown["replies"][0], "finish": "stop"});
+    let asked = json!([{"instance": instance, "seed": 0}]);
+    let shown = call(json!({"call": "demonstrate", "demonstrations": asked}));
+    let reply = json!({"id": 5, "text": shown["replies"][0][0], "finish": "stop"});
     let turns = call(json!({"call": "step", "replies": [reply]}));
     assert_eq!(turns["turns"][0]["terminated"], true);
     assert_eq!(call(json!({"call": "verdict", "ids": [5]})), json!({"verdicts": [{"solved": 1.0}]}));

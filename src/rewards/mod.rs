@@ -1,15 +1,24 @@
-//! Rewards: numbers computed from a verdict's measurements, each kept apart with its weight until they are summed.
+//! Rewards: numbers computed from episodes, each kept apart with its weight until they are summed.
 //!
-//! A reward reads named measurements and nothing else: no completion, no gold string, no model. Where it has no finite
-//! value it is an error, never a 0.
+//! A built-in reward reads named measurements and nothing else: no gold string, no model. A program of the user's reads
+//! whole samples. What a reward says of a sample is an [`Outcome`]: a value, an abstention or an error, and the last two
+//! are never a 0. A [`Scorer`] scores a batch under all rewards of a stage at once.
 
 mod expression;
+mod outcome;
+mod program;
+mod rule;
+mod scorer;
+
+pub use outcome::{Outcome, total};
+pub use scorer::{ScoreError, ScoreInput, Scorer};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::file::{Misplaced, PlacedFile, misplaced};
 use crate::rewards::expression::Expression;
-use crate::tasks::{Measure, Measurements};
+use crate::tasks::Measure;
 
 /// A reward by name in a stage's `rewards` table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -31,14 +40,90 @@ pub enum RewardSpec {
     Expression {
         /// The expression, such as `0.5 * progress + 0.5 * solved`.
         expression: String,
+        /// What it reads: the episode's verdict, or each turn's own measurements, whose values are summed.
+        #[serde(default, skip_serializing_if = "Per::is_episode")]
+        per: Per,
+        /// What the reward is multiplied by before rewards are summed.
+        #[serde(default = "one")]
+        weight: f64,
+    },
+    /// A program that reads samples as JSON lines and answers with their rewards.
+    Program {
+        /// The program and its arguments.
+        #[schemars(length(min = 1))]
+        command: Vec<String>,
+        /// Files and folders, known by their content, that stand at these relative paths in the program's folder.
+        #[serde(default)]
+        files: Vec<PlacedFile>,
+        /// Seconds that an answer may take; the program's start counts for the first.
+        #[serde(default = "sixty")]
+        #[schemars(extend("exclusiveMinimum" = 0.0))]
+        timeout_seconds: f64,
+        /// Samples in a request, at most.
+        #[serde(default = "sixty_four")]
+        #[schemars(range(min = 1))]
+        batch_size: u64,
+        /// What the reward is multiplied by before rewards are summed.
+        #[serde(default = "one")]
+        weight: f64,
+    },
+    /// A control that knows nothing: a uniform number in [0, 1) drawn from the instance and the completion alone.
+    Random {
+        /// Decides the draws.
+        #[serde(default)]
+        seed: u64,
         /// What the reward is multiplied by before rewards are summed.
         #[serde(default = "one")]
         weight: f64,
     },
 }
 
+/// What an error of a reward on one sample does. A program that fails as a whole ends the stage in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnError {
+    /// It ends the stage.
+    #[default]
+    Stop,
+    /// It is counted, and the sample takes no part in learning.
+    Exclude,
+}
+
+impl OnError {
+    /// Whether it is the default, which is not written.
+    pub fn is_stop(&self) -> bool {
+        matches!(self, Self::Stop)
+    }
+}
+
+/// What an expression is evaluated on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Per {
+    /// The verdict of the whole episode.
+    #[default]
+    Episode,
+    /// Each turn by itself; the reward is the sum, and turn-level advantages use the parts.
+    Turn,
+}
+
+impl Per {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands a reference")]
+    fn is_episode(&self) -> bool {
+        matches!(self, Self::Episode)
+    }
+}
+
 fn one() -> f64 {
     1.0
+}
+
+fn sixty() -> f64 {
+    60.0
+}
+
+fn sixty_four() -> u64 {
+    64
 }
 
 /// Why a reward has no value. Never a 0.
@@ -72,13 +157,19 @@ impl RewardSpec {
             Self::Correct { .. } => ("reward.correct", 1),
             Self::Format { .. } => ("reward.format", 1),
             Self::Expression { .. } => ("reward.expression", 1),
+            Self::Program { .. } => ("reward.program", 1),
+            Self::Random { .. } => ("reward.random", 1),
         }
     }
 
     /// What the reward is multiplied by before rewards are summed.
     pub fn weight(&self) -> f64 {
         match self {
-            Self::Correct { weight } | Self::Format { weight } | Self::Expression { weight, .. } => *weight,
+            Self::Correct { weight }
+            | Self::Format { weight }
+            | Self::Expression { weight, .. }
+            | Self::Program { weight, .. }
+            | Self::Random { weight, .. } => *weight,
         }
     }
 }
@@ -100,25 +191,43 @@ impl RewardSpec {
                     complaints.push((String::new(), message, hint));
                 }
             }
-            Self::Expression { expression, .. } => {
+            Self::Expression { expression, per, .. } => {
                 let at = |(message, hint)| ("expression".to_owned(), message, hint);
                 match Expression::compile(expression) {
                     Err(message) => complaints.push(at((message, Some(expression::GRAMMAR.to_owned())))),
+                    // What turns measure is a task's own affair: names are checked on a demonstration before training.
+                    Ok(_) if *per == Per::Turn => {}
                     Ok(compiled) => {
                         let names = compiled.names().iter();
                         complaints.extend(names.filter_map(|name| unknown_measure(name, measures)).map(at));
                     }
                 }
             }
+            Self::Program { command, files, timeout_seconds, .. } => {
+                if command.first().is_none_or(String::is_empty) {
+                    let hint = "as `command = [\"python3\", \"reward.py\"]`".to_owned();
+                    complaints.push(("command".to_owned(), "no program is named".to_owned(), Some(hint)));
+                }
+                for (index, _) in command.iter().enumerate().filter(|(_, argument)| argument.contains('\0')) {
+                    let message = "an argument cannot hold a NUL character".to_owned();
+                    complaints.push((format!("command.{index}"), message, None));
+                }
+                if !(*timeout_seconds > 0.0 && *timeout_seconds < 1e9) {
+                    let message = format!("`{timeout_seconds}` is no time limit");
+                    let hint = "a positive number of seconds".to_owned();
+                    complaints.push(("timeout_seconds".to_owned(), message, Some(hint)));
+                }
+                complaints.extend(misplaced(files).into_iter().map(|misplaced| {
+                    let Misplaced { index, message, hint } = misplaced;
+                    (format!("files.{index}"), message, hint)
+                }));
+            }
+            Self::Random { .. } => {}
         }
         complaints
     }
 
-    /// The reward of one verdict, unweighted. To score many, build a [`Reward`] once.
-    pub fn score(&self, verdict: &Measurements) -> Result<f64, RewardError> {
-        Reward::new(self)?.score(verdict)
-    }
-
+    /// The measurement that a fixed reward reads.
     fn measure(&self) -> &'static str {
         if matches!(self, Self::Format { .. }) { "format" } else { "solved" }
     }
@@ -141,139 +250,5 @@ pub fn unknown_measure(name: &str, measures: &[Measure]) -> Option<(String, Opti
     Some((format!("the task has no measurement `{name}`"), Some(hint)))
 }
 
-/// A reward ready to score: what a [`RewardSpec`] says, compiled once.
-#[derive(Clone, Debug)]
-pub struct Reward {
-    weight: f64,
-    rule: Rule,
-}
-
-#[derive(Clone, Debug)]
-enum Rule {
-    Measurement(&'static str),
-    Expression(Expression),
-}
-
-impl Reward {
-    /// Compiles a reward.
-    pub fn new(spec: &RewardSpec) -> Result<Self, RewardError> {
-        let rule = match spec {
-            RewardSpec::Correct { .. } | RewardSpec::Format { .. } => Rule::Measurement(spec.measure()),
-            RewardSpec::Expression { expression, .. } => {
-                let compiled = Expression::compile(expression);
-                let malformed = |message| RewardError::Malformed { expression: expression.clone(), message };
-                Rule::Expression(compiled.map_err(malformed)?)
-            }
-        };
-        Ok(Self { weight: spec.weight(), rule })
-    }
-
-    /// What the score is multiplied by before rewards are summed.
-    pub fn weight(&self) -> f64 {
-        self.weight
-    }
-
-    /// The reward of one verdict, unweighted.
-    pub fn score(&self, verdict: &Measurements) -> Result<f64, RewardError> {
-        match &self.rule {
-            Rule::Measurement(name) => {
-                let value = *verdict.get(*name).ok_or_else(|| RewardError::Missing((*name).to_owned()))?;
-                let not_finite =
-                    || RewardError::NotFinite { expression: (*name).to_owned(), at: format!("{name} = {value}") };
-                value.is_finite().then_some(value).ok_or_else(not_finite)
-            }
-            Rule::Expression(expression) => expression.evaluate(verdict),
-        }
-    }
-}
-
-/// The sum of weight times score, in the order given.
-pub fn total(weights: &[f64], scores: &[f64]) -> f64 {
-    weights.iter().zip(scores).map(|(weight, score)| weight * score).sum()
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    static MEASURES: &[Measure] = &[
-        Measure::new("solved", ""),
-        Measure::new("format", ""),
-        Measure::new("progress", ""),
-        Measure::new("shortest", ""),
-        Measure::new("steps", ""),
-    ];
-
-    fn verdict(values: [f64; 5]) -> Measurements {
-        MEASURES.iter().map(|measure| measure.name.clone().into_owned()).zip(values).collect()
-    }
-
-    fn expression(text: &str) -> RewardSpec {
-        RewardSpec::Expression { expression: text.to_owned(), weight: 1.0 }
-    }
-
-    #[test]
-    fn fixed_rewards_read_their_measurement() {
-        let verdict = verdict([1.0, 0.5, 0.0, 4.0, 4.0]);
-        assert_eq!(RewardSpec::Correct { weight: 3.0 }.score(&verdict), Ok(1.0));
-        assert_eq!(RewardSpec::Format { weight: 3.0 }.score(&verdict), Ok(0.5));
-        let empty = Measurements::new();
-        assert_eq!(RewardSpec::Correct { weight: 1.0 }.score(&empty), Err(RewardError::Missing("solved".into())));
-    }
-
-    #[test]
-    fn the_published_expression_scores_as_arithmetic_does() {
-        let text = "0.5 * progress + 0.5 * solved * shortest / max(steps, shortest)";
-        let reward = Reward::new(&expression(text)).unwrap();
-        assert!(expression(text).check(MEASURES).is_empty());
-        assert_eq!(reward.score(&verdict([1.0, 1.0, 1.0, 4.0, 8.0])), Ok(0.75));
-        assert_eq!(reward.score(&verdict([0.0, 1.0, 0.5, 4.0, 8.0])), Ok(0.25));
-    }
-
-    #[test]
-    fn a_division_by_zero_is_an_error_wherever_it_hides() {
-        let verdict = verdict([0.0, 1.0, 0.0, 4.0, 0.0]);
-        for text in
-            ["1 / steps", "min(1, 1 / steps)", "0 * (1 / steps)", "solved / steps", "(1 / steps) ^ 0", "ln(steps)"]
-        {
-            let error = expression(text).score(&verdict).unwrap_err();
-            let RewardError::NotFinite { at, .. } = &error else { panic!("{text}: {error}") };
-            assert!(at.contains("steps = 0"), "{at}");
-        }
-        assert!(matches!(expression("exp(1000)").score(&verdict), Err(RewardError::NotFinite { .. })));
-    }
-
-    #[test]
-    fn names_are_checked_with_a_suggestion() {
-        let complaints = expression("progres + solvd").check(MEASURES);
-        assert_eq!(complaints.len(), 2);
-        assert_eq!(complaints[0].0, "expression");
-        assert_eq!(complaints[0].1, "the task has no measurement `progres`");
-        assert_eq!(complaints[0].2.as_deref(), Some("did you mean `progress`?"));
-        let far = expression("elephants").check(MEASURES);
-        assert!(far[0].2.as_deref().unwrap().contains("the task measures `solved`, `format`"), "{far:?}");
-        assert_eq!(RewardSpec::Correct { weight: 1.0 }.check(&MEASURES[1..]).len(), 1);
-        assert_eq!(RewardSpec::Correct { weight: f64::INFINITY }.check(MEASURES)[0].0, "weight");
-    }
-
-    #[test]
-    fn malformed_expressions_are_complaints_and_errors() {
-        for text in ["", "  ", "1 +", "(solved", "max(solved)", "solved +* 2", "foo(solved)", "solved solved", "@"] {
-            let complaints = expression(text).check(MEASURES);
-            assert!(!complaints.is_empty(), "`{text}` is taken");
-            let error = expression(text).score(&verdict([1.0; 5])).unwrap_err();
-            assert!(!matches!(error, RewardError::NotFinite { .. }), "`{text}`: {error}");
-        }
-    }
-
-    #[test]
-    fn a_missing_measurement_is_an_error() {
-        let error = expression("solved + other").score(&verdict([1.0; 5])).unwrap_err();
-        assert_eq!(error, RewardError::Missing("other".into()));
-    }
-
-    #[test]
-    fn the_total_is_the_weighted_sum() {
-        assert!((total(&[1.0, 0.5, -2.0], &[1.0, 0.5, 0.25]) - 0.75).abs() < 1e-15);
-    }
-}
+mod tests;

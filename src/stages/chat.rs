@@ -60,6 +60,14 @@ pub struct Conversation {
     pub turns: Vec<Turn>,
 }
 
+impl Conversation {
+    /// All of it in one piece, each turn ended by `end_of_turn`.
+    pub fn text(&self, end_of_turn: &str) -> String {
+        let turns = self.turns.iter().flat_map(|turn| [turn.reply.as_str(), end_of_turn, turn.observation.as_str()]);
+        std::iter::once(self.prompt.as_str()).chain(turns).collect()
+    }
+}
+
 /// A turn of the model within a [`Conversation`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Turn {

@@ -1,7 +1,8 @@
 //! `dataset`: a user's own rows, from JSON lines or Parquet, as a data set that the other kinds read.
 //!
-//! A file has either a text column (the whole text is to be learnt) or a prompt and a completion column. Whatever is not
-//! plain text in the right place is an error that names file and line; nothing is skipped or guessed.
+//! A file has a text column (the whole text is to be learnt), a prompt and a completion column, or a column of messages
+//! (a conversation, which the tokenizer's chat template writes). Whatever is not plain text in the right place is an error
+//! that names file and line; nothing is skipped or guessed.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -14,20 +15,18 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::pipeline::stage::{ArtifactType, Output, Problem, SourceFile, Stage, StageContext, Upstream};
+use crate::stages::chat::Message;
 use crate::stages::synthesize::{instance_id, is_plain_name};
 use crate::stages::table::{self, Column, ColumnType, TableWriter};
 
-/// The columns of a data set that is a user's own.
-const COLUMNS: &[(&str, ColumnType)] = &[
-    ("instance", ColumnType::Text),
-    ("split", ColumnType::Text),
-    ("prompt", ColumnType::Text),
-    ("completion", ColumnType::Text),
-];
 /// Rows written at a time.
 const CHUNK: usize = 16_384;
 
-/// Take a data set from files of your own: JSON lines (`.jsonl`) or Parquet, with a text or a prompt and a completion.
+/// The column of a data set that holds conversations, as JSON.
+pub(crate) const MESSAGES_COLUMN: &str = "messages";
+
+/// Take a data set from files of your own: JSON lines (`.jsonl`) or Parquet, with a text, a prompt and a completion, or
+/// messages.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Dataset {
@@ -42,6 +41,9 @@ pub struct Dataset {
     /// The column with what the model should write.
     #[serde(default = "Dataset::default_completion_column")]
     pub completion_column: String,
+    /// The column with conversations: lists of `{ role, content }`.
+    #[serde(default = "Dataset::default_messages_column", skip_serializing_if = "Dataset::is_default_messages_column")]
+    pub messages_column: String,
 }
 
 impl Dataset {
@@ -54,6 +56,12 @@ impl Dataset {
     fn default_completion_column() -> String {
         "completion".to_owned()
     }
+    fn default_messages_column() -> String {
+        MESSAGES_COLUMN.to_owned()
+    }
+    fn is_default_messages_column(name: &str) -> bool {
+        name == MESSAGES_COLUMN
+    }
 }
 
 /// How a file's rows are made.
@@ -61,6 +69,17 @@ impl Dataset {
 enum Shape {
     Text,
     Pair,
+    Messages,
+}
+
+impl Shape {
+    /// The columns that are written.
+    fn columns(self) -> &'static [&'static str] {
+        match self {
+            Self::Text | Self::Pair => &["prompt", "completion"],
+            Self::Messages => &[MESSAGES_COLUMN],
+        }
+    }
 }
 
 impl Stage for Dataset {
@@ -93,6 +112,7 @@ impl Stage for Dataset {
             ("text_column", &self.text_column),
             ("prompt_column", &self.prompt_column),
             ("completion_column", &self.completion_column),
+            ("messages_column", &self.messages_column),
         ];
         for (at, (field, name)) in columns.iter().enumerate() {
             if let Some((other, _)) = columns[..at].iter().find(|(_, earlier)| earlier == name) {
@@ -116,13 +136,13 @@ impl Stage for Dataset {
             ensure!(!rows.is_empty(), "`{}` has no rows", file.path.display());
             if let Some((_, other)) = shapes.iter().find(|(earlier, _)| *earlier != shape) {
                 bail!(
-                    "`{}` and `{}` differ: one has texts, the other prompts and completions",
+                    "`{}` and `{}` differ: each has another of texts, prompts with completions, and messages",
                     other.display(),
                     file.path.display()
                 );
             }
             shapes.push((shape, &file.path));
-            write_split(&folder, split, &rows)?;
+            write_split(&folder, split, shape, &rows)?;
         }
         context.progress(self.files.len() as u64, self.files.len() as u64, "files");
         Ok(())
@@ -142,37 +162,41 @@ fn format_of(path: &Path) -> Option<Format> {
     }
 }
 
-type Pairs = Vec<(String, String)>;
+/// A row is a text for each of [`Shape::columns`].
+type Rows = Vec<Vec<String>>;
 
 impl Dataset {
     /// Which columns rows are made from, given which there are.
     fn shape(&self, there: &[&str]) -> anyhow::Result<Shape> {
         let has = |name: &String| there.contains(&name.as_str());
         let list = || there.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
-        match (has(&self.text_column), has(&self.prompt_column), has(&self.completion_column)) {
-            (true, false, false) => Ok(Shape::Text),
-            (false, true, true) => Ok(Shape::Pair),
-            (true, _, _) => bail!(
-                "there is a text column `{}` and also a prompt or completion column; name the ones to read",
-                self.text_column
+        let Self { text_column, prompt_column, completion_column, messages_column, .. } = self;
+        match (has(text_column), has(messages_column), has(prompt_column), has(completion_column)) {
+            (true, false, false, false) => Ok(Shape::Text),
+            (false, true, false, false) => Ok(Shape::Messages),
+            (false, false, true, true) => Ok(Shape::Pair),
+            (false, true, _, _) | (true, true, false, false) => bail!(
+                "there is a column `{messages_column}` and also a text, prompt or completion column; name the ones to read"
+            ),
+            (true, _, _, _) => bail!(
+                "there is a text column `{text_column}` and also a prompt or completion column; name the ones to read"
             ),
             _ => bail!(
-                "there is neither a column `{}` nor the two columns `{}` and `{}`; there are {}",
-                self.text_column,
-                self.prompt_column,
-                self.completion_column,
+                "there is neither a column `{text_column}` nor `{messages_column}` nor the two columns \
+                 `{prompt_column}` and `{completion_column}`; there are {}",
                 list()
             ),
         }
     }
 
-    fn read_parquet(&self, path: &Path) -> anyhow::Result<(Shape, Pairs)> {
+    fn read_parquet(&self, path: &Path) -> anyhow::Result<(Shape, Rows)> {
         let names = table::column_names(path)?;
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let shape = self.shape(&names).with_context(|| format!("reading `{}`", path.display()))?;
         let wanted: Vec<&str> = match shape {
             Shape::Text => vec![&self.text_column],
             Shape::Pair => vec![&self.prompt_column, &self.completion_column],
+            Shape::Messages => return Ok((shape, self.read_conversations(path)?)),
         };
         let mut columns = Vec::with_capacity(2);
         for (column, name) in table::read(path, &wanted)?.into_iter().zip(&wanted) {
@@ -186,10 +210,24 @@ impl Dataset {
         }
         let completions = columns.pop().expect("one or two columns are read");
         let prompts = columns.pop().unwrap_or_else(|| vec![String::new(); completions.len()]);
-        Ok((shape, prompts.into_iter().zip(completions).collect()))
+        Ok((shape, prompts.into_iter().zip(completions).map(|(prompt, completion)| vec![prompt, completion]).collect()))
     }
 
-    fn read_lines(&self, path: &Path) -> anyhow::Result<(Shape, Pairs)> {
+    /// The conversations of a Parquet file: lists of structures, or JSON as text.
+    fn read_conversations(&self, path: &Path) -> anyhow::Result<Rows> {
+        let values = table::read_json(path, &self.messages_column)?;
+        let read = |(row, value): (usize, Value)| {
+            let name = &self.messages_column;
+            let value = match value {
+                Value::String(text) => serde_json::from_str(&text).unwrap_or(Value::String(text)),
+                other => other,
+            };
+            conversation(value).with_context(|| format!("`{name}` in row {} of `{}`", row + 1, path.display()))
+        };
+        values.into_iter().enumerate().map(read).collect()
+    }
+
+    fn read_lines(&self, path: &Path) -> anyhow::Result<(Shape, Rows)> {
         let file = File::open(path).with_context(|| format!("opening `{}`", path.display()))?;
         let mut reader = BufReader::new(file);
         let mut first: Option<Shape> = None;
@@ -206,14 +244,17 @@ impl Dataset {
             }
             let (shape, row) = self.read_line(&line).with_context(|| format!("{}:{number}", path.display()))?;
             if *first.get_or_insert(shape) != shape {
-                bail!("{}:{number}: texts and pairs of prompt and completion are mixed in one file", path.display());
+                bail!(
+                    "{}:{number}: texts, pairs of prompt and completion, or messages are mixed in one file",
+                    path.display()
+                );
             }
             rows.push(row);
         }
         Ok((first.unwrap_or(Shape::Text), rows))
     }
 
-    fn read_line(&self, line: &[u8]) -> anyhow::Result<(Shape, (String, String))> {
+    fn read_line(&self, line: &[u8]) -> anyhow::Result<(Shape, Vec<String>)> {
         let line = std::str::from_utf8(line).context("the line is not UTF-8")?;
         let mut fields: Map<String, Value> = serde_json::from_str(line).context("the line is no JSON object")?;
         let there: Vec<&str> = fields.keys().map(String::as_str).collect();
@@ -223,23 +264,43 @@ impl Dataset {
             other => bail!("`{name}` is `{}`, not a string", other.unwrap_or_default()),
         };
         let row = match shape {
-            Shape::Text => (String::new(), take(&self.text_column)?),
-            Shape::Pair => (take(&self.prompt_column)?, take(&self.completion_column)?),
+            Shape::Text => vec![String::new(), take(&self.text_column)?],
+            Shape::Pair => vec![take(&self.prompt_column)?, take(&self.completion_column)?],
+            Shape::Messages => {
+                let name = &self.messages_column;
+                conversation(fields.remove(name).unwrap_or_default()).with_context(|| format!("`{name}`"))?
+            }
         };
         Ok((shape, row))
     }
 }
 
-fn write_split(folder: &Path, split: &str, rows: &[(String, String)]) -> anyhow::Result<()> {
-    let mut writer = TableWriter::create(&folder.join(format!("{split}.parquet")), COLUMNS)?;
+/// A conversation as it is written: JSON of messages. What a message has beside its role and its content must be null.
+fn conversation(value: Value) -> anyhow::Result<Vec<String>> {
+    let Value::Array(list) = value else { bail!("it is `{value}`, not a list of messages") };
+    let message = |(place, mut value): (usize, Value)| {
+        if let Some(fields) = value.as_object_mut() {
+            fields.retain(|_, field| !field.is_null());
+        }
+        serde_json::from_value(value).with_context(|| format!("message {} is no `{{ role, content }}`", place + 1))
+    };
+    let messages: Vec<Message> = list.into_iter().enumerate().map(message).collect::<anyhow::Result<_>>()?;
+    ensure!(!messages.is_empty(), "it has no message");
+    Ok(vec![serde_json::to_string(&messages).expect("messages are plain data")])
+}
+
+fn write_split(folder: &Path, split: &str, shape: Shape, rows: &[Vec<String>]) -> anyhow::Result<()> {
+    let names = ["instance", "split"].iter().chain(shape.columns());
+    let columns: Vec<(&str, ColumnType)> = names.map(|name| (*name, ColumnType::Text)).collect();
+    let mut writer = TableWriter::create(&folder.join(format!("{split}.parquet")), &columns)?;
     for (chunk, rows) in rows.chunks(CHUNK).enumerate() {
         let first = chunk * CHUNK;
-        writer.write(vec![
+        let mut columns = vec![
             Column::text((first..first + rows.len()).map(|row| instance_id(split, row))),
             Column::text(rows.iter().map(|_| split.to_owned())),
-            Column::text(rows.iter().map(|(prompt, _)| prompt.clone())),
-            Column::text(rows.iter().map(|(_, completion)| completion.clone())),
-        ])?;
+        ];
+        columns.extend((0..shape.columns().len()).map(|at| Column::text(rows.iter().map(|row| row[at].clone()))));
+        writer.write(columns)?;
     }
     writer.finish()
 }
@@ -269,6 +330,19 @@ mod tests {
         let columns = table::read(&path, &["instance", "prompt", "completion"]).unwrap();
         let mut columns = columns.into_iter().map(strings);
         (columns.next().unwrap(), columns.next().unwrap(), columns.next().unwrap())
+    }
+
+    #[test]
+    fn conversations_are_read_from_lines_and_from_text_in_parquet() {
+        let lines =
+            br#"{"messages": [{"role": "user", "content": "a", "name": null}, {"content": "b", "role": "assistant"}]}"#;
+        let folder = run(&[("train", "t.jsonl", lines)]).unwrap();
+        let path = folder.path().join("out/dataset/train.parquet");
+        let read = |path: &Path| strings(table::read(path, &["messages"]).unwrap().remove(0));
+        let wanted = [r#"[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]"#];
+        assert_eq!(read(&path), wanted);
+        let again = run(&[("train", "t.parquet", &std::fs::read(path).unwrap())]).unwrap();
+        assert_eq!(read(&again.path().join("out/dataset/train.parquet")), wanted);
     }
 
     const PAIRS: &[u8] =
@@ -307,7 +381,7 @@ mod tests {
         says(&[("a", "a.jsonl", b"{\"text\": \"x\"}\nnot JSON\n")], "a.jsonl:2: the line is no JSON object");
         says(
             &[("a", "a.jsonl", b"{\"text\": \"x\"}\n{\"prompt\": \"p\", \"completion\": \"c\"}")],
-            "a.jsonl:2: texts and pairs",
+            "a.jsonl:2: texts, pairs",
         );
         says(&[("a", "a.jsonl", b"{\"text\": \"\xff\"}\n")], "a.jsonl:1: the line is not UTF-8");
         says(&[("a", "a.jsonl", b"{\"prompt\": \"x\"}\n")], "a.jsonl:1: there is neither a column `text`");
@@ -315,7 +389,12 @@ mod tests {
         says(&[("a", "a.jsonl", b"[1]\n")], "a.jsonl:1: the line is no JSON object");
         says(&[("a", "a.jsonl", b"\n \n")], "a.jsonl` has no rows");
         says(&[("a", "a.parquet", b"no Parquet")], "a.parquet");
-        says(&[("a", "a.jsonl", b"{\"text\": \"x\"}"), ("b", "b.jsonl", PAIRS)], "differ: one has texts");
+        says(&[("a", "a.jsonl", b"{\"text\": \"x\", \"messages\": []}\n")], "a.jsonl:1: there is a column `messages`");
+        says(&[("a", "a.jsonl", b"{\"messages\": \"x\"}\n")], "a.jsonl:1: `messages`: it is `\"x\"`, not a list");
+        says(&[("a", "a.jsonl", b"{\"messages\": []}\n")], "a.jsonl:1: `messages`: it has no message");
+        let calls = br#"{"messages": [{"role": "assistant", "content": "", "tool_calls": []}]}"#;
+        says(&[("a", "a.jsonl", calls)], "a.jsonl:1: `messages`: message 1 is no `{ role, content }`: unknown field");
+        says(&[("a", "a.jsonl", b"{\"text\": \"x\"}"), ("b", "b.jsonl", PAIRS)], "differ: each has another");
     }
 
     #[test]

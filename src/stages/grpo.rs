@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::pipeline::stage::{ArtifactType, Checkpoint, Input, Output, Part, Place, Problem, Stage, Tokens, Upstream};
-use crate::rewards::RewardSpec;
+use crate::rewards::{OnError, RewardSpec};
 use crate::stages::training::{Lora, Optimizer, Schedule, Validate, check_select, task_of, task_parts, versions};
 
 /// What a group's rewards are divided by after their mean is taken away.
@@ -116,6 +116,9 @@ pub struct Grpo {
     pub temperature: f64,
     /// The rewards by name, each with its weight.
     pub rewards: BTreeMap<String, RewardSpec>,
+    /// What an error of a reward on one sample does.
+    #[serde(default, skip_serializing_if = "OnError::is_stop")]
+    pub on_error: OnError,
     /// How rewards become advantages.
     #[serde(default)]
     pub advantage: Advantage,

@@ -153,7 +153,7 @@ impl Stage for Synthesize {
             write_split(&folder, split, task.as_ref())?;
         }
         let task_path = folder.join("task.json");
-        let text = serde_json::to_string(&json!({"task": self.task})).expect("a task is plain data");
+        let text = serde_json::to_string(&json!({"task": self.task.store(&folder)?})).expect("a task is plain data");
         fs::write(&task_path, text + "\n").with_context(|| format!("writing `{}`", task_path.display()))
     }
 }

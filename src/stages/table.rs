@@ -17,6 +17,7 @@ use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::basic::Compression;
 use parquet::file::properties::{EnabledStatistics, WriterProperties, WriterVersion};
+use serde_json::Value;
 
 /// Rows in a row group.
 const ROW_GROUP: usize = 65_536;
@@ -143,6 +144,47 @@ pub fn read(path: &Path, names: &[&str]) -> anyhow::Result<Vec<Column>> {
     read_columns(path, names).with_context(|| format!("reading `{}`", path.display()))
 }
 
+/// A column of a Parquet file as JSON values: text, and lists and structures of it; nulls are null.
+pub fn read_json(path: &Path, name: &str) -> anyhow::Result<Vec<Value>> {
+    let read = || {
+        let builder = ParquetRecordBatchReaderBuilder::try_new(File::open(path)?)?;
+        let mask = ProjectionMask::columns(builder.parquet_schema(), [name]);
+        let mut values = Vec::new();
+        for batch in builder.with_projection(mask).with_batch_size(8_192).build()? {
+            let batch = batch?;
+            let array = batch.column_by_name(name).with_context(|| format!("there is no column `{name}`"))?;
+            for row in 0..array.len() {
+                values.push(json_value(array, row).with_context(|| format!("column `{name}`"))?);
+            }
+        }
+        anyhow::Ok(values)
+    };
+    read().with_context(|| format!("reading `{}`", path.display()))
+}
+
+/// The value at `row` of an array.
+fn json_value(array: &ArrayRef, row: usize) -> anyhow::Result<Value> {
+    let list = |items: &ArrayRef| (0..items.len()).map(|item| json_value(items, item)).collect::<anyhow::Result<_>>();
+    if array.is_null(row) {
+        return Ok(Value::Null);
+    }
+    Ok(match array.data_type() {
+        DataType::Utf8 => Value::from(array.as_string::<i32>().value(row)),
+        DataType::LargeUtf8 => Value::from(array.as_string::<i64>().value(row)),
+        DataType::Utf8View => Value::from(array.as_string_view().value(row)),
+        DataType::List(_) => Value::Array(list(&array.as_list::<i32>().value(row))?),
+        DataType::LargeList(_) => Value::Array(list(&array.as_list::<i64>().value(row))?),
+        DataType::Struct(fields) => {
+            let columns = array.as_struct().columns();
+            let field = |(field, column): (&Arc<Field>, &ArrayRef)| {
+                anyhow::Ok((field.name().clone(), json_value(column, row)?))
+            };
+            Value::Object(fields.iter().zip(columns).map(field).collect::<anyhow::Result<_>>()?)
+        }
+        other => bail!("values of type `{other}` are not read"),
+    })
+}
+
 /// The names of a Parquet file's columns.
 pub fn column_names(path: &Path) -> anyhow::Result<Vec<String>> {
     let open = || {
@@ -239,6 +281,42 @@ mod tests {
         assert_eq!(columns[0], Column::Integer(vec![Some(1), Some(2), None]));
         assert_eq!(columns[1], Column::Text(vec![Some("x".into()), None, Some("y".into())]));
         assert_eq!(column_names(&first).unwrap(), ["a", "b"]);
+    }
+
+    #[test]
+    fn lists_of_structures_are_read_as_json() {
+        use arrow_array::builder::{ListBuilder, StringBuilder, StructBuilder};
+        let fields = ["role", "content"].map(|name| Field::new(name, DataType::Utf8, true));
+        let mut lists = ListBuilder::new(StructBuilder::from_fields(fields.to_vec(), 2));
+        for (role, content, last) in [("user", Some("a"), false), ("assistant", None, true), ("user", Some("b"), true)]
+        {
+            let message = lists.values();
+            message.field_builder::<StringBuilder>(0).unwrap().append_value(role);
+            message.field_builder::<StringBuilder>(1).unwrap().append_option(content);
+            message.append(true);
+            if last {
+                lists.append(true);
+            }
+        }
+        lists.append(false);
+        let array: ArrayRef = Arc::new(lists.finish());
+        let other: ArrayRef = Arc::new(Int64Array::from(vec![1, 2, 3]));
+        let batch = RecordBatch::try_from_iter([("other", other), ("messages", array)]).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("t.parquet");
+        let mut writer = ArrowWriter::try_new(File::create(&path).unwrap(), batch.schema(), None).unwrap();
+        writer.write(&batch).unwrap();
+        writer.close().unwrap();
+        let message = |role: &str, content: Option<&str>| serde_json::json!({"role": role, "content": content});
+        let wanted = [
+            Value::Array(vec![message("user", Some("a")), message("assistant", None)]),
+            Value::Array(vec![message("user", Some("b"))]),
+            Value::Null,
+        ];
+        assert_eq!(read_json(&path, "messages").unwrap(), wanted);
+        let error = format!("{:#}", read_json(&path, "other").unwrap_err());
+        assert!(error.contains("`Int64` are not read"), "{error}");
+        assert!(format!("{:#}", read_json(&path, "none").unwrap_err()).contains("there is no column `none`"));
     }
 
     #[test]

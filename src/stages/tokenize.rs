@@ -1,31 +1,35 @@
 //! `tokenize`: rows of token ids with loss masks, from a data set and a tokenizer.
 //!
-//! A row is `bos prompt completion eos`. Where the data set comes from a task, the task writes prompt and demonstration
-//! in the stage's format; a user's own rows are taken as they are. Nothing is cut: a row over `max_length` is an error
-//! or, on request, dropped and counted. `tokens.rs` says what the folder holds.
+//! A row is `bos prompt reply eos`, with `observation reply eos` after it for every further turn. Where the data set comes
+//! from a task, the task writes prompt and demonstration in the stage's format; a user's own texts are taken as they are.
+//! Conversations, and tasks whose tokenizer has a chat template, are written by the template: it frames a row itself, and
+//! its end of turn takes the place of `eos`. Every piece is encoded by itself, because generation reads and writes them so.
+//! Nothing is cut: a row over `max_length` is an error or, on request, dropped and counted. `script.rs` makes the text,
+//! `tokens.rs` says what the folder holds.
+
+mod script;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
-use rand::Rng as _;
 use rayon::prelude::*;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use crate::pipeline::stage::{
     ArtifactType, Dataset, Input, Output, Part, Problem, Stage, StageContext, Tokenizer, Upstream,
 };
-use crate::random;
+use crate::stages::chat::ChatTemplate;
 use crate::stages::synthesize::pool;
-use crate::stages::table::{self, Column, ColumnType, TableWriter};
+use crate::stages::table::{Column, ColumnType, TableWriter};
 use crate::stages::tokenizer::Encoder;
 use crate::stages::tokens::{ROWS_FILE, TASK_FILE, TENSORS_FILE, TOKENIZER_FOLDER, TaskFile};
-use crate::tasks::{FormatSpec, Start, Task, TaskSpec, open, parts};
+use crate::tasks::{FormatSpec, TaskSpec, open, parts};
+use script::{Contents, Script, Split, Writer, read_splits};
 
 /// Rows tokenized at a time.
 const CHUNK: usize = 8_192;
@@ -43,10 +47,10 @@ const COLUMNS: &[(&str, ColumnType)] = &[
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Mask {
-    /// The completion and the end of the row.
+    /// The completion and its end; of several turns, every reply and its end.
     #[default]
     Completion,
-    /// The prompt, too.
+    /// Everything but the first token.
     All,
 }
 
@@ -59,6 +63,24 @@ pub enum Overlong {
     Error,
     /// They are left out and counted.
     Drop,
+}
+
+/// Whether the tokenizer's chat template writes a task's episodes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Template {
+    /// Where the tokenizer has one: what the environment says is a user's message, a reply the assistant's.
+    #[default]
+    Auto,
+    /// No: texts follow each other as they are.
+    None,
+}
+
+impl Template {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Turn a data set into token ids with loss masks.
@@ -81,6 +103,10 @@ pub struct Tokenize {
     /// Which tokens are targets of the loss.
     #[serde(default)]
     pub mask: Mask,
+    /// Whether the tokenizer's chat template writes a task's episodes. Messages always need one; prompts and completions
+    /// of your own never use it.
+    #[serde(default, skip_serializing_if = "Template::is_default")]
+    pub template: Template,
     /// Decides what demonstrations draw at random.
     #[serde(default)]
     pub seed: u64,
@@ -124,48 +150,42 @@ impl Stage for Tokenize {
         let opened = task.as_ref().map(|task| open(task, &self.format)).transpose()?;
         let pool = pool(context)?;
         let splits = read_splits(&dataset, opened.is_some())?;
+        let needed = splits.iter().any(|split| matches!(split.contents, Contents::Messages(_)));
+        let wanted = needed || (opened.is_some() && self.template == Template::Auto);
+        let template = if wanted { ChatTemplate::open(&tokenizer_folder)? } else { None };
+        let writer = Writer { task: opened.as_deref(), template: template.as_ref(), seed: self.seed };
+        let encode = |split: &Split, row: usize| {
+            let script = writer.write(split, row)?;
+            self.encode(&encoder, template.as_ref(), row, script)
+        };
         let total = splits.iter().map(|split| split.instances.len()).sum::<usize>() as u64;
         let mut rows = Rows::default();
-        let mut writer = TableWriter::create(&folder.join(ROWS_FILE), COLUMNS)?;
+        let mut table = TableWriter::create(&folder.join(ROWS_FILE), COLUMNS)?;
         let mut done = 0;
         for split in &splits {
             for first in (0..split.instances.len()).step_by(CHUNK) {
                 context.stop_if_interrupted()?;
                 let range = first..(first + CHUNK).min(split.instances.len());
-                let encode = |row| {
-                    let encoded = self.encode(&encoder, opened.as_deref(), split, row);
-                    encoded.with_context(|| format!("row `{}` of the data set", split.instances[row]))
-                };
+                let encode =
+                    |row| encode(split, row).with_context(|| format!("row `{}` of the data set", split.instances[row]));
                 let encoded: Vec<Encoded> =
                     pool.install(|| range.clone().into_par_iter().map(encode).collect::<anyhow::Result<_>>())?;
                 done += range.len() as u64;
                 let kept = encoded.into_iter().filter(|row| rows.keep(row, self.max_length, &split.name)).collect();
-                rows.write(kept, split, &mut writer)?;
+                rows.write(kept, split, &mut table)?;
                 context.progress(done, total, "rows");
             }
         }
-        writer.finish()?;
+        table.finish()?;
         self.report(&rows, context)?;
         rows.save(&folder)?;
         let format = task.is_some().then(|| self.format.clone());
-        write_json(&folder.join(TASK_FILE), &TaskFile { task, format, tokenizer: encoder.digest.clone() })?;
+        let task = task.map(|task| task.store(&folder)).transpose()?;
+        let file = TaskFile { task, format, tokenizer: encoder.digest.clone(), chat: template.is_some() };
+        write_json(&folder.join(TASK_FILE), &file)?;
         write_json(&folder.join("metrics.json"), &rows.metrics(&splits))?;
         copy_files(&tokenizer_folder, &folder.join(TOKENIZER_FOLDER))
     }
-}
-
-/// A split of the data set, as columns of equal length.
-struct Split {
-    name: String,
-    instances: Vec<String>,
-    contents: Contents,
-}
-
-enum Contents {
-    /// Task instances as JSON.
-    Task(Vec<String>),
-    /// Prompts and completions.
-    Texts(Vec<String>, Vec<String>),
 }
 
 struct Encoded {
@@ -175,43 +195,71 @@ struct Encoded {
     prompt_length: i32,
     prompt: String,
     stratum: Option<String>,
+    /// The row's text in one piece has other ids than its pieces have.
+    retokenized: bool,
+}
+
+/// The id of a chat template's end of turn.
+fn end_of_turn(encoder: &Encoder, template: &ChatTemplate) -> anyhow::Result<i32> {
+    let mut ids = Vec::new();
+    encoder.encode(template.end_of_turn(), &mut ids)?;
+    ensure!(ids.len() == 1, "the end of turn `{}` is not one token: its ids are {ids:?}", template.end_of_turn());
+    Ok(ids[0])
 }
 
 impl Tokenize {
-    fn encode(&self, encoder: &Encoder, task: Option<&dyn Task>, split: &Split, row: usize) -> anyhow::Result<Encoded> {
-        let (prompt, completion, stratum) = match (&split.contents, task) {
-            (Contents::Task(data), Some(task)) => {
-                let instance: Value = serde_json::from_str(&data[row]).context("reading the instance")?;
-                let prompt = task.begin(&[Start { instance: &instance, seed: 0 }])?.observe()?.remove(0);
-                // Keyed by the instance's id, so that an instance that stands twice may be shown in two ways.
-                let id = blake3::hash(split.instances[row].as_bytes());
-                let id = u64::from_le_bytes(*id.as_bytes().first_chunk().expect("a digest has 32 bytes"));
-                let seed = random::rng("tokenize.trace", &[self.seed, id]).next_u64();
-                (prompt, task.demonstrate(&instance, seed)?.concat(), task.stratum(&instance))
+    /// The ids and the mask of a row.
+    fn encode(
+        &self,
+        encoder: &Encoder,
+        template: Option<&ChatTemplate>,
+        row: usize,
+        script: Script,
+    ) -> anyhow::Result<Encoded> {
+        let Script { conversation, stratum, chat } = script;
+        let template = template.filter(|_| chat);
+        let end = template.map_or(Ok(encoder.end), |template| end_of_turn(encoder, template))?;
+        let mut ids = encoder.begin.filter(|_| template.is_none()).into_iter().collect::<Vec<_>>();
+        encoder.encode(&conversation.prompt, &mut ids)?;
+        let mut mask = vec![0; ids.len()];
+        // Nothing precedes the first token: without `bos` and prompt it stands for the prompt.
+        let prompt_length = ids.len().max(1);
+        let mut learnt = if self.mask == Mask::All { prompt_length - 1 } else { 0 };
+        for (turn, said) in conversation.turns.iter().enumerate() {
+            let begin = ids.len();
+            encoder.encode(&said.reply, &mut ids)?;
+            learnt += ids.len() - begin;
+            ensure!(
+                learnt > 0,
+                "there is nothing to learn: the {} is empty",
+                if self.mask == Mask::All { "text" } else { "completion" }
+            );
+            ensure!(
+                turn == 0 || ids.len() > begin || self.mask == Mask::All,
+                "there is nothing to learn in turn {}: its reply is empty",
+                turn + 1
+            );
+            ids.push(end);
+            mask.resize(ids.len(), 1);
+            encoder.encode(&said.observation, &mut ids)?;
+            let last = turn + 1 == conversation.turns.len();
+            ensure!(last || ids.len() > mask.len(), "nothing is read between the turns {} and {}", turn + 1, turn + 2);
+            mask.resize(ids.len(), 0);
+        }
+        if self.mask == Mask::All {
+            mask.fill(1);
+        }
+        mask[0] = 0;
+        let retokenized = match template {
+            Some(template) => {
+                let mut whole = Vec::with_capacity(ids.len());
+                encoder.encode(&conversation.text(template.end_of_turn()), &mut whole)?;
+                whole != ids
             }
-            (Contents::Texts(prompts, completions), _) => (prompts[row].clone(), completions[row].clone(), None),
-            (Contents::Task(_), None) => bail!("the data set has instances and names no task"),
+            None => false,
         };
-        let mut ids: Vec<i32> = encoder.begin.into_iter().collect();
-        encoder.encode(&prompt, &mut ids)?;
-        let prompt_length = ids.len();
-        encoder.encode(&completion, &mut ids)?;
-        let bare = ids.len();
-        ids.push(encoder.end);
-        let targets = match self.mask {
-            Mask::Completion => prompt_length,
-            Mask::All => 1,
-        };
-        ensure!(
-            bare > targets,
-            "there is nothing to learn: the {} is empty",
-            match self.mask {
-                Mask::Completion => "completion",
-                Mask::All => "text",
-            }
-        );
-        let mask = (0..ids.len()).map(|at| u8::from(at >= targets)).collect();
-        Ok(Encoded { row, ids, mask, prompt_length: prompt_length as i32, prompt, stratum })
+        let prompt = conversation.prompt;
+        Ok(Encoded { row, ids, mask, prompt_length: prompt_length as i32, prompt, stratum, retokenized })
     }
 
     fn report(&self, rows: &Rows, context: &mut StageContext) -> anyhow::Result<()> {
@@ -226,6 +274,13 @@ impl Tokenize {
                 Overlong::Error => bail!("{text}; raise `max_length` or set `overlong = \"drop\"`"),
                 Overlong::Drop => context.note(format!("{text}; they are left out")),
             }
+        }
+        if rows.retokenized > 0 {
+            context.note(format!(
+                "the text of {} rows in one piece has other ids than its turns have; the turns' own are kept, because \
+                 generation reads and writes them so",
+                rows.retokenized
+            ));
         }
         ensure!(!rows.prompt_lengths.is_empty(), "no row is left");
         Ok(())
@@ -243,6 +298,7 @@ struct Rows {
     dropped: HashMap<String, u64>,
     longest: usize,
     longest_seen: usize,
+    retokenized: u64,
 }
 
 impl Rows {
@@ -258,11 +314,11 @@ impl Rows {
         keep
     }
 
-    fn write(&mut self, rows: Vec<Encoded>, split: &Split, writer: &mut TableWriter) -> anyhow::Result<()> {
+    fn write(&mut self, rows: Vec<Encoded>, split: &Split, table: &mut TableWriter) -> anyhow::Result<()> {
         let first = self.ends.len() as i64;
         let data = |row: &Encoded| match &split.contents {
             Contents::Task(data) => Some(data[row.row].clone()),
-            Contents::Texts(..) => None,
+            Contents::Texts(..) | Contents::Messages(_) => None,
         };
         let mut columns = vec![
             Column::integer(first..first + rows.len() as i64),
@@ -273,6 +329,7 @@ impl Rows {
         let data = Column::Text(rows.iter().map(data).collect());
         let mut prompts = Vec::with_capacity(rows.len());
         for row in rows {
+            self.retokenized += u64::from(row.retokenized);
             self.ids.extend(&row.ids);
             self.mask.extend(&row.mask);
             self.ends.push(self.ids.len() as i64);
@@ -280,7 +337,7 @@ impl Rows {
             prompts.push(row.prompt);
         }
         columns.extend([Column::text(prompts), data]);
-        writer.write(columns)
+        table.write(columns)
     }
 
     fn save(&self, folder: &Path) -> anyhow::Result<()> {
@@ -330,33 +387,7 @@ fn read_task(dataset: &Path) -> anyhow::Result<Option<TaskSpec>> {
     let reading = || format!("reading `{}`", path.display());
     let bytes = fs::read(&path).with_context(reading)?;
     let file: File = serde_json::from_slice(&bytes).with_context(reading)?;
-    Ok(Some(file.task))
-}
-
-/// Every `<split>.parquet` of a data set, in the order of names.
-fn read_splits(dataset: &Path, has_task: bool) -> anyhow::Result<Vec<Split>> {
-    let mut splits = Vec::new();
-    for path in files(dataset)? {
-        if path.extension().is_none_or(|extension| extension != "parquet") {
-            continue;
-        }
-        let name = path.file_stem().and_then(|stem| stem.to_str());
-        let name = name.with_context(|| format!("`{}` has no readable name", path.display()))?.to_owned();
-        let names: &[&str] = if has_task { &["instance", "data"] } else { &["instance", "prompt", "completion"] };
-        let mut columns = Vec::new();
-        for (column, name) in table::read(&path, names)?.into_iter().zip(names) {
-            let place = || format!("column `{name}` of `{}` has a value that is no text", path.display());
-            let Column::Text(values) = column else { bail!(place()) };
-            columns.push(values.into_iter().collect::<Option<Vec<String>>>().with_context(place)?);
-        }
-        let mut columns = columns.into_iter();
-        let mut next = || columns.next().expect("as many columns are read as are named");
-        let instances = next();
-        let contents = if has_task { Contents::Task(next()) } else { Contents::Texts(next(), next()) };
-        splits.push(Split { name, instances, contents });
-    }
-    ensure!(!splits.is_empty(), "`{}` has no Parquet file", dataset.display());
-    Ok(splits)
+    Ok(Some(file.task.stored_in(dataset)))
 }
 
 /// The files of a folder, sorted.

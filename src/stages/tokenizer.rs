@@ -118,7 +118,7 @@ impl Tokenizer {
     fn make(&self, folder: &Path) -> anyhow::Result<()> {
         let task = self.task.as_ref().context("the stage names no task")?;
         let task = open(task, &self.format)?;
-        let tokenizer = build(&task.vocabulary(), task.pieces())?;
+        let tokenizer = build(&task.vocabulary(), &task.pieces())?;
         write(folder, TOKENIZER_FILE, &text(&tokenizer)?)?;
         write(folder, CONFIG_FILE, &pretty(&config()))?;
         write(folder, SPECIALS_FILE, &pretty(&json!({"bos_token": BEGIN, "eos_token": END, "pad_token": PAD})))

@@ -2,8 +2,9 @@
 //!
 //! The layout of the folder: `tokens.safetensors` (`ids` i32 `[tokens]`, `offsets` i64 `[rows + 1]`, `mask` u8 `[tokens]`,
 //! `prompt_lengths` i32 `[rows]`), `rows.parquet` (a row each, in the same order), `task.json`, `tokenizer/`,
-//! `metrics.json`. A row is `bos prompt completion eos`; its tokens are `ids[offsets[row]..offsets[row + 1]]`, of which
-//! the first `prompt_lengths[row]` are `bos` and the prompt. This module knows the files and no tensor library.
+//! `metrics.json`. A row is `bos prompt reply eos`, with `observation reply eos` after it for every further turn; its tokens
+//! are `ids[offsets[row]..offsets[row + 1]]`, of which the first `prompt_lengths[row]` are `bos` and the prompt. Where a chat
+//! template wrote the row, its own marks stand for `bos` and `eos`. This module knows the files and no tensor library.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -35,7 +36,7 @@ pub struct Row {
     pub split: String,
     /// The class by which results are broken down, where the task has one.
     pub stratum: Option<String>,
-    /// The text that the model reads, without `bos`.
+    /// The text that the model reads first, without `bos`.
     pub prompt: String,
     /// The task instance; `None` in a user's own data set.
     pub data: Option<Value>,
@@ -50,12 +51,14 @@ pub struct TokensFolder {
     pub offsets: Vec<i64>,
     /// 1 where the token is a target of the loss; as long as `ids`.
     pub mask: Vec<u8>,
-    /// Tokens of `bos` and the prompt, a row each.
+    /// Tokens of `bos` and the first prompt, a row each.
     pub prompt_lengths: Vec<i32>,
     /// What the rows were made from.
     pub rows: Vec<Row>,
     /// The task and the format in which it is written; `None` in a user's own data set.
     pub task: Option<(TaskSpec, FormatSpec)>,
+    /// The tokenizer's chat template wrote the rows and has to write what a model reads in further turns.
+    pub chat: bool,
     /// BLAKE3 of the bytes of `tokenizer.json`, in hexadecimal digits.
     pub tokenizer_digest: String,
     /// The folder it was read from; the tokenizer's files lie in its [`TOKENIZER_FOLDER`].
@@ -69,6 +72,8 @@ pub(crate) struct TaskFile {
     pub(crate) task: Option<TaskSpec>,
     pub(crate) format: Option<FormatSpec>,
     pub(crate) tokenizer: String,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) chat: bool,
 }
 
 impl TokensFolder {
@@ -88,7 +93,8 @@ impl TokensFolder {
                 mask: tensor(&tensors, "mask", Dtype::U8, u8::from_le_bytes)?,
                 prompt_lengths: tensor(&tensors, "prompt_lengths", Dtype::I32, i32::from_le_bytes)?,
                 rows: Vec::new(),
-                task: task.task.zip(task.format),
+                task: task.task.map(|task| task.stored_in(path)).zip(task.format),
+                chat: task.chat,
                 tokenizer_digest: task.tokenizer,
                 path: path.to_owned(),
             })
@@ -120,7 +126,7 @@ impl TokensFolder {
         self.offsets[row] as usize..self.offsets[row + 1] as usize
     }
 
-    /// The ids of a row: `bos prompt completion eos`.
+    /// The ids of a row: `bos prompt reply eos`, then further turns.
     pub fn row_ids(&self, row: usize) -> &[i32] {
         &self.ids[self.range(row)]
     }

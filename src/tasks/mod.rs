@@ -6,6 +6,7 @@
 
 pub mod maze;
 pub mod number_line;
+pub mod program;
 mod spec;
 
 use std::borrow::Cow;
@@ -127,7 +128,7 @@ pub trait Task: Send + Sync {
     /// Every token that observations and replies are made of, in the order of their ids.
     fn vocabulary(&self) -> Vec<String>;
     /// The regular expression by which text falls into the tokens of the vocabulary.
-    fn pieces(&self) -> &'static str;
+    fn pieces(&self) -> String;
     /// What verdicts measure.
     fn measures(&self) -> &[Measure];
     /// Turns that an episode may have.

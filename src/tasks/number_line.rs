@@ -211,8 +211,8 @@ impl Task for NumberLine {
         tokens
     }
 
-    fn pieces(&self) -> &'static str {
-        r"<\|[^<>]*\|>| ?[A-Za-z]+| ?[0-9]|[^A-Za-z0-9]"
+    fn pieces(&self) -> String {
+        r"<\|[^<>]*\|>| ?[A-Za-z]+| ?[0-9]|[^A-Za-z0-9]".to_owned()
     }
 
     fn measures(&self) -> &[Measure] {

@@ -3,10 +3,13 @@
 //! A new task is a variant of [`TaskSpec`], a new way of writing a task for a model a variant of [`FormatSpec`], and
 //! each has a version: raise it when instances, texts or verdicts would come out otherwise.
 
+use std::path::Path;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::tasks::{Measure, Task, maze, number_line};
+use crate::tasks::program::ProgramTask;
+use crate::tasks::{Measure, Task, maze, number_line, program};
 
 /// What a model is taught to do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -36,6 +39,8 @@ pub enum TaskSpec {
         #[schemars(range(min = 1, max = 1000))]
         max_turns: u64,
     },
+    /// A task of your own: a program that answers JSON lines.
+    Program(ProgramTask),
 }
 
 fn default_max_position() -> u64 {
@@ -125,6 +130,8 @@ pub enum FormatSpec {
         #[serde(default = "default_thoughts")]
         thoughts: bool,
     },
+    /// The task's own text as it is, for `program` tasks.
+    Plain {},
 }
 
 fn default_thoughts() -> bool {
@@ -143,6 +150,7 @@ impl TaskSpec {
         match self {
             Self::Maze { .. } => ("task.maze", maze::VERSION),
             Self::NumberLine { .. } => ("task.number_line", number_line::VERSION),
+            Self::Program(_) => ("task.program", program::VERSION),
         }
     }
 
@@ -151,6 +159,7 @@ impl TaskSpec {
         match self {
             Self::Maze { .. } => maze::MEASURES.to_vec(),
             Self::NumberLine { .. } => number_line::MEASURES.to_vec(),
+            Self::Program(program) => program.measurements(),
         }
     }
 
@@ -159,6 +168,7 @@ impl TaskSpec {
         match *self {
             Self::Maze { rows, columns, .. } => Some((rows * columns).saturating_sub(1)),
             Self::NumberLine { max_position, .. } => Some(max_position),
+            Self::Program(_) => None,
         }
     }
 
@@ -167,6 +177,25 @@ impl TaskSpec {
         match self {
             Self::Maze { .. } => FormatSpec::default(),
             Self::NumberLine { .. } => FormatSpec::Json { thoughts: true },
+            Self::Program(_) => FormatSpec::Plain {},
+        }
+    }
+
+    /// Writes what the task needs besides its words into the folder of an artifact; gives the task as its `task.json`
+    /// names it, free of this machine's paths.
+    pub fn store(&self, folder: &Path) -> anyhow::Result<Self> {
+        Ok(match self {
+            Self::Program(program) => Self::Program(program.store(folder)?),
+            other => other.clone(),
+        })
+    }
+
+    /// The task that the `task.json` of an artifact in `folder` names.
+    #[must_use]
+    pub fn stored_in(&self, folder: &Path) -> Self {
+        match self {
+            Self::Program(program) => Self::Program(program.stored_in(folder)),
+            other => other.clone(),
         }
     }
 }
@@ -179,19 +208,22 @@ impl FormatSpec {
             Self::Compact { .. } => ("format.compact", maze::COMPACT_VERSION),
             Self::Fused { .. } => ("format.fused", maze::FUSED_VERSION),
             Self::Json { .. } => ("format.json", number_line::JSON_VERSION),
+            Self::Plain {} => ("format.plain", program::PLAIN_VERSION),
         }
     }
 }
 
 /// Every task and format with its version: for the keys of stages that learn from their input alone which task it is.
-pub fn parts() -> [(&'static str, u32); 6] {
+pub fn parts() -> [(&'static str, u32); 8] {
     [
         ("format.alphamaze", maze::ALPHAMAZE_VERSION),
         ("format.compact", maze::COMPACT_VERSION),
         ("format.fused", maze::FUSED_VERSION),
         ("format.json", number_line::JSON_VERSION),
+        ("format.plain", program::PLAIN_VERSION),
         ("task.maze", maze::VERSION),
         ("task.number_line", number_line::VERSION),
+        ("task.program", program::VERSION),
     ]
 }
 
@@ -204,5 +236,6 @@ pub fn open(task: &TaskSpec, format: &FormatSpec) -> anyhow::Result<Box<dyn Task
         TaskSpec::NumberLine { max_position, max_turns } => {
             Ok(Box::new(number_line::NumberLine::new(*max_position, *max_turns, format)?))
         }
+        TaskSpec::Program(program) => Ok(Box::new(program.open(format)?)),
     }
 }

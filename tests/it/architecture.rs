@@ -127,7 +127,9 @@ fn no_file_is_over_the_ceiling_or_named_for_nothing() {
 fn the_command_line_binary_does_not_need_libtorch() {
     let output = Command::new("readelf").args(["--dynamic", env!("CARGO_BIN_EXE_pipe")]).output().unwrap();
     assert!(output.status.success());
-    let needed = String::from_utf8(output.stdout).unwrap();
-    assert!(needed.contains("NEEDED"), "readelf named no library at all");
+    // Addresses in other lines may spell a library's name.
+    let dynamic = String::from_utf8(output.stdout).unwrap();
+    let needed: String = dynamic.lines().filter(|line| line.contains("NEEDED")).collect();
+    assert!(!needed.is_empty(), "readelf named no library at all");
     assert!(!needed.contains("torch") && !needed.contains("c10"), "pipe links libtorch:\n{needed}");
 }

@@ -20,6 +20,7 @@ use crate::loss::{entropy, policy_loss, token_logprobs};
 use crate::model::Transformer;
 use crate::optimizer::learning_rate;
 use crate::prompts::Prompts;
+use crate::rewards::Rewards;
 use crate::rollout::{ROLLOUTS_FILE, Rollout, Rollouts, Sample, ScoredGroup};
 use crate::session::{Session, rate, states};
 use crate::training::Training;
@@ -60,7 +61,8 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     let recorded = training.counters.step - u64::from(training.counters.unrecorded.is_some());
     let journal = states.join("rollouts.jsonl");
     let (committed, at) = (training.counters.own.journal, training.counters.step);
-    let mut rollouts = Rollouts::open(params, &prompts, rows, &journal, committed, at)?;
+    let rewards = Rewards::open(params, &prompts, &rows, context)?;
+    let mut rollouts = Rollouts::open(params, &prompts, rewards, rows, &journal, committed, at)?;
     let recorded = (resumed || rollouts.replayed() > 0).then_some(recorded);
     let mut validation = None;
     if let Some(validate) = &params.validate {
@@ -197,10 +199,10 @@ struct Sequence<'a> {
     sample: &'a Sample,
 }
 
-/// The sequences of a group.
+/// The sequences of a group: those of its samples that have a total.
 fn sequences<'a>(prompts: &Prompts, group: &'a ScoredGroup) -> impl Iterator<Item = Sequence<'a>> {
     let prompt = prompts.prompt(group.row);
-    group.samples.iter().map(move |sample| {
+    group.samples.iter().filter(|sample| sample.total.is_some()).map(move |sample| {
         let mask = [vec![0; prompt.len()], sample.trajectory.mask()].concat();
         Sequence { ids: [prompt.as_slice(), &sample.trajectory.ids].concat(), mask, sample }
     })

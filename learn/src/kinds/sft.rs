@@ -147,13 +147,16 @@ fn micro_batch(size: u64, rows: usize) -> usize {
     if size == 0 { rows.max(1) } else { size as usize }
 }
 
-/// Tokens that a completion of a validation may have: those of the longest demonstration of either split, as far as the
+/// Tokens that a reply of a validation may have: those of the longest demonstrated reply of either split, as far as the
 /// model's positions reach behind the longest prompt.
 fn completion_limit(tokens: &TokensFolder, train: &str, validation: &str, positions: u64) -> anyhow::Result<u64> {
     let (train, validation) = (tokens.split(train)?, tokens.split(validation)?);
     let prompt = |row: &usize| tokens.prompt_ids(*row).len() as u64;
-    let completion = |row: &usize| tokens.row_ids(*row).len() as u64 - prompt(row);
-    let longest = train.iter().chain(&validation).map(completion).max().unwrap_or(0);
+    let reply = |row: &usize| {
+        let replies = preflight::runs(&tokens.row_mask(*row)[prompt(row) as usize..]);
+        replies.into_iter().map(|run| run.len() as u64).max().unwrap_or(0)
+    };
+    let longest = train.iter().chain(&validation).map(reply).max().unwrap_or(0);
     let room = positions.saturating_sub(validation.iter().map(prompt).max().unwrap_or(0));
     Ok(longest.min(room).max(1))
 }

@@ -1,6 +1,6 @@
 //! From a data set to tokens and back.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::*;
 use crate::stages::dataset;
@@ -185,4 +185,126 @@ fn damaged_tokens_are_refused() {
     assert!(format!("{:#}", TokensFolder::open(&path).unwrap_err()).contains(TENSORS_FILE));
     fs::remove_file(&tensors).unwrap();
     assert!(format!("{:#}", TokensFolder::open(&path).unwrap_err()).contains(TENSORS_FILE));
+}
+
+/// A folder with a data set of number lines and the tokenizer of their texts.
+fn number_lines() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let task = json!({"kind": "number_line", "max_position": 9});
+    let mut context = context(folder.path(), &["dataset", "tokenizer"]);
+    let data: Synthesize = serde_json::from_value(json!({"task": task, "splits": {"train": 20}})).unwrap();
+    data.run(&mut context).unwrap();
+    let words = json!({"task": task, "format": {"kind": "json"}});
+    let words: tokenizer::Tokenizer = serde_json::from_value(words).unwrap();
+    words.run(&mut context).unwrap();
+    folder
+}
+
+/// A chat template whose frame is made of the vocabulary of `number_lines`.
+const CHAT: &str = "{% for m in messages %}{{ '<|bos|>' if m.role == 'user' }}\
+                    {{ ': ' if m.role == 'assistant' }}{{ m.content }}\
+                    {{ '<|eos|>' if m.role == 'assistant' }}{% endfor %}\
+                    {% if add_generation_prompt %}{{ ': ' }}{% endif %}";
+
+/// Every run of targets of a row, as the ids of its tokens.
+fn targets(tokens: &TokensFolder, row: usize) -> Vec<Vec<i32>> {
+    let (ids, mask) = (tokens.row_ids(row), tokens.row_mask(row));
+    let mut runs: Vec<Vec<i32>> = Vec::new();
+    for at in 0..ids.len() {
+        if mask[at] == 1 && mask[at - 1] == 0 {
+            runs.push(Vec::new());
+        }
+        if mask[at] == 1 {
+            runs.last_mut().unwrap().push(ids[at]);
+        }
+    }
+    runs
+}
+
+#[test]
+fn rows_of_several_turns_learn_replies_and_read_observations() {
+    let folder = number_lines();
+    let format = json!({"kind": "json"});
+    let path = run(folder.path(), "t", &json!({"format": format})).unwrap();
+    let digests = [digest(&path), digest(&run(folder.path(), "again", &json!({"format": format})).unwrap())];
+    assert_eq!(digests[0], digests[1]);
+    let tokens = TokensFolder::open(&path).unwrap();
+    let encoder = Encoder::open(&path.join(TOKENIZER_FOLDER)).unwrap();
+    let (task, format) = tokens.task.clone().unwrap();
+    let task = open(&task, &format).unwrap();
+    let mut longest = 0;
+    for (row, of) in tokens.rows.iter().enumerate() {
+        let start = Start { instance: of.data.as_ref().unwrap(), seed: 0 };
+        let replies: Vec<String> = targets(&tokens, row)
+            .iter()
+            .map(|run| {
+                assert_eq!(run.iter().filter(|&&id| id == encoder.end).count(), 1, "one end a turn");
+                assert_eq!(*run.last().unwrap(), encoder.end, "the end of the turn is a target");
+                encoder.decode(&run[..run.len() - 1])
+            })
+            .collect();
+        longest = longest.max(replies.len());
+        let (turns, verdict) = replay(task.as_ref(), start, &replies, Finish::Stop).unwrap();
+        assert!(turns.len() == replies.len() && turns.last().unwrap().terminated);
+        assert_eq!(verdict["solved"].to_bits(), 1f64.to_bits());
+        // The whole row is what an episode reads and writes, in order.
+        let mut text = task.begin(&[start]).unwrap().observe().unwrap().remove(0);
+        assert_eq!(encoder.decode(&tokens.prompt_ids(row)[1..]), text);
+        for (reply, turn) in replies.iter().zip(&turns) {
+            text += &[reply.as_str(), "<|eos|>", turn.observation.as_str()].concat();
+        }
+        assert_eq!(encoder.decode(&tokens.row_ids(row)[1..]), text);
+    }
+    assert!(longest > 2, "some episodes have several turns");
+}
+
+#[test]
+fn a_chat_template_frames_the_episodes_of_a_task_unless_it_is_turned_off() {
+    let folder = number_lines();
+    fs::write(folder.path().join("out/tokenizer/chat_template.jinja"), CHAT).unwrap();
+    let plain = run(folder.path(), "plain", &json!({"format": {"kind": "json"}, "template": "none"})).unwrap();
+    let plain = TokensFolder::open(&plain).unwrap();
+    let framed = run(folder.path(), "framed", &json!({"format": {"kind": "json"}})).unwrap();
+    let encoder = Encoder::open(&framed.join(TOKENIZER_FOLDER)).unwrap();
+    let framed = TokensFolder::open(&framed).unwrap();
+    assert!(framed.chat && !plain.chat);
+    for row in 0..plain.rows.len() {
+        assert_eq!(targets(&plain, row), targets(&framed, row), "the same is learnt");
+        // The template writes the beginning itself: there is one, not two.
+        let decoded = encoder.decode(framed.prompt_ids(row));
+        assert_eq!(decoded, format!("<|bos|>{}: ", plain.rows[row].prompt));
+        assert_eq!(framed.rows[row].prompt, decoded);
+        let begins = |tokens: &TokensFolder| tokens.row_ids(row).iter().filter(|&&id| Some(id) == encoder.begin).count();
+        assert_eq!((begins(&plain), begins(&framed)), (1, targets(&framed, row).len()), "one a user's message");
+    }
+}
+
+#[test]
+fn conversations_are_written_by_the_template_and_every_reply_is_learnt_with_its_end() {
+    let folder = number_lines();
+    let rows = [
+        json!([("user", "Target: 1\n"), ("assistant", "0"), ("user", "2"), ("assistant", "3")]),
+        json!([("system", "0"), ("user", "1"), ("assistant", "2")]),
+    ];
+    let line = |row: &Value| {
+        let message = |pair: &Value| json!({"role": pair[0], "content": pair[1]});
+        json!({"messages": row.as_array().unwrap().iter().map(message).collect::<Vec<_>>()}).to_string()
+    };
+    own(folder.path(), &rows.iter().map(line).collect::<Vec<_>>().join("\n"));
+    let error = format!("{:#}", run(folder.path(), "none", &json!({})).unwrap_err());
+    assert!(error.contains("`train-000000`") && error.contains("messages need a chat template"), "{error}");
+    fs::write(folder.path().join("out/tokenizer/chat_template.jinja"), CHAT).unwrap();
+    let path = run(folder.path(), "t", &json!({})).unwrap();
+    let encoder = Encoder::open(&path.join(TOKENIZER_FOLDER)).unwrap();
+    let tokens = TokensFolder::open(&path).unwrap();
+    let decoded = |row: usize| encoder.decode(tokens.row_ids(row));
+    assert_eq!(decoded(0), "<|bos|>Target: 1\n: 0<|eos|><|bos|>2: 3<|eos|>");
+    assert_eq!(decoded(1), "0<|bos|>1: 2<|eos|>");
+    let learnt = |row: usize| targets(&tokens, row).iter().map(|run| encoder.decode(run)).collect::<Vec<_>>();
+    assert_eq!(learnt(0), ["0<|eos|>", "3<|eos|>"]);
+    assert_eq!(learnt(1), ["2<|eos|>"]);
+    assert_eq!((tokens.rows[0].prompt.as_str(), tokens.rows[0].data.clone()), ("<|bos|>Target: 1\n: ", None));
+    own(folder.path(), &line(&json!([("user", "1"), ("assistant", "2"), ("user", "3")])));
+    let error = format!("{:#}", run(folder.path(), "open", &json!({})).unwrap_err());
+    assert!(error.contains("`train-000000`") && error.contains("the last message has the role `user`"), "{error}");
 }

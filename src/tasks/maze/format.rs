@@ -71,8 +71,8 @@ impl Format {
             FormatSpec::Alphamaze { trace: Trace::Direct } => (Style::Alphamaze, Thought::Direct, SearchOrder::Random),
             FormatSpec::Compact { trace, order } => (Style::Compact, thought(trace), order),
             FormatSpec::Fused { trace, order } => (Style::Fused, thought(trace), order),
-            FormatSpec::Json { .. } => {
-                anyhow::bail!("the format `json` is none for a maze; `alphamaze`, `compact` and `fused` are")
+            FormatSpec::Json { .. } | FormatSpec::Plain {} => {
+                anyhow::bail!("the format is none for a maze: `alphamaze`, `compact` and `fused` are")
             }
         };
         Ok(Self { style, thought, order, rows, columns })

@@ -110,8 +110,8 @@ impl Task for MazeTask {
         self.format.vocabulary()
     }
 
-    fn pieces(&self) -> &'static str {
-        r"<\|[^<>]*\|>|</?think>"
+    fn pieces(&self) -> String {
+        r"<\|[^<>]*\|>|</?think>".to_owned()
     }
 
     fn measures(&self) -> &[Measure] {

@@ -11,6 +11,7 @@ use crate::generate::Sampling;
 use crate::kinds::testing::LINES;
 use crate::loss::token_logprobs;
 use crate::model::Transformer;
+use crate::preflight;
 use crate::prompts::Prompts;
 use crate::sandbox;
 use crate::trajectory::{Request, Trajectory, play};
@@ -41,6 +42,53 @@ fn played() -> Played {
         rows.into_iter().map(|row| Request { row, samples: vec![counters(row, 0), counters(row, 1)] }).collect();
     let trajectories = play(&model, &prompts, &requests, &sampling(), &NEVER, &mut |_| {}).unwrap();
     Played { model, prompts, requests, trajectories }
+}
+
+/// Tokens of number lines whose rows a chat template frames.
+fn framed() -> (tempfile::TempDir, TokensFolder) {
+    let place = tempfile::tempdir().unwrap();
+    let tokenizer = place.path().join("tokenizer");
+    std::fs::create_dir(&tokenizer).unwrap();
+    for entry in std::fs::read_dir(LINES.path("tokenizer")).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, tokenizer.join(path.file_name().unwrap())).unwrap();
+    }
+    let template = "{% for m in messages %}{{ '<|bos|>' if m.role == 'user' else ': ' }}{{ m.content }}\
+                    {{ '<|eos|>' if m.role == 'assistant' }}{% endfor %}{{ ': ' if add_generation_prompt }}";
+    std::fs::write(tokenizer.join("chat_template.jinja"), template).unwrap();
+    let flow = LINES.with("tokenizer", &tokenizer, ArtifactType::Tokenizer);
+    let format = json!({"kind": "json", "thoughts": false});
+    let params = json!({"dataset": "lines", "tokenizer": "tokenizer", "format": format});
+    let out = place.path().join("out");
+    Job::new(&flow, "tokenize", params).attempt(End::Never, &out).unwrap();
+    let tokens = TokensFolder::open(&out.join("tokens")).unwrap();
+    (place, tokens)
+}
+
+#[test]
+fn what_an_episode_reads_is_what_the_rows_taught_with_and_without_a_chat_template() {
+    let (_place, framed) = framed();
+    let plain = TokensFolder::open(LINES.path("tokens")).unwrap();
+    assert!(framed.chat && !plain.chat);
+    for tokens in [plain, framed] {
+        let prompts = Prompts::open(LINES.path("policy"), tokens).unwrap();
+        let mut several = 0;
+        for row in 0..prompts.tokens.rows.len() {
+            let ids: Vec<i64> = prompts.tokens.row_ids(row).iter().map(|id| i64::from(*id)).collect();
+            let runs = preflight::runs(prompts.tokens.row_mask(row));
+            let text = |run: &std::ops::Range<usize>| prompts.codec.decode(&ids[run.start..run.end - 1]).unwrap();
+            let replies: Vec<String> = runs.iter().map(text).collect();
+            let start = Start { instance: prompts.instance(row).unwrap(), seed: 0 };
+            let (turns, _) = replay(prompts.task.as_ref(), start, &replies, Finish::Stop).unwrap();
+            assert_eq!(prompts.prompt(row), ids[..runs[0].start], "the first prompt");
+            for (at, pair) in runs.windows(2).enumerate() {
+                let read = prompts.observation(&turns[at].observation).unwrap();
+                assert_eq!(read, ids[pair[0].end..pair[1].start], "what is read in turn {}", at + 2);
+                several += 1;
+            }
+        }
+        assert!(several > 0);
+    }
 }
 
 #[test]

@@ -205,10 +205,74 @@ fn a_step_without_a_gradient_makes_no_update_and_is_counted() {
 
 #[test]
 fn a_reward_without_a_value_stops_with_the_row_named() {
+    let error = |expression: &str| {
+        let mut params = grpo();
+        params["rewards"] = json!({"broken": {"kind": "expression", "expression": expression}});
+        format!("{:#}", Job::new(&FLOW, "grpo", params).run(&[]).unwrap_err())
+    };
+    let never = error("1 / (solved - solved)");
+    assert!(never.contains("`broken` has no value for a demonstration of `rl-"), "{never}");
+    // A demonstration solves its instance, so that this is found on the way.
+    let unsolved = error("1 / solved");
+    assert!(unsolved.contains("`broken`") && unsolved.contains("`rl-") && unsolved.contains("step 1"), "{unsolved}");
+}
+
+#[test]
+fn an_error_of_a_reward_is_counted_and_excluded_where_that_is_asked() {
     let mut params = grpo();
-    params["rewards"] = json!({"broken": {"kind": "expression", "expression": "1 / (solved - solved)"}});
-    let error = format!("{:#}", Job::new(&FLOW, "grpo", params).run(&[]).unwrap_err());
-    assert!(error.contains("`broken`") && error.contains("`rl-") && error.contains("step 1"), "{error}");
+    let unsolved = json!({"kind": "expression", "expression": "progress / solved"});
+    params["rewards"] = json!({"near": {"kind": "expression", "expression": "progress"}, "picky": unsolved});
+    params["on_error"] = json!("exclude");
+    params["steps"] = json!(2);
+    let job = Job::new(&FLOW, "grpo", params);
+    job.run(&[]).unwrap();
+    let columns = numbers(&job, &["solved"]);
+    let unsolved = columns[0].iter().filter(|solved| **solved == 0.0).count();
+    let path = job.out().join("rollouts/rollouts.parquet");
+    let columns = table::read(&path, &["total", "reward_picky", "reward_errors", "advantages"]).unwrap();
+    let [Column::Number(total), Column::Number(picky), Column::Text(errors), Column::Numbers(advantages)] =
+        &columns[..]
+    else {
+        panic!("other types")
+    };
+    assert!(unsolved > 0 && unsolved < total.len(), "{unsolved} of {}: nothing is told apart", total.len());
+    for row in 0..total.len() {
+        let excluded = errors[row].as_deref().is_some_and(|why| why.starts_with("picky: ") && why.contains("finite"));
+        let agree = [total[row].is_none(), picky[row].is_none(), advantages[row].is_empty()];
+        assert_eq!(agree, [excluded; 3], "row {row}: {:?}", errors[row]);
+    }
+    let sum = |name: &str| job.metrics().iter().map(|line| line[name].as_f64().unwrap_or(0.0)).sum::<f64>();
+    assert_eq!(sum("samples/excluded"), unsolved as f64);
+    assert_eq!(sum("rewards/errors"), unsolved as f64);
+}
+
+#[test]
+fn a_program_scores_as_the_expression_that_it_computes_and_its_failure_comes_before_training() {
+    let with = |reward: Value| {
+        let mut params = grpo();
+        params["rewards"] = json!({"correct": {"kind": "correct"}, "near": reward});
+        params["steps"] = json!(2);
+        Job::new(&FLOW, "grpo", params)
+    };
+    let program = |answer: &str| {
+        let script = format!(
+            "import json, sys\nfor line in sys.stdin:\n  samples = json.loads(line)['samples']\n  \
+             print(json.dumps({{'rewards': {answer}}}), flush=True)"
+        );
+        json!({"kind": "program", "command": ["python3", "-c", script], "weight": 0.5, "batch_size": 3})
+    };
+    let expression = with(json!({"kind": "expression", "expression": "progress", "weight": 0.5}));
+    expression.run(&[]).unwrap();
+    let same = with(program("[s['measurements']['progress'] for s in samples]"));
+    same.run(&[]).unwrap();
+    let weights = |job: &Job| std::fs::read(job.out().join("last/model.safetensors")).unwrap();
+    assert_eq!(weights(&expression), weights(&same));
+    let error = format!("{:#}", with(program("[1, 2, 3, 4]")).run(&[]).unwrap_err());
+    assert!(error.contains("before training") && error.contains("answered 4 rewards for 1 samples"), "{error}");
+    let abstains = with(program("[None for s in samples]"));
+    abstains.run(&[]).unwrap();
+    let total = numbers(&abstains, &["total", "reward_correct"]);
+    assert_eq!(total[0], total[1], "what abstains is no part of the total");
 }
 
 #[test]

@@ -1,0 +1,91 @@
+//! The reward that is a program of the user's: batches of samples out, as many outcomes back.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::program::{Launch, Program, ProgramError};
+use crate::rewards::{Outcome, RewardSpec, ScoreInput};
+
+/// A running program that scores samples.
+pub(super) struct ProgramReward {
+    program: Program,
+    batch_size: usize,
+}
+
+#[derive(Serialize)]
+struct Request<'a> {
+    samples: &'a [ScoreInput<'a>],
+}
+
+#[derive(Deserialize)]
+struct Answer {
+    rewards: Vec<Value>,
+}
+
+impl ProgramReward {
+    /// Starts the program of a `program` reward.
+    pub(super) fn start(spec: &RewardSpec, interrupt: Option<&Arc<AtomicBool>>) -> Result<Self, ProgramError> {
+        let RewardSpec::Program { command, files, timeout_seconds, batch_size, .. } = spec else {
+            return Err(ProgramError::Start("the reward is no program".to_owned()));
+        };
+        let timeout = Duration::try_from_secs_f64(*timeout_seconds)
+            .map_err(|error| ProgramError::Start(format!("`{timeout_seconds}` is no time limit: {error}")))?;
+        let program = Program::start(&Launch { command, files, timeout, interrupt: interrupt.cloned() })?;
+        Ok(Self { program, batch_size: (*batch_size).max(1) as usize })
+    }
+
+    /// One outcome a sample; anything else that the program does is an error of the program.
+    pub(super) fn score(&mut self, samples: &[ScoreInput<'_>]) -> Result<Vec<Outcome>, ProgramError> {
+        let mut outcomes = Vec::with_capacity(samples.len());
+        for samples in samples.chunks(self.batch_size) {
+            let Answer { rewards } = self.program.call(&Request { samples })?;
+            if rewards.len() != samples.len() {
+                let (given, asked) = (rewards.len(), samples.len());
+                return Err(self.program.refuse(format!("answered {given} rewards for {asked} samples")));
+            }
+            for (place, (sample, answer)) in samples.iter().zip(rewards).enumerate() {
+                let outcome = outcome(&answer, sample.turns.len());
+                outcomes.push(
+                    outcome.map_err(|what| {
+                        self.program.refuse(format!("answered {what} for sample {place} of its batch"))
+                    })?,
+                );
+            }
+        }
+        Ok(outcomes)
+    }
+}
+
+/// What an answer says of a sample of so many turns, or what is wrong with it.
+fn outcome(answer: &Value, turns: usize) -> Result<Outcome, String> {
+    let wanted =
+        "a reward is a finite number, a list of one number a turn, `null` to abstain, or `{\"error\": \"why\"}`";
+    let number = |value: &Value| value.as_f64().filter(|value| value.is_finite());
+    match answer {
+        Value::Null => return Ok(Outcome::Abstain),
+        Value::Number(_) => {
+            if let Some(value) = number(answer) {
+                return Ok(Outcome::Value(value));
+            }
+        }
+        Value::Array(values) => {
+            if values.len() != turns {
+                return Err(format!("{} numbers for the {turns} turns", values.len()));
+            }
+            if let Some(values) = values.iter().map(number).collect() {
+                return Ok(Outcome::turns(values));
+            }
+        }
+        Value::Object(fields) if fields.len() == 1 => {
+            if let Some(Value::String(why)) = fields.get("error") {
+                return Ok(Outcome::Error(why.clone()));
+            }
+        }
+        _ => {}
+    }
+    Err(format!("`{answer}` ({wanted})"))
+}
