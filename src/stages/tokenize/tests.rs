@@ -274,7 +274,8 @@ fn a_chat_template_frames_the_episodes_of_a_task_unless_it_is_turned_off() {
         let decoded = encoder.decode(framed.prompt_ids(row));
         assert_eq!(decoded, format!("<|bos|>{}: ", plain.rows[row].prompt));
         assert_eq!(framed.rows[row].prompt, decoded);
-        let begins = |tokens: &TokensFolder| tokens.row_ids(row).iter().filter(|&&id| Some(id) == encoder.begin).count();
+        let begins =
+            |tokens: &TokensFolder| tokens.row_ids(row).iter().filter(|&&id| Some(id) == encoder.begin).count();
         assert_eq!((begins(&plain), begins(&framed)), (1, targets(&framed, row).len()), "one a user's message");
     }
 }

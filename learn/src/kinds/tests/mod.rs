@@ -2,6 +2,7 @@
 
 mod adapters;
 mod episodes;
+mod new_tokens;
 
 use std::time::Duration;
 
