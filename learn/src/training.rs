@@ -7,12 +7,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use pipe::pipeline::stage::StageContext;
 use pipe::stages::training::Optimizer;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tch::{Tensor, no_grad};
 
 use crate::model::Transformer;
+use crate::model::new_tokens::{self, Occurred};
 use crate::optimizer::AdamW;
 use crate::training_state::{self, State};
 
@@ -40,6 +42,9 @@ pub struct Counters<C> {
     pub best: Option<Best>,
     /// Updates that the optimizer has made.
     updates: u64,
+    /// The new tokens of the model that the training has met.
+    #[serde(default)]
+    pub occurred: Occurred,
     /// The loop's own.
     pub own: C,
 }
@@ -96,12 +101,21 @@ impl<C: Default + Serialize + DeserializeOwned> Training<C> {
         }
     }
 
+    /// Tells what became of the new tokens of the model in `folder`; a row that was used and has not moved is an error.
+    pub fn audit(&self, folder: &Path, context: &mut StageContext) -> anyhow::Result<()> {
+        if let Some(audit) = new_tokens::audit(folder, &self.model, &self.counters.occurred)? {
+            context.note(audit.to_string());
+        }
+        Ok(())
+    }
+
     /// Writes the weights as they are to `last` and those of the best validation to `best`, the last where there was none.
     pub fn publish(&mut self, last: &Path, best: &Path, companions: &Path) -> anyhow::Result<()> {
         self.model.save(last, companions)?;
         if let Some(weights) = &self.best {
             no_grad(|| self.model.weights().flat().shallow_clone().copy_(weights));
         }
-        self.model.save(best, companions)
+        self.model.save(best, companions)?;
+        [last, best].into_iter().try_for_each(|folder| new_tokens::carry(folder, &self.counters.occurred))
     }
 }

@@ -49,6 +49,7 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
 
     // Resume.
     let (mut training, resumed) = Training::<Own>::resume(model, &params.optimizer, &states(&context.work))?;
+    training.counters.occurred.watch(&folder)?;
     let recorded = training.counters.step - u64::from(training.counters.unrecorded.is_some());
     let recorded = resumed.then_some(recorded);
     let mut validation = None;
@@ -94,6 +95,7 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
     }
 
     // Finish.
+    training.audit(&folder, context)?;
     training.publish(&context.output("last"), &context.output("best"), &folder)
 }
 
@@ -136,6 +138,9 @@ fn step(
     let norm = optimizer.step(model.weights(), learning_rate).with_context(|| format!("at step {}", step + 1))?;
     counters.step += 1;
     counters.own.tokens += read;
+    for row in &rows {
+        counters.occurred.note(row.ids, row.mask);
+    }
 
     // Metrics.
     metrics.total("learning_rate", learning_rate);

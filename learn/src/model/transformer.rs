@@ -16,7 +16,7 @@ use crate::model::kv_cache::Decoder;
 use crate::model::lora::{Adapter, Adapters};
 use crate::model::rope::{Rotation, Turn, paired};
 use crate::model::weights::Weights;
-use crate::model::{ModelConfig, folder};
+use crate::model::{ModelConfig, folder, new_tokens};
 
 /// A decoder with its weights.
 #[derive(Debug)]
@@ -146,7 +146,10 @@ impl Transformer {
     /// The model of a folder as a training begins with it: all of it, or frozen with fresh adapters that `seed` decides.
     pub fn load_to_train(folder: &Path, device: Device, lora: Option<&Lora>, seed: u64) -> Result<Self> {
         match lora {
-            Some(lora) => Self::load_frozen(folder, device)?.adapt(lora, seed),
+            Some(lora) => {
+                new_tokens::refuse(folder)?;
+                Self::load_frozen(folder, device)?.adapt(lora, seed)
+            }
             None => Self::load(folder, device),
         }
     }

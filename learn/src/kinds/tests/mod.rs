@@ -2,6 +2,7 @@
 
 mod adapters;
 mod episodes;
+mod new_tokens;
 mod policy;
 
 use std::time::Duration;
