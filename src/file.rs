@@ -85,6 +85,64 @@ impl JsonSchema for PlacedFile {
     }
 }
 
+/// A folder of the user's, known by its content, or a repository of a hub, known by its name and commit.
+///
+/// It reads from a string, relative to the TOML file that names it where there is such a folder, and writes
+/// `{"$file": absolute path}` or the name as it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Where the folder lies, absolute once the specification is read.
+    Folder(PathBuf),
+    /// `organisation/name` or `organisation/name@commit`.
+    Repository(String),
+}
+
+/// Whether a text that is no path names a repository of a hub: `organisation/name`, with or without `@commit`.
+pub fn names_a_repository(text: &str) -> bool {
+    let name = text.split_once('@').map_or(text, |(name, _)| name);
+    let word = |word: &str| {
+        word.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && word.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+    };
+    name.split_once('/').is_some_and(|(organisation, name)| word(organisation) && word(name))
+}
+
+impl Serialize for Source {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Folder(path) => json!({"$file": path}).serialize(serializer),
+            Self::Repository(name) => name.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Source {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let value = Value::deserialize(deserializer)?;
+        match value.as_str() {
+            Some(text) if names_a_repository(text) => Ok(Self::Repository(text.to_owned())),
+            _ => {
+                let read = tagged_string(value, "$file").map_err(serde::de::Error::custom);
+                read.map(|(path, _)| Self::Folder(path.into()))
+            }
+        }
+    }
+}
+
+impl JsonSchema for Source {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Source".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"type": "string", "x-file": "source"})
+    }
+}
+
 /// Reads a plain string, or the object that a tagged type writes; gives the string and the object's `as`.
 pub(crate) fn tagged_string<'de, D: Deserializer<'de>>(
     deserializer: D,

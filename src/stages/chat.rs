@@ -21,9 +21,9 @@ use crate::stages::tokenizer::TOKENIZER_FILE;
 /// The file with a template of its own.
 pub const TEMPLATE_FILE: &str = "chat_template.jinja";
 /// The file that may hold templates beside its other entries.
-const CONFIG_FILE: &str = "tokenizer_config.json";
+pub(crate) const CONFIG_FILE: &str = "tokenizer_config.json";
 /// Where special tokens stood before `tokenizer_config.json` had them.
-const SPECIALS_FILE: &str = "special_tokens_map.json";
+pub(crate) const SPECIALS_FILE: &str = "special_tokens_map.json";
 /// The names of special tokens that a template sees as variables.
 const SPECIALS: &[&str] = &["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 /// Instructions that one rendering may take: a template that never ends is an error.
@@ -321,7 +321,7 @@ fn without_generation_tags(source: &str) -> String {
 }
 
 /// A JSON object in a file; an empty one where there is no file.
-fn read_json(path: &Path) -> anyhow::Result<serde_json::Map<String, serde_json::Value>> {
+pub(crate) fn read_json(path: &Path) -> anyhow::Result<serde_json::Map<String, serde_json::Value>> {
     if !path.exists() {
         return Ok(serde_json::Map::new());
     }
@@ -345,7 +345,7 @@ fn named(entry: &serde_json::Value) -> anyhow::Result<String> {
 }
 
 /// The text of a special token, which is a string or an object with a `content`.
-fn content(token: &serde_json::Value) -> Option<String> {
+pub(crate) fn content(token: &serde_json::Value) -> Option<String> {
     token.as_str().or_else(|| token.get("content")?.as_str()).map(str::to_owned)
 }
 

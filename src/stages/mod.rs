@@ -5,6 +5,7 @@ pub mod command;
 pub mod dataset;
 pub mod evaluate;
 pub mod grpo;
+mod hub;
 pub mod model;
 pub mod sft;
 pub mod synthesize;

@@ -1,9 +1,11 @@
-//! `tokenizer`: the vocabulary of a task in a format, as a Hugging Face tokenizer.
+//! `tokenizer`: a Hugging Face tokenizer, of a task's vocabulary alone or of a folder with tokens added to it.
 //!
-//! Every token of the task is one entry of a word-level model, so text and ids determine each other: text that is not
-//! made of the vocabulary is an error, and there is no unknown token to hide it behind.
+//! Alone, every token of the task is one entry of a word-level model, so text and ids determine each other: text that is
+//! not made of the vocabulary is an error, and there is no unknown token to hide it behind. A folder's tokenizer keeps all
+//! its ids and reads the added tokens as wholes wherever they stand in a text.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context as _, anyhow};
 use schemars::JsonSchema;
@@ -14,22 +16,47 @@ use tokenizers::models::wordlevel::WordLevel;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::tokenizer::{AddedToken, SplitDelimiterBehavior, Tokenizer as HuggingFaceTokenizer};
 
+use crate::file::{Source, SourceFile};
 use crate::pipeline::stage::{ArtifactType, Output, Part, Problem, Stage, StageContext, Upstream};
+use crate::stages::chat::{CONFIG_FILE, ChatTemplate, SPECIALS_FILE, TEMPLATE_FILE, content, read_json};
+use crate::stages::hub;
 use crate::tasks::maze::{BEGIN, END, PAD};
 use crate::tasks::{FormatSpec, TaskSpec, open};
 
 /// The file that holds the tokenizer itself.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
 
-/// Make the tokenizer of a task: `tokenizer.json` and the companions that `transformers` reads.
+/// The files that make up a tokenizer in a Hugging Face folder besides [`TOKENIZER_FILE`].
+const COMPANIONS: &[&str] = &[
+    CONFIG_FILE,
+    SPECIALS_FILE,
+    TEMPLATE_FILE,
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+];
+
+/// Make a tokenizer with the companions that `transformers` reads: of a task, or of a folder with tokens added.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Tokenizer {
-    /// The task.
-    pub task: TaskSpec,
+    /// The task whose vocabulary becomes the tokenizer, or is added to the one in `from`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task: Option<TaskSpec>,
     /// The format in which the task is written.
     #[serde(default)]
     pub format: FormatSpec,
+    /// A folder with a `tokenizer.json`, or a repository of the Hugging Face hub as `organisation/name@commit`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<Source>,
+    /// Tokens to add to the tokenizer in `from`, in the order of their ids; those that it has keep their ids.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub added_tokens: Vec<String>,
+    /// A chat template in Jinja, in place of the one that the folder has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chat_template: Option<SourceFile>,
 }
 
 impl Stage for Tokenizer {
@@ -41,29 +68,150 @@ impl Stage for Tokenizer {
     }
 
     fn parts(&self) -> Vec<Part> {
-        [self.format.part(), self.task.part()].map(|(name, version)| Part::new(name, version)).into()
+        let task = self.task.iter().flat_map(|task| [self.format.part(), task.part()]);
+        task.map(|(name, version)| Part::new(name, version)).collect()
     }
 
     fn check(&self, _: &Upstream<'_>) -> Vec<Problem> {
-        match open(&self.task, &self.format) {
-            Ok(_) => Vec::new(),
-            Err(error) => vec![Problem::new("task", error.to_string())],
+        let mut problems = Vec::new();
+        if let Some(Err(error)) = self.task.as_ref().map(|task| open(task, &self.format)) {
+            problems.push(Problem::new("task", error.to_string()));
         }
+        match &self.from {
+            Some(source) => problems.extend(hub::check(source)),
+            None if self.task.is_none() => {
+                let problem = Problem::new("task", "a tokenizer needs a `task`, or a folder in `from`");
+                problems.push(problem.hint("give `task = { kind = ... }`, `from = \"folder\"`, or both"));
+            }
+            None if !self.added_tokens.is_empty() => {
+                problems.push(Problem::new("added_tokens", "there is no tokenizer in `from` to add tokens to"));
+            }
+            None => {}
+        }
+        if let Some(token) = self.added_tokens.iter().find(|token| token.trim().is_empty()) {
+            problems.push(Problem::new("added_tokens", format!("`{token}` cannot be a token: it has nothing to read")));
+        }
+        problems
     }
 
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
-        let task = open(&self.task, &self.format)?;
         let folder = context.output("tokenizer");
+        match &self.from {
+            Some(source) => self.import(source, &folder, context)?,
+            None => self.make(&folder)?,
+        }
+        let Some(template) = &self.chat_template else { return Ok(()) };
+        let reading = || format!("reading `{}`", template.path.display());
+        let text = fs::read_to_string(&template.path).with_context(reading)?;
+        write(&folder, TEMPLATE_FILE, &text)?;
+        // One place for the template: an entry of the configuration would be another.
+        let mut config = read_json(&folder.join(CONFIG_FILE))?;
+        if config.remove("chat_template").is_some() {
+            write(&folder, CONFIG_FILE, &pretty(&config.into()))?;
+        }
+        ChatTemplate::open(&folder).with_context(reading).map(drop)
+    }
+}
+
+impl Tokenizer {
+    /// The tokenizer of the task alone.
+    fn make(&self, folder: &Path) -> anyhow::Result<()> {
+        let task = self.task.as_ref().context("the stage names no task")?;
+        let task = open(task, &self.format)?;
         let tokenizer = build(&task.vocabulary(), &task.pieces())?;
-        let text = tokenizer.to_string(true).map_err(|error| anyhow!("{error}")).context("writing the tokenizer")?;
-        let write = |name: &str, text: String| {
-            let path = folder.join(name);
-            fs::write(&path, text + "\n").with_context(|| format!("writing `{}`", path.display()))
+        write(folder, TOKENIZER_FILE, &text(&tokenizer)?)?;
+        write(folder, CONFIG_FILE, &pretty(&config()))?;
+        write(folder, SPECIALS_FILE, &pretty(&json!({"bos_token": BEGIN, "eos_token": END, "pad_token": PAD})))
+    }
+
+    /// The tokenizer of a folder, with the tokens that are asked for added behind its own.
+    fn import(&self, source: &Source, folder: &Path, context: &mut StageContext) -> anyhow::Result<()> {
+        let companion = |name: &str| name == TOKENIZER_FILE || COMPANIONS.contains(&name);
+        let from = hub::folder(source, &context.work, &companion)?;
+        for name in std::iter::once(&TOKENIZER_FILE).chain(COMPANIONS) {
+            let path = from.join(name);
+            if path.exists() {
+                let bytes = fs::read(&path).with_context(|| format!("reading `{}`", path.display()))?;
+                fs::write(folder.join(name), bytes).with_context(|| format!("writing `{name}`"))?;
+            }
+        }
+        let mut tokenizer = read(&from)?;
+        let specials = Specials::of(folder, &tokenizer)?;
+        let mut tokens = self.added_tokens.clone();
+        if let Some(task) = &self.task {
+            // Of a task's own frame only what the tokenizer lacks: two tokens for one end would be two ends.
+            let framed = [
+                ("pad_token", PAD, specials.pad),
+                ("bos_token", BEGIN, specials.begin.or(specials.end)),
+                ("eos_token", END, specials.end),
+            ];
+            let stands = |token: &str| framed.iter().any(|(_, frame, has)| *frame == token && has.is_some());
+            tokens.extend(open(task, &self.format)?.vocabulary().into_iter().filter(|token| !stands(token)));
+            let mut config = read_json(&folder.join(CONFIG_FILE))?;
+            for (name, frame, _) in framed.iter().filter(|(_, _, has)| has.is_none()) {
+                config.insert((*name).to_owned(), json!(frame));
+            }
+            write(folder, CONFIG_FILE, &pretty(&config.into()))?;
+        }
+        if tokens.is_empty() {
+            return Ok(());
+        }
+        let before = tokenizer.get_vocab_size(true);
+        let special = |token: &String| [PAD, BEGIN, END].contains(&token.as_str());
+        let added = tokens.iter().map(|token| AddedToken::from(token.clone(), special(token)).normalized(false));
+        tokenizer.add_tokens(added).map_err(|error| anyhow!("{error}")).context("adding tokens")?;
+        let new = tokenizer.get_vocab_size(true) - before;
+        context.note(format!("{new} tokens added to {before}, {} were there", tokens.len() - new));
+        write(folder, TOKENIZER_FILE, &text(&tokenizer)?)
+    }
+}
+
+fn write(folder: &Path, name: &str, text: &str) -> anyhow::Result<()> {
+    let path = folder.join(name);
+    let end = if text.ends_with('\n') { "" } else { "\n" };
+    fs::write(&path, format!("{text}{end}")).with_context(|| format!("writing `{}`", path.display()))
+}
+
+fn pretty(value: &Value) -> String {
+    serde_json::to_string_pretty(value).expect("a JSON value is plain data")
+}
+
+fn text(tokenizer: &HuggingFaceTokenizer) -> anyhow::Result<String> {
+    tokenizer.to_string(true).map_err(|error| anyhow!("{error}")).context("writing the tokenizer")
+}
+
+/// Reads `tokenizer.json` in a folder.
+pub(crate) fn read(folder: &Path) -> anyhow::Result<HuggingFaceTokenizer> {
+    let path = folder.join(TOKENIZER_FILE);
+    let reading = || format!("reading `{}`", path.display());
+    let bytes = fs::read(&path).with_context(reading)?;
+    HuggingFaceTokenizer::from_bytes(&bytes).map_err(|error| anyhow!("{error}")).with_context(reading)
+}
+
+/// The ids by which sequences are framed, as a tokenizer's folder names them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Specials {
+    /// Begins a sequence, where the tokenizer wants that.
+    pub begin: Option<u32>,
+    /// Ends a sequence.
+    pub end: Option<u32>,
+    /// Fills sequences up.
+    pub pad: Option<u32>,
+}
+
+impl Specials {
+    /// What `tokenizer_config.json` or `special_tokens_map.json` of `folder` name, or else a task's own tokens.
+    pub(crate) fn of(folder: &Path, tokenizer: &HuggingFaceTokenizer) -> anyhow::Result<Self> {
+        let files = [read_json(&folder.join(CONFIG_FILE))?, read_json(&folder.join(SPECIALS_FILE))?];
+        let id = |name: &str, own: &str| {
+            if files.iter().all(serde_json::Map::is_empty) {
+                return Ok(tokenizer.token_to_id(own));
+            }
+            let Some(token) = files.iter().find_map(|file| content(file.get(name)?)) else { return Ok(None) };
+            let id = tokenizer.token_to_id(&token);
+            id.map(Some).with_context(|| format!("`{}` has no `{token}`, its `{name}`", folder.display()))
         };
-        let pretty = |value: &Value| serde_json::to_string_pretty(value).expect("a JSON value is plain data");
-        write(TOKENIZER_FILE, text)?;
-        write("tokenizer_config.json", pretty(&config()))?;
-        write("special_tokens_map.json", pretty(&json!({"bos_token": BEGIN, "eos_token": END, "pad_token": PAD})))
+        Ok(Self { begin: id("bos_token", BEGIN)?, end: id("eos_token", END)?, pad: id("pad_token", PAD)? })
     }
 }
 
@@ -100,28 +248,27 @@ fn build(vocabulary: &[String], pieces: &str) -> anyhow::Result<HuggingFaceToken
 /// A tokenizer read from its folder, with the ids that rows are framed with.
 pub(crate) struct Encoder {
     tokenizer: HuggingFaceTokenizer,
-    /// The id of `<|bos|>`.
-    pub(crate) begin: i32,
-    /// The id of `<|eos|>`.
+    /// The id that begins a row, where the tokenizer names one.
+    pub(crate) begin: Option<i32>,
+    /// The id that ends a row.
     pub(crate) end: i32,
     /// BLAKE3 of the bytes of `tokenizer.json`.
     pub(crate) digest: String,
 }
 
 impl Encoder {
-    /// Reads `tokenizer.json` in a folder.
-    pub(crate) fn open(folder: &std::path::Path) -> anyhow::Result<Self> {
+    /// Reads the tokenizer of a folder.
+    pub(crate) fn open(folder: &Path) -> anyhow::Result<Self> {
+        let tokenizer = read(folder)?;
         let path = folder.join(TOKENIZER_FILE);
-        let reading = || format!("reading `{}`", path.display());
-        let bytes = fs::read(&path).with_context(reading)?;
-        let tokenizer =
-            HuggingFaceTokenizer::from_bytes(&bytes).map_err(|error| anyhow!("{error}")).with_context(reading)?;
-        let id = |token: &str| {
-            let id = tokenizer.token_to_id(token).map(|id| id as i32);
-            id.with_context(|| format!("`{}` has no token `{token}`", path.display()))
-        };
-        let (begin, end) = (id(BEGIN)?, id(END)?);
-        Ok(Self { begin, end, digest: blake3::hash(&bytes).to_hex().to_string(), tokenizer })
+        let bytes = fs::read(&path).with_context(|| format!("reading `{}`", path.display()))?;
+        let specials = Specials::of(folder, &tokenizer)?;
+        let end = specials.end.with_context(|| {
+            let folder = folder.display();
+            format!("the tokenizer `{folder}` names no `eos_token`: rows need an end, name it in `{CONFIG_FILE}`")
+        })?;
+        let begin = specials.begin.map(|id| id as i32);
+        Ok(Self { begin, end: end as i32, digest: blake3::hash(&bytes).to_hex().to_string(), tokenizer })
     }
 
     /// The ids of a text, nothing added; an error shows the text that has none.
@@ -174,7 +321,7 @@ mod tests {
             let task = open(&serde_json::from_value(json!({"kind": "maze", "rows": 5, "columns": 5})).unwrap(), &spec)
                 .unwrap();
             let vocabulary = task.vocabulary();
-            assert_eq!((encoder.begin, encoder.end), (1, 2));
+            assert_eq!((encoder.begin, encoder.end), (Some(1), 2));
             let mut ids = Vec::new();
             encoder.encode(&vocabulary.concat(), &mut ids).unwrap();
             assert_eq!(ids, (0..vocabulary.len() as i32).collect::<Vec<_>>());
@@ -197,6 +344,80 @@ mod tests {
         for text in [" ", "x", "<|up|> <|down|>", "<|sideways|>", "<|up|>\n", "<|up", "<|up|>é"] {
             assert!(encoder.encode(text, &mut Vec::new()).is_err(), "`{text}` is taken");
         }
+    }
+
+    /// Runs a stage of `params` and gives its folder.
+    fn imported(params: Value) -> anyhow::Result<tempfile::TempDir> {
+        let folder = tempfile::tempdir().unwrap();
+        let stage: Tokenizer = serde_json::from_value(params).unwrap();
+        assert_eq!(stage.check(&Upstream { stages: &std::collections::BTreeMap::new() }), []);
+        stage.run(&mut context(folder.path(), &["tokenizer"]))?;
+        Ok(folder)
+    }
+
+    #[test]
+    fn a_folder_keeps_its_ids_and_gets_more() {
+        let source = run(&json!({"kind": "compact"}));
+        let source = source.path().join("out/tokenizer");
+        let own = Encoder::open(&source).unwrap();
+        let copy = imported(json!({"from": source})).unwrap();
+        assert_eq!(digest(&copy.path().join("out/tokenizer")), digest(&source));
+        let task = json!({"kind": "maze", "rows": 6, "columns": 6});
+        let params =
+            json!({"from": source, "task": task, "format": {"kind": "compact"}, "added_tokens": ["<new>", "<|up|>"]});
+        let folder = imported(params.clone()).unwrap();
+        assert_eq!(digest(folder.path()), digest(imported(params).unwrap().path()));
+        let grown = Encoder::open(&folder.path().join("out/tokenizer")).unwrap();
+        assert_eq!((grown.begin, grown.end), (own.begin, own.end));
+        let before = own.tokenizer.get_vocab(true);
+        let after = grown.tokenizer.get_vocab(true);
+        assert!(before.iter().all(|(token, id)| after.get(token) == Some(id)), "an old token has another id");
+        assert_eq!(after["<new>"] as usize, before.len(), "the first new id follows the last old one");
+        let spec: TaskSpec = serde_json::from_value(task).unwrap();
+        let vocabulary =
+            open(&spec, &serde_json::from_value(json!({"kind": "compact"})).unwrap()).unwrap().vocabulary();
+        assert!(vocabulary.iter().all(|token| after.contains_key(token)));
+        let text = vocabulary.concat() + "<new>";
+        let mut ids = Vec::new();
+        grown.encode(&text, &mut ids).unwrap();
+        assert_eq!((ids.len(), grown.decode(&ids)), (vocabulary.len() + 1, text));
+    }
+
+    #[test]
+    fn a_chat_template_takes_the_place_of_another() {
+        let source = run(&json!({"kind": "compact"}));
+        let source = source.path().join("out/tokenizer");
+        let mut config = read_json(&source.join(CONFIG_FILE)).unwrap();
+        config.insert("chat_template".to_owned(), json!("old"));
+        write(&source, CONFIG_FILE, &pretty(&config.into())).unwrap();
+        let template = source.join("new.jinja");
+        let text = "{% for message in messages %}{{ message.role + message.content + eos_token }}{% endfor %}\
+            {% if add_generation_prompt %}{{ 'assistant' }}{% endif %}";
+        fs::write(&template, text).unwrap();
+        let folder = imported(json!({"from": source, "chat_template": template})).unwrap();
+        let folder = folder.path().join("out/tokenizer");
+        assert!(!read_json(&folder.join(CONFIG_FILE)).unwrap().contains_key("chat_template"));
+        assert_eq!(ChatTemplate::open(&folder).unwrap().unwrap().end_of_turn(), END);
+        fs::write(&template, "{% for %}").unwrap();
+        let error = format!("{:#}", imported(json!({"from": source, "chat_template": template})).err().unwrap());
+        assert!(error.contains("new.jinja") && error.contains("no chat template"), "{error}");
+    }
+
+    #[test]
+    fn a_tokenizer_has_a_beginning() {
+        let problems = |params: Value| -> Vec<String> {
+            let stage: Tokenizer = serde_json::from_value(params).unwrap();
+            let none = std::collections::BTreeMap::new();
+            stage.check(&Upstream { stages: &none }).into_iter().map(|problem| problem.path).collect()
+        };
+        let task = json!({"kind": "maze", "rows": 5, "columns": 5});
+        assert_eq!(problems(json!({"task": task})), Vec::<String>::new());
+        assert_eq!(problems(json!({})), ["task"]);
+        assert_eq!(problems(json!({"task": task, "added_tokens": ["x"]})), ["added_tokens"]);
+        assert_eq!(problems(json!({"from": "/a", "added_tokens": [" "]})), ["added_tokens"]);
+        let stage: Tokenizer = serde_json::from_value(json!({"task": task})).unwrap();
+        let fields = serde_json::to_value(&stage).unwrap();
+        assert_eq!(fields.as_object().unwrap().keys().collect::<Vec<_>>(), ["format", "task"], "old keys stay");
     }
 
     #[test]

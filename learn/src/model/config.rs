@@ -6,6 +6,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use pipe::stages::model::FAMILIES;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -22,9 +23,6 @@ pub enum Family {
     /// Llama.
     Llama,
 }
-
-/// The names of [`Family`].
-const FAMILIES: &[&str] = &["qwen2", "qwen3", "llama"];
 
 /// The architecture of a checkpoint, with the field names of Hugging Face.
 #[derive(Clone, Debug, PartialEq, Deserialize)]

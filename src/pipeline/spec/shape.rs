@@ -62,6 +62,8 @@ pub(super) enum Text {
     File,
     /// A file or folder that stands at its relative path.
     Placed,
+    /// A folder, or the name of a repository where there is none.
+    Source,
 }
 
 /// Bounds of a number.
@@ -355,6 +357,7 @@ fn text(schema: &Map<String, Json>, least: usize) -> Text {
     match (extension("x-input"), extension("x-file")) {
         (Some(wants), _) => Text::Input(wants.to_owned()),
         (_, Some("placed")) => Text::Placed,
+        (_, Some("source")) => Text::Source,
         (_, Some(_)) => Text::File,
         _ => Text::Plain(least),
     }

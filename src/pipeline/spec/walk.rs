@@ -4,6 +4,7 @@
 
 use serde_json::{Map, Value as Json};
 
+use crate::file::names_a_repository;
 use crate::pipeline::spec::diagnostic::{Mistake, did_you_mean, expected, nearest};
 use crate::pipeline::spec::shape::{Array, Fields, Shape, ShapeId, Shapes, Text};
 use crate::pipeline::spec::source::{Sources, Span, absolute};
@@ -168,7 +169,10 @@ impl Walk<'_> {
                 });
                 Json::from(value)
             }
-            Text::File => self.file(value, node).map_or(Json::Null, |path| serde_json::json!({"$file": path})),
+            Text::Source if names_a_repository(value) && !self.beside(value, node).exists() => Json::from(value),
+            Text::File | Text::Source => {
+                self.file(value, node).map_or(Json::Null, |path| serde_json::json!({"$file": path}))
+            }
             Text::Placed => {
                 let inside = std::path::Path::new(value)
                     .components()
@@ -184,9 +188,14 @@ impl Walk<'_> {
         }
     }
 
+    /// The path `value` as seen from the text in which it is written.
+    fn beside(&self, value: &str, node: &Node) -> std::path::PathBuf {
+        self.sources.get(node.span.source).folder.join(value)
+    }
+
     /// The absolute path of the file that `value` names, relative to the text in which it is written.
     fn file(&mut self, value: &str, node: &Node) -> Option<std::path::PathBuf> {
-        let path = self.sources.get(node.span.source).folder.join(value);
+        let path = self.beside(value, node);
         match absolute(&path) {
             Ok(path) => Some(path),
             Err(error) => {
@@ -349,6 +358,7 @@ impl Shapes {
             Shape::Text(Text::Input(wants)) if wants == "any" => "the name of a stage".to_owned(),
             Shape::Text(Text::Input(wants)) => format!("the name of a stage that makes {}", with_article(wants)),
             Shape::Text(Text::File | Text::Placed) => "the path of a file".to_owned(),
+            Shape::Text(Text::Source) => "the path of a folder or `organisation/name@commit`".to_owned(),
             Shape::Names(names) => {
                 let shown: Vec<String> = names.iter().map(|name| format!("`{name}`")).collect();
                 format!("one of {}", shown.join(", "))

@@ -70,7 +70,7 @@ fn rows_read_back_are_prompts_and_demonstrations_that_solve() {
         assert_eq!(error, "the tokens have no split `rl`; there are `test` (20 rows), `train` (40 rows)");
         for (row, of) in tokens.rows.iter().enumerate() {
             let (ids, prompt) = (tokens.row_ids(row), tokens.prompt_ids(row));
-            assert_eq!((ids[0], ids[ids.len() - 1]), (encoder.begin, encoder.end));
+            assert_eq!((Some(ids[0]), ids[ids.len() - 1]), (encoder.begin, encoder.end));
             assert_eq!(encoder.decode(&prompt[1..]), of.prompt);
             let completion = encoder.decode(&ids[prompt.len()..ids.len() - 1]);
             let data = of.data.as_ref().unwrap();
@@ -274,7 +274,8 @@ fn a_chat_template_frames_the_episodes_of_a_task_unless_it_is_turned_off() {
         let decoded = encoder.decode(framed.prompt_ids(row));
         assert_eq!(decoded, format!("<|bos|>{}: ", plain.rows[row].prompt));
         assert_eq!(framed.rows[row].prompt, decoded);
-        let begins = |tokens: &TokensFolder| tokens.row_ids(row).iter().filter(|&&id| id == encoder.begin).count();
+        let begins =
+            |tokens: &TokensFolder| tokens.row_ids(row).iter().filter(|&&id| Some(id) == encoder.begin).count();
         assert_eq!((begins(&plain), begins(&framed)), (1, targets(&framed, row).len()), "one a user's message");
     }
 }
