@@ -2,6 +2,7 @@
 
 mod continuing;
 mod episodes;
+mod policy;
 
 use std::time::Duration;
 
