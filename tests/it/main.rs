@@ -8,3 +8,4 @@ mod engine;
 mod generated;
 mod learning;
 mod sandbox;
+mod traps;

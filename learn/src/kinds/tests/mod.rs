@@ -3,6 +3,7 @@
 mod continuing;
 mod episodes;
 mod policy;
+mod supervised;
 
 use std::time::Duration;
 
