@@ -67,7 +67,7 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
 
     // Resume.
     let states = states(&context.work);
-    let (mut training, resumed) = Training::<Own>::resume(model, &params.optimizer, &states)?;
+    let (mut training, resumed) = Training::<Own>::resume(model, &params.optimizer, &states, None)?;
     training.counters.occurred.watch(&folder)?;
     let recorded = training.counters.step - u64::from(training.counters.unrecorded.is_some());
     let journal = states.join("rollouts.jsonl");
