@@ -6,7 +6,7 @@
 
 mod edge;
 
-pub use edge::{Any, Artifact, ArtifactType, Checkpoint, Dataset, Input, Tokenizer, Tokens, TrainingState};
+pub use edge::{Any, Artifact, ArtifactType, Checkpoint, Dataset, Input, Rollouts, Tokenizer, Tokens, TrainingState};
 
 pub use crate::file::{PlacedFile, SourceFile};
 

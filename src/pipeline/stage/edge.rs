@@ -75,6 +75,8 @@ artifacts! {
     Checkpoint = Some(ArtifactType::Checkpoint);
     /// Marks an input of type [`ArtifactType::TrainingState`].
     TrainingState = Some(ArtifactType::TrainingState);
+    /// Marks an input of type [`ArtifactType::Rollouts`].
+    Rollouts = Some(ArtifactType::Rollouts);
     /// Marks an input that takes an artifact of any type.
     Any = None;
 }

@@ -5,6 +5,7 @@ mod continuing;
 mod episodes;
 mod new_tokens;
 mod policy;
+mod replayed;
 mod supervised;
 
 use std::time::Duration;
