@@ -106,7 +106,9 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
                         let own = &mut training.counters.own;
                         let (shown, note) = watch(params, own, evaluation);
                         metrics.extend(shown);
-                        note.into_iter().for_each(|note| context.note(note));
+                        if let Some(note) = note {
+                            context.note(note);
+                        }
                     }
                 }
                 Err(error) if error.is::<Interrupted>() => {
