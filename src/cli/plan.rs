@@ -25,6 +25,9 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     session.ui.data(&text(&plan, session.ui.output_color(), session.ui.output_width()))?;
     same_arms(session, &plan, &experiments)?;
     session.ui.note(&summary(&plan));
+    for hint in plan.nodes.iter().filter_map(|node| node.hint.as_deref()) {
+        session.ui.note(&format!("hint: {hint}"));
+    }
     Ok(())
 }
 

@@ -67,7 +67,8 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
 
     // Resume.
     let states = states(&context.work);
-    let (mut training, resumed) = Training::<Own>::resume(model, &params.optimizer, &states)?;
+    let (mut training, resumed) = Training::<Own>::resume(model, &params.optimizer, &states, None)?;
+    training.counters.occurred.watch(&folder)?;
     let recorded = training.counters.step - u64::from(training.counters.unrecorded.is_some());
     let journal = states.join("rollouts.jsonl");
     let (committed, at) = (training.counters.own.journal, training.counters.step);
@@ -132,6 +133,7 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
 
     // Finish.
     rollouts.publish(&context.output("rollouts").join(ROLLOUTS_FILE))?;
+    training.audit(&folder, context)?;
     training.publish(&context.output("last"), &context.output("best"), &folder)
 }
 
@@ -191,6 +193,11 @@ fn step(
     metrics.merge(&trained.with_context(|| format!("at step {}", step + 1))?);
     let samples = rollout.groups.iter().flat_map(|group| &group.samples);
     let generated = samples.map(|sample| sample.trajectory.length() as u64);
+    for (group, sample) in rollout.groups.iter().filter(|group| group.kept).flat_map(ScoredGroup::learnt_from) {
+        let prompt = prompts.prompt(group.row);
+        let mask = [vec![0; prompt.len()], sample.trajectory.mask()].concat();
+        training.counters.occurred.note(&[prompt.as_slice(), &sample.trajectory.ids].concat(), &mask);
+    }
     let own = &mut training.counters.own;
     own.tokens += generated.sum::<u64>();
     own.drawn = drawn;

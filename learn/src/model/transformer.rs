@@ -16,7 +16,7 @@ use crate::model::kv_cache::Decoder;
 use crate::model::lora::{Adapter, Adapters};
 use crate::model::rope::{Rotation, Turn, paired};
 use crate::model::weights::Weights;
-use crate::model::{ModelConfig, folder};
+use crate::model::{ModelConfig, folder, new_tokens};
 
 /// A decoder with its weights.
 #[derive(Debug)]
@@ -146,7 +146,10 @@ impl Transformer {
     /// The model of a folder as a training begins with it: all of it, or frozen with fresh adapters that `seed` decides.
     pub fn load_to_train(folder: &Path, device: Device, lora: Option<&Lora>, seed: u64) -> Result<Self> {
         match lora {
-            Some(lora) => Self::load_frozen(folder, device)?.adapt(lora, seed),
+            Some(lora) => {
+                new_tokens::refuse(folder)?;
+                Self::load_frozen(folder, device)?.adapt(lora, seed)
+            }
             None => Self::load(folder, device),
         }
     }
@@ -157,8 +160,12 @@ impl Transformer {
         Ok(Self::of(config, weights, None, device))
     }
 
+    /// A model of a folder's configuration whose weights are all 0, to be filled from a training state.
+    pub fn empty(folder: &Path, device: Device) -> Result<Self> {
+        Ok(Self::zeros(ModelConfig::read(folder)?, device))
+    }
+
     /// A model whose weights are all 0.
-    #[cfg(test)]
     pub(crate) fn zeros(config: ModelConfig, device: Device) -> Self {
         let weights = Weights::zeros(plan(&config), device);
         Self::of(config, weights, None, device)
@@ -338,20 +345,24 @@ impl Transformer {
     /// Writes a Hugging Face folder: the weights in fp32 with adapters merged, and configuration, tokenizer and generation files as they stand
     /// in `companions`, the folder that the model came from. The same weights give the same bytes.
     pub fn save(&self, folder: &Path, companions: &Path) -> Result<()> {
-        fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
-        copy_companions(companions, folder)?;
-        let from = companions.join("config.json");
-        let text = fs::read_to_string(&from).with_context(|| format!("cannot read `{}`", from.display()))?;
-        let mut config: Value =
-            serde_json::from_str(&text).with_context(|| format!("`{}` is no JSON", from.display()))?;
-        // Older and newer programs call the type of the stored weights by these two names.
-        let field = if config["dtype"].is_null() { "torch_dtype" } else { "dtype" };
-        config[field] = json!("float32");
-        let to = folder.join("config.json");
-        let text = serde_json::to_string_pretty(&config).context("a configuration is plain data")?;
-        fs::write(&to, text + "\n").with_context(|| format!("cannot write `{}`", to.display()))?;
+        save_companions(companions, folder)?;
         folder::write(&folder.join(folder::WEIGHTS_FILE), self.merged())
     }
+}
+
+/// Writes what stands beside the weights of a folder of fp32: configuration, tokenizer and generation files of `companions`.
+pub fn save_companions(companions: &Path, folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
+    copy_companions(companions, folder)?;
+    let from = companions.join("config.json");
+    let text = fs::read_to_string(&from).with_context(|| format!("cannot read `{}`", from.display()))?;
+    let mut config: Value = serde_json::from_str(&text).with_context(|| format!("`{}` is no JSON", from.display()))?;
+    // Older and newer programs call the type of the stored weights by these two names.
+    let field = if config["dtype"].is_null() { "torch_dtype" } else { "dtype" };
+    config[field] = json!("float32");
+    let to = folder.join("config.json");
+    let text = serde_json::to_string_pretty(&config).context("a configuration is plain data")?;
+    fs::write(&to, text + "\n").with_context(|| format!("cannot write `{}`", to.display()))
 }
 
 /// Copies what stands beside the weights: every file of `from` but weights and configuration.

@@ -79,6 +79,8 @@ pub struct Node {
     pub state: State,
     /// Why, shortest first; for people.
     pub reasons: Vec<String>,
+    /// What would save the user a part of the run.
+    pub hint: Option<String>,
     /// The result, where it is cached.
     pub result: Option<Arc<Manifest>>,
 }
@@ -248,6 +250,7 @@ impl Merge<'_> {
             files,
             state: State::Run,
             reasons: Vec::new(),
+            hint: None,
             result: None,
         });
         self.params.push(params);

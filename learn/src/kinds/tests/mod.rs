@@ -1,8 +1,11 @@
 //! Tests of the loops, end to end on tiny mazes: same run same bytes, stopped anywhere; laws of rollouts; refusals.
 
 mod adapters;
+mod continuing;
 mod episodes;
+mod new_tokens;
 mod policy;
+mod supervised;
 
 use std::time::Duration;
 
@@ -11,7 +14,7 @@ use pipe::stages::table::{self, Column};
 use pipe::stages::tokens::TokensFolder;
 use serde_json::{Value, json};
 
-use super::testing::{End, FLOW, Flow, Job};
+use super::testing::{End, FLOW, Flow, Job, digest};
 use crate::order::Order;
 
 fn sft() -> Value {
