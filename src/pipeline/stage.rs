@@ -199,10 +199,10 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     }
 
     /// The parameters with all that provably changes nothing set to one value: two stages of one normal form and the same
-    /// inputs compute the same but for rounding. Arms that differ in such parameters alone are told to be the same arm;
-    /// keys are made of the parameters as they are.
-    fn normal_form(&self) -> Value {
-        serde_json::to_value(self).expect("a stage's parameters are plain data")
+    /// inputs compute the same but for rounding. `None` where every parameter counts. Arms that differ in such parameters
+    /// alone are told to be the same arm; keys are made of the parameters as they are.
+    fn normal_form(&self) -> Option<Value> {
+        None
     }
 
     /// Runs the stage in process; kinds placed in the worker are run there and never here.
@@ -220,7 +220,7 @@ pub trait AnyStage: Send + Sync {
     /// See [`Stage::check`].
     fn check(&self, upstream: &Upstream<'_>) -> Vec<Problem>;
     /// See [`Stage::normal_form`].
-    fn normal_form(&self) -> Value;
+    fn normal_form(&self) -> Option<Value>;
     /// See [`Stage::run`].
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()>;
     /// Every parameter with its default written out; edges and files as their tagged objects.
@@ -237,7 +237,7 @@ impl<S: Stage> AnyStage for S {
     fn check(&self, upstream: &Upstream<'_>) -> Vec<Problem> {
         Stage::check(self, upstream)
     }
-    fn normal_form(&self) -> Value {
+    fn normal_form(&self) -> Option<Value> {
         Stage::normal_form(self)
     }
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {

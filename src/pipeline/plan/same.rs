@@ -1,8 +1,8 @@
 //! Arms whose difference changes nothing: stages that say so have equal normal forms, and so has all that rests on them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 
-use crate::pipeline::plan::{Plan, PlanError, key};
+use crate::pipeline::plan::{Edge, Plan, PlanError, key};
 use crate::pipeline::spec::Experiment;
 use crate::pipeline::store::Digest;
 
@@ -22,39 +22,42 @@ impl Plan {
     /// The arms of `experiments`, which the plan was made of, that provably compute the same but for rounding, as
     /// [`crate::pipeline::stage::Stage::normal_form`] has it.
     pub fn same_arms(&self, experiments: &[Experiment]) -> Result<Vec<SameArms>, PlanError> {
-        let trials = || experiments.iter().flat_map(|experiment| &experiment.trials);
-        let first = |experiment: &Experiment| experiment.trials.first().map(|trial| trial.arm.clone());
-        let several = |experiment: &&Experiment| {
-            experiment.trials.iter().any(|trial| Some(&trial.arm) != first(experiment).as_ref())
-        };
-        if !experiments.iter().any(|experiment| several(&experiment)) {
+        let is_one_arm =
+            |experiment: &Experiment| experiment.trials.iter().all(|trial| trial.arm == experiment.trials[0].arm);
+        if experiments.iter().all(is_one_arm) {
             return Ok(Vec::new());
         }
         let mut normal: Vec<Digest> = Vec::with_capacity(self.nodes.len());
         for node in &self.nodes {
-            let made_by = |edge: &super::Edge| key::made_by(&normal[edge.from], &edge.output);
-            let parts = node.parts(&node.spec.stage.normal_form(), &made_by);
-            let recipe = key::recipe(&parts).map_err(|error| PlanError::stage(&node.spec, error))?;
-            normal.push(recipe);
+            let form = node.spec.stage.normal_form();
+            // Where nothing upstream has a form of its own either, the recipe says it all.
+            if form.is_none() && node.edges.iter().all(|edge| normal[edge.from] == self.nodes[edge.from].recipe) {
+                normal.push(node.recipe.clone());
+                continue;
+            }
+            let params = form.unwrap_or_else(|| node.spec.stage.params());
+            let made_by = |edge: &Edge| key::made_by(&normal[edge.from], &edge.output);
+            let recipe = key::recipe(&node.parts(&params, &made_by));
+            normal.push(recipe.map_err(|error| PlanError::stage(&node.spec, error))?);
         }
         let mut arms: BTreeMap<(&str, &str), Recipes<'_>> = BTreeMap::new();
-        for (trial, planned) in trials().zip(&self.trials) {
+        let trials = experiments.iter().flat_map(|experiment| &experiment.trials);
+        for (trial, planned) in trials.zip(&self.trials) {
             let seed = trial.seed.as_ref().map(ToString::to_string).unwrap_or_default();
             let stages = planned.stages.iter().map(|(name, node)| (name.as_str(), &normal[*node])).collect();
             arms.entry((&planned.experiment, &trial.arm)).or_default().insert(seed, stages);
         }
         let mut same = Vec::new();
-        for experiment in experiments.iter().filter(several) {
-            let mut groups: Vec<(&Recipes<'_>, Vec<String>)> = Vec::new();
-            for trial in &experiment.trials {
+        for experiment in experiments {
+            let (mut seen, mut known) = (HashSet::new(), HashMap::new());
+            let mut groups: Vec<Vec<String>> = Vec::new();
+            for trial in experiment.trials.iter().filter(|trial| seen.insert(&trial.arm)) {
                 let recipes = &arms[&(experiment.name.as_str(), trial.arm.as_str())];
-                match groups.iter_mut().find(|(known, _)| *known == recipes) {
-                    Some((_, names)) if names.contains(&trial.arm) => {}
-                    Some((_, names)) => names.push(trial.arm.clone()),
-                    None => groups.push((recipes, vec![trial.arm.clone()])),
-                }
+                let group = *known.entry(recipes).or_insert(groups.len());
+                groups.resize_with(groups.len().max(group + 1), Vec::new);
+                groups[group].push(trial.arm.clone());
             }
-            let several = groups.into_iter().map(|(_, arms)| arms).filter(|arms| arms.len() > 1);
+            let several = groups.into_iter().filter(|arms| arms.len() > 1);
             same.extend(several.map(|arms| SameArms { experiment: experiment.name.clone(), arms }));
         }
         Ok(same)

@@ -192,9 +192,9 @@ impl Stage for Grpo {
         problems
     }
 
-    fn normal_form(&self) -> Value {
+    fn normal_form(&self) -> Option<Value> {
         let normal = Self { axes: self.axes.normal_form(self.updates_per_step), ..self.clone() };
-        serde_json::to_value(normal).expect("a stage's parameters are plain data")
+        Some(serde_json::to_value(normal).expect("a stage's parameters are plain data"))
     }
 }
 
