@@ -178,6 +178,8 @@ pub mod versions {
     pub const GENERATE: u32 = 1;
     /// AdamW, clipping and schedules.
     pub const OPTIMIZER: u32 = 1;
+    /// Low-rank adapters.
+    pub const LORA: u32 = 1;
     /// Losses and advantages.
     pub const LOSS: u32 = 1;
 }
