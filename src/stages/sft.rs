@@ -89,6 +89,7 @@ impl Stage for Sft {
             Part::new("learn.loss", versions::LOSS),
             Part::new("learn.optimizer", versions::OPTIMIZER),
         ];
+        parts.extend(self.lora.as_ref().map(|_| Part::new("learn.lora", versions::LORA)));
         if self.validate.is_some() {
             parts.extend(task_parts());
         }

@@ -207,6 +207,8 @@ pub mod versions {
     pub const GENERATE: u32 = 1;
     /// AdamW, clipping and schedules.
     pub const OPTIMIZER: u32 = 1;
+    /// Low-rank adapters.
+    pub const LORA: u32 = 1;
     /// The supervised loss.
     pub const LOSS: u32 = 1;
     /// Advantages and the policy-gradient loss.

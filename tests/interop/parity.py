@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,13 +107,40 @@ def make(folder: Path, config: type, own: dict, dtype: torch.dtype, shard: str) 
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
-    # Three rows of the embedding have no token: new ones take them, and then grow it.
-    words = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>"])}
-    words |= {f"w{index}": index for index in range(3, VOCABULARY - 3)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     named = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = byte_pairs() if config is LlamaConfig else words()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
+
+
+def words() -> Tokenizer:
+    """A token a word. Three rows of the embedding have none: new tokens take them, and then grow it."""
+    known = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>"])}
+    known |= {f"w{index}": index for index in range(3, VOCABULARY - 3)}
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def byte_pairs() -> Tokenizer:
+    """Merged bytes, as many tokens, cut up as Llama 3 and Qwen do it; a text begins with `<s>` by itself."""
+    tokenizer = Tokenizer(models.BPE())
+    cut = r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = pre_tokenizers.Split(Regex(cut), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet, specials = pre_tokenizers.ByteLevel.alphabet(), ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - 3, initial_alphabet=alphabet, special_tokens=specials, show_progress=False)
+    tokenizer.train_from_iterator([Path(__file__).read_text()], trainer)
+    assert tokenizer.get_vocab_size() == VOCABULARY - 3
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def check_texts(folder: Path, texts: list[str]) -> None:
+    """Texts have the same ids here as in `transformers`."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    for text, line in zip(texts, score(folder, [{"text": text} for text in texts]), strict=True):
+        assert line["ids"] == tokenizer(text)["input_ids"], f"{text!r}: {line['ids']}"
 
 
 def train(root: Path, folder: Path, how: str) -> Path:
@@ -145,7 +172,7 @@ def train(root: Path, folder: Path, how: str) -> Path:
         assert not (written / "new_tokens.json").exists(), "every new token occurred"
         tokenizer = PreTrainedTokenizerFast.from_pretrained(written)
         assert tokenizer.convert_tokens_to_ids(ADDED) == list(range(VOCABULARY - 3, VOCABULARY + 3))
-        assert tokenizer.tokenize("w3 <new1>w4") == ["w3", "<new1>", "w4"]
+        check_texts(written, ["w3 <new1>w4", "w5</s><new5><new0> w6"])
     return written
 
 
@@ -157,13 +184,18 @@ def rows() -> list[list[int]]:
 
 def ours(folder: Path, rows: list[list[int]]) -> list[list[float | None]]:
     """Log-probabilities by `pipe score`."""
+    return [line["logprobs"] for line in score(folder, [{"ids": ids} for ids in rows])]
+
+
+def score(folder: Path, rows: list[dict]) -> list[dict]:
+    """What `pipe score` says of rows."""
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
-        file.write("".join(json.dumps({"ids": ids}) + "\n" for ids in rows))
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
         file.flush()
         command = [ROOT / "pipe", "score", folder, file.name, "--device", "cpu", "--batch-size", "3"]
         done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line)["logprobs"] for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def theirs(folder: Path, rows: list[list[int]]) -> list[list[float]]:
@@ -204,6 +236,8 @@ def main() -> None:
             folder = Path(root) / name.replace(" ", "-").replace(",", "")
             make(folder, config, own, dtype, shard)
             failed |= report(name, folder)
+            if config is LlamaConfig:
+                check_texts(folder, ["It's 12345 cats,\n\n  été 日本 </s>!", " a", "<s>", "x  \t\n y"])
             if how := TRAINED.get(name):
                 failed |= report(f"{name}, trained here ({how})", train(Path(root), folder, how))
         subprocess.run(["chmod", "-R", "u+w", root], check=True)

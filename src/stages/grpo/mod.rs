@@ -148,6 +148,7 @@ impl Stage for Grpo {
             Part::new("learn.policy", versions::POLICY),
             Part::new("learn.optimizer", versions::OPTIMIZER),
         ];
+        parts.extend(self.lora.as_ref().map(|_| Part::new("learn.lora", versions::LORA)));
         parts.extend(self.rewards.values().map(|reward| Part::new(reward.part().0, reward.part().1)));
         parts.extend(task_parts());
         parts.sort();
