@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::pipeline::stage::{
     ArtifactType, Checkpoint, Continues, Input, Output, Part, Place, Problem, Stage, Tokens, TrainingState, Upstream,
 };
-use crate::stages::training::{Optimizer, Schedule, Validate, check_select, check_start, task_parts, versions};
+use crate::stages::training::{Lora, Optimizer, Schedule, Validate, check_select, check_start, task_parts, versions};
 
 /// Fine-tune a model on tokenized examples with a token-mean cross-entropy over the tokens that the mask marks.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -45,6 +45,9 @@ pub struct Sft {
     /// AdamW and clipping.
     #[serde(default)]
     pub optimizer: Optimizer,
+    /// Train low-rank adapters instead of the model's own weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<Lora>,
     /// Validation on the way; without it `best` equals `last`.
     #[serde(default)]
     pub validate: Option<Validate>,
@@ -98,6 +101,7 @@ impl Stage for Sft {
             crate::stages::training::check(&self.split, self.micro_batch_size, self.batch_size, validate);
         problems.extend(check_start(self.model.is_some(), self.continue_from.is_some()));
         problems.extend(check_select(*upstream, &self.data.reference, validate));
+        problems.extend(self.lora.iter().flat_map(Lora::problems));
         problems
     }
 }

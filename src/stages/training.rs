@@ -108,6 +108,97 @@ impl Validate {
     }
 }
 
+/// When a run is told that its reward rises without the task being solved: over validations, with a share of false alarms.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Alarm {
+    /// Validations that are looked at together.
+    #[schemars(range(min = 4))]
+    pub window: u64,
+    /// The chance of a false alarm in a whole run.
+    #[schemars(extend("exclusiveMinimum" = 0.0, "exclusiveMaximum" = 1.0))]
+    pub level: f64,
+}
+
+impl Alarm {
+    /// Whether it is the default, which is not written.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl Default for Alarm {
+    fn default() -> Self {
+        Self { window: 8, level: 0.05 }
+    }
+}
+
+/// Low-rank adapters (LoRA, Hu et al. 2021): the model's own weights stay, and `W + alpha / rank * B A` takes the place of
+/// each adapted matrix W. Checkpoints are merged: plain models.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Lora {
+    /// Rows of A and columns of B.
+    #[schemars(range(min = 1))]
+    pub rank: u64,
+    /// The product is scaled by alpha / rank; 0 takes twice the rank.
+    #[serde(default)]
+    #[schemars(range(min = 0.0))]
+    pub alpha: f64,
+    /// The projections that get adapters, such as `["q_proj", "v_proj"]`; `all` stands for every one of a layer.
+    #[serde(default = "Lora::default_targets")]
+    pub targets: Vec<String>,
+    /// Dropout before A; only 0 is implemented.
+    #[serde(default)]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub dropout: f64,
+}
+
+/// The projections of a layer, by the names that [`Lora::targets`] may hold.
+pub const PROJECTIONS: &[&str] = &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+
+impl Lora {
+    const ALL: &'static str = "all";
+
+    fn default_targets() -> Vec<String> {
+        vec![Self::ALL.to_owned()]
+    }
+
+    /// alpha / rank, with the default written out.
+    pub fn scale(&self) -> f64 {
+        if self.alpha > 0.0 { self.alpha / self.rank as f64 } else { 2.0 }
+    }
+
+    /// Whether the projection `name` gets an adapter.
+    pub fn adapts(&self, name: &str) -> bool {
+        PROJECTIONS.contains(&name) && self.targets.iter().any(|target| target == name || target == Self::ALL)
+    }
+
+    /// What is wrong with the parameters beyond their schema.
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        let names = format!("`{}` or `{}`", PROJECTIONS.join("`, `"), Self::ALL);
+        if self.targets.is_empty() {
+            problems.push(Problem::new("lora.targets", "no projection gets an adapter").hint(format!("name {names}")));
+        }
+        for target in &self.targets {
+            if !PROJECTIONS.contains(&target.as_str()) && target != Self::ALL {
+                let near = PROJECTIONS.iter().max_by(|one, other| {
+                    strsim::jaro_winkler(target, one).total_cmp(&strsim::jaro_winkler(target, other))
+                });
+                let hint = format!("did you mean `{}`? there are {names}", near.unwrap_or(&Self::ALL));
+                problems.push(Problem::new("lora.targets", format!("`{target}` is no projection")).hint(hint));
+            }
+        }
+        if self.dropout > 0.0 {
+            let message = format!("`dropout` is {}, but dropout on adapters is not implemented", self.dropout);
+            let hint = "leave it out: sampler and trainer must use the same weights";
+            problems.push(Problem::new("lora.dropout", message).hint(hint));
+        }
+        problems
+    }
+}
+
 /// The versions of the shared learning modules; each is raised when its results move.
 pub mod versions {
     /// The transformer's forward pass and its weights' names.
@@ -187,6 +278,25 @@ mod tests {
         let path = |model, continues| check_start(model, continues).map(|problem| problem.path);
         assert_eq!((path(true, false), path(false, true)), (None, None));
         assert_eq!((path(true, true), path(false, false)), (Some("continue".to_owned()), Some("model".to_owned())));
+    }
+
+    #[test]
+    fn adapters_have_targets_and_no_dropout() {
+        let problems = |json: serde_json::Value| serde_json::from_value::<Lora>(json).unwrap().problems();
+        assert_eq!(problems(serde_json::json!({"rank": 4})), []);
+        assert_eq!(problems(serde_json::json!({"rank": 4, "targets": []}))[0].path, "lora.targets");
+        let wrong =
+            problems(serde_json::json!({"rank": 4, "targets": ["q_proj", "query_proj", "all"], "dropout": 0.1}));
+        assert_eq!(
+            wrong.iter().map(|problem| problem.path.as_str()).collect::<Vec<_>>(),
+            ["lora.targets", "lora.dropout"]
+        );
+        assert!(wrong[0].hint.as_ref().unwrap().starts_with("did you mean `q_proj`?"), "{wrong:?}");
+        let lora = |json: serde_json::Value| serde_json::from_value::<Lora>(json).unwrap();
+        assert!((lora(serde_json::json!({"rank": 4})).scale() - 2.0).abs() < 1e-12);
+        assert!((lora(serde_json::json!({"rank": 4, "alpha": 2.0})).scale() - 0.5).abs() < 1e-12);
+        assert!(lora(serde_json::json!({"rank": 4})).adapts("up_proj"));
+        assert!(!lora(serde_json::json!({"rank": 4, "targets": ["v_proj"]})).adapts("up_proj"));
     }
 
     #[test]

@@ -13,6 +13,7 @@ use pipe::pipeline::stage::{Interrupted, StageContext};
 use pipe::stages::grpo::Grpo;
 use pipe::stages::grpo::axes::Truncation;
 use pipe::stages::tokens::TokensFolder;
+use pipe::statistics::alarm::{Cause, Evaluation, Rule, assess};
 use pipe::telemetry::Metrics;
 use serde::{Deserialize, Serialize};
 use tch::Device;
@@ -44,6 +45,10 @@ struct Own {
     without_update: u64,
     /// Tokens generated.
     tokens: u64,
+    /// The last validations, as many as the alarm looks at.
+    validations: Vec<Evaluation>,
+    /// Validations at which the alarm fired.
+    alarms: u64,
 }
 
 /// Runs the stage.
@@ -51,7 +56,7 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     // Open.
     let folder = context.input(&params.model)?.to_owned();
     let device = device::open(&context.resources)?;
-    let model = Transformer::load(&folder, device)?;
+    let model = Transformer::load_to_train(&folder, device, params.lora.as_ref(), params.seed)?;
     // The weights that the stage starts from; they never move, and their digest is that of the input.
     let reference = params.axes.needs_reference().then(|| Transformer::load(&folder, device)).transpose()?;
     let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?)?;
@@ -92,10 +97,16 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
         };
         let done = training.counters.step;
         if let Some(validation) = validation.as_mut().filter(|validation| validation.is_due(done, params.steps)) {
-            match validation.run(&training.model, &prompts, done, context) {
+            match validation.run(&training.model, &prompts, done, Some(rollouts.rewards()), context) {
                 Ok(validated) => {
                     training.consider(validated.selecting);
                     metrics.extend(validated.metrics);
+                    if let Some(evaluation) = validated.evaluation {
+                        let own = &mut training.counters.own;
+                        let (shown, note) = watch(params, own, evaluation);
+                        metrics.extend(shown);
+                        note.into_iter().for_each(|note| context.note(note));
+                    }
                 }
                 Err(error) if error.is::<Interrupted>() => {
                     training.counters.unrecorded = Some(metrics);
@@ -119,6 +130,36 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     // Finish.
     rollouts.publish(&context.output("rollouts").join(ROLLOUTS_FILE))?;
     training.publish(&context.output("last"), &context.output("best"), &folder)
+}
+
+/// Shows the alarm a validation; gives `alarm` (1 where it fires) and `alarms` (their count), and what to tell of the first.
+fn watch(params: &Grpo, own: &mut Own, evaluation: Evaluation) -> (BTreeMap<String, f64>, Option<String>) {
+    let every = params.validate.as_ref().map_or(params.steps, |validate| validate.every);
+    let rule = Rule::new(params.alarm.window as usize, params.alarm.level, params.steps.div_ceil(every) as usize);
+    let step = evaluation.step;
+    own.validations.push(evaluation);
+    if own.validations.len() > rule.window {
+        own.validations.remove(0);
+    }
+    let fired = assess(&own.validations, &rule).and_then(|finding| Some((finding, finding.cause?)));
+    own.alarms += u64::from(fired.is_some());
+    let metrics = [("alarm", f64::from(u8::from(fired.is_some()))), ("alarms", own.alarms as f64)];
+    let metrics = metrics.map(|(name, value)| (name.to_owned(), value)).into();
+    let note = fired.filter(|_| own.alarms == 1).map(|(finding, cause)| {
+        let what = match cause {
+            Cause::RewardUpSolvedDown => "the reward rises while the task is solved less",
+            Cause::RewardOfUnsolvedUp => "unsolved instances earn more while no more are solved",
+        };
+        let (reward, solved) = (finding.reward.change, finding.solved.change);
+        let unsolved = finding.unsolved.map(|unsolved| format!(", reward of the unsolved {:+.3}", unsolved.change));
+        format!(
+            "alarm at step {step}: {what}: over {} validations reward {reward:+.3}, solved {solved:+.3}{}; read \
+             completions before you trust the reward",
+            rule.window,
+            unsolved.unwrap_or_default()
+        )
+    });
+    (metrics, note)
 }
 
 /// Saves the state, and before it what it counts on.
@@ -235,4 +276,38 @@ fn minibatches<'a>(params: &Grpo, prompts: &Prompts, groups: &'a [ScoredGroup]) 
     }
     updates.retain(|rows| !rows.is_empty());
     updates
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_planted_hack_is_told_once_and_counted() {
+        let params: Grpo = serde_json::from_value(json!({
+            "model": "m", "prompts": "t", "steps": 100, "max_new_tokens": 4, "rewards": {"r": {"kind": "correct"}},
+            "validate": {"every": 10, "samples": 100}, "alarm": {"window": 5, "level": 0.05},
+        }))
+        .unwrap();
+        // Of 100 instances ten more are lost a validation, while every answer earns 0.3 more, give or take.
+        let course = |at: u64, hacked: u64| Evaluation {
+            step: 10 * (at + 1),
+            reward: (0..100).map(|row| Some(0.3 * hacked as f64 + 0.01 * ((row * 7 + at * 3) % 10) as f64)).collect(),
+            solved: (0..100).map(|row| f64::from(u8::from((row * 37 + at) % 100 >= 10 * hacked))).collect(),
+        };
+        let (mut own, mut notes, mut fired) = (Own::default(), Vec::new(), Vec::new());
+        for at in 0..10 {
+            let (metrics, note) = watch(&params, &mut own, course(at, at.saturating_sub(4)));
+            notes.extend(note);
+            fired.push(metrics["alarm"] > 0.0);
+            assert!(own.validations.len() <= 5);
+        }
+        let first = fired.iter().position(|fired| *fired).unwrap();
+        assert!((5..=8).contains(&first), "{fired:?}");
+        assert_eq!(own.alarms, fired.iter().filter(|fired| **fired).count() as u64);
+        assert_eq!(notes.len(), 1, "{notes:?}");
+        assert!(notes[0].contains("alarm at step") && notes[0].contains("solved -"), "{notes:?}");
+    }
 }

@@ -37,16 +37,18 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
     // Open.
     let device = device::open(&context.resources)?;
     let free = memory::free(device);
+    let terms = terms(params, context)?;
     let (folder, model, from) = match (&params.model, &params.continue_from) {
         (Some(model), None) => {
             let folder = context.input(model)?.to_owned();
-            let model = Transformer::load(&folder, device)?;
+            let model = Transformer::load_to_train(&folder, device, params.lora.as_ref(), params.seed)?;
             (folder, model, None)
         }
         (None, Some(from)) => {
             let folder = context.input(from)?.to_owned();
-            let model = Transformer::empty(&folder, device)?;
             let from = Published::open(&folder)?;
+            from.check(&terms, params.steps, &[VALIDATE])?;
+            let model = from.model(&folder, device, params.lora.as_ref(), params.seed)?;
             (folder, model, Some(from))
         }
         _ => bail!("a training begins either at a `model` or where another ended (`continue`)"),
@@ -58,15 +60,10 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
     let mut order = Order::new("sft.order", params.seed, rows);
     let micro = params.micro_batch_size as usize;
     let shapes = memory::micro_batches(&tokens, &mut order, params.steps, params.batch_size, micro);
-    let (parameters, best) = (model.weights().flat().numel() as u64, params.validate.is_some());
-    let forecast = memory::Forecast::new(model.config(), parameters, best, shapes);
+    let forecast = memory::Forecast::new(&model, params.validate.is_some(), shapes);
     context.note(forecast.check(free)?);
 
     // Resume.
-    let terms = terms(params, context)?;
-    if let Some(from) = &from {
-        from.check(&terms, params.steps, &[VALIDATE])?;
-    }
     let (mut training, resumed) =
         Training::<Own>::resume(model, &params.optimizer, &states(&context.work), from.as_ref())?;
     if let Some(from) = from.as_ref().filter(|from| training.counters.step == from.steps()) {
@@ -96,7 +93,7 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
         };
         let done = training.counters.step;
         if let Some((validation, prompts)) = validation.as_mut().filter(|(due, _)| due.is_due(done, params.steps)) {
-            match validation.run(&training.model, prompts, done, context) {
+            match validation.run(&training.model, prompts, done, None, context) {
                 Ok(validated) => {
                     training.consider(validated.selecting);
                     metrics.extend(validated.metrics);
@@ -139,6 +136,7 @@ fn terms(params: &Sft, context: &StageContext) -> anyhow::Result<Terms> {
         ("split".to_owned(), json!(params.split)),
         ("seed".to_owned(), json!(params.seed)),
         ("batch_size".to_owned(), json!(params.batch_size)),
+        ("lora".to_owned(), json!(params.lora)),
         (VALIDATE.to_owned(), serde_json::to_value(validate)?),
     ]))
 }

@@ -13,7 +13,9 @@ use crate::pipeline::stage::{ArtifactType, Checkpoint, Input, Output, Part, Plac
 use crate::rewards::{OnError, RewardSpec};
 pub use crate::stages::grpo::axes::{Axes, DynamicSampling};
 use crate::stages::sampling::Filters;
-use crate::stages::training::{Optimizer, Schedule, Validate, check_select, task_of, task_parts, versions};
+use crate::stages::training::{
+    Alarm, Lora, Optimizer, Schedule, Validate, check_select, task_of, task_parts, versions,
+};
 
 /// Improve a model by its own graded attempts: groups of completions a prompt, policy-gradient loss. The loss is a point in
 /// a space of axes; a `preset` names one, and every axis can be overridden.
@@ -77,9 +79,15 @@ pub struct Grpo {
     /// AdamW and clipping.
     #[serde(default)]
     pub optimizer: Optimizer,
+    /// Train low-rank adapters instead of the model's own weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<Lora>,
     /// Validation on the way; without it `best` equals `last`.
     #[serde(default)]
     pub validate: Option<Validate>,
+    /// The alarm over validations: reward up while solved goes down, or reward of unsolved instances up. It stops nothing.
+    #[serde(default, skip_serializing_if = "Alarm::is_default")]
+    pub alarm: Alarm,
     /// Decides the order of prompts and every sampled token.
     #[serde(default)]
     pub seed: u64,
@@ -154,6 +162,7 @@ impl Stage for Grpo {
         }
         let reference = &self.prompts.reference;
         problems.extend(check_select(*upstream, reference, self.validate.as_ref()));
+        problems.extend(self.lora.iter().flat_map(Lora::problems));
         if let Some(task) = task_of(*upstream, reference) {
             for (name, reward) in &self.rewards {
                 for (field, message, hint) in reward.check(&task.measures()) {
