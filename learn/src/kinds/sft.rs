@@ -56,7 +56,7 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
     let tokens = TokensFolder::open(context.input(&params.data)?)?;
     preflight::tokenizers(&folder, Codec::open(&folder)?.digest(), &tokens)?;
     let rows = tokens.split(&params.split)?;
-    context.note(format!("training: {}", preflight::rows(&tokens, &rows, model.config())?));
+    context.note(format!("training: {}", preflight::rows(&tokens, &rows, model.config(), &folder)?));
     let mut order = Order::new("sft.order", params.seed, rows);
     let micro = params.micro_batch_size as usize;
     let shapes = memory::micro_batches(&tokens, &mut order, params.steps, params.batch_size, micro);
