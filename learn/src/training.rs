@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
 use pipe::pipeline::stage::StageContext;
-use pipe::stages::training::Optimizer;
+use pipe::stages::training::{Lora, Optimizer};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tch::{Tensor, no_grad};
+use tch::{Device, Tensor, no_grad};
 
 use crate::model::new_tokens::{self, Occurred};
 use crate::model::{self, Transformer};
@@ -74,6 +74,11 @@ impl Published {
     /// Steps that it has done.
     pub fn steps(&self) -> u64 {
         self.state.json["step"].as_u64().unwrap_or(0)
+    }
+
+    /// The model whose training it is, from the folder of the artifact; [`Training::resume`] fills in what is trained.
+    pub fn model(&self, folder: &Path, device: Device, lora: Option<&Lora>, seed: u64) -> anyhow::Result<Transformer> {
+        Transformer::empty(folder, device, lora.map(|lora| (lora, seed)), &self.state.tensors)
     }
 
     /// The value of a term.
@@ -184,6 +189,7 @@ impl<C: Default + Serialize + DeserializeOwned> Training<C> {
     /// Writes the state to `folder` for another stage to go on from, under `terms`; `companions` is the model's folder.
     pub fn publish_state(&mut self, folder: &Path, companions: &Path, terms: &Terms) -> anyhow::Result<()> {
         let mut state = self.state()?;
+        state.tensors.extend(self.model.frozen());
         state.json[TERMS] = serde_json::to_value(terms).context("the terms of a training are plain data")?;
         training_state::save(folder, &state)?;
         model::save_companions(companions, folder)

@@ -103,11 +103,6 @@ impl Stage for Sft {
         problems.extend(check_start(self.model.is_some(), self.continue_from.is_some()));
         problems.extend(check_select(*upstream, &self.data.reference, validate));
         problems.extend(self.lora.iter().flat_map(Lora::problems));
-        if self.lora.is_some() && self.continue_from.is_some() {
-            let problem = Problem::new("continue", "a training of adapters cannot go on from another's state");
-            problems
-                .push(problem.hint("begin at the other stage's `last` with `model`: its adapters are merged there"));
-        }
         problems
     }
 }

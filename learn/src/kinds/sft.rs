@@ -37,6 +37,7 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
     // Open.
     let device = device::open(&context.resources)?;
     let free = memory::free(device);
+    let terms = terms(params, context)?;
     let (folder, model, from) = match (&params.model, &params.continue_from) {
         (Some(model), None) => {
             let folder = context.input(model)?.to_owned();
@@ -45,8 +46,9 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
         }
         (None, Some(from)) => {
             let folder = context.input(from)?.to_owned();
-            let model = Transformer::empty(&folder, device)?;
             let from = Published::open(&folder)?;
+            from.check(&terms, params.steps, &[VALIDATE])?;
+            let model = from.model(&folder, device, params.lora.as_ref(), params.seed)?;
             (folder, model, Some(from))
         }
         _ => bail!("a training begins either at a `model` or where another ended (`continue`)"),
@@ -54,19 +56,14 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
     let tokens = TokensFolder::open(context.input(&params.data)?)?;
     preflight::tokenizers(&folder, Codec::open(&folder)?.digest(), &tokens)?;
     let rows = tokens.split(&params.split)?;
-    context.note(format!("training: {}", preflight::rows(&tokens, &rows, model.config())?));
+    context.note(format!("training: {}", preflight::rows(&tokens, &rows, model.config(), &folder)?));
     let mut order = Order::new("sft.order", params.seed, rows);
     let micro = params.micro_batch_size as usize;
     let shapes = memory::micro_batches(&tokens, &mut order, params.steps, params.batch_size, micro);
-    let (parameters, best) = (model.weights().flat().numel() as u64, params.validate.is_some());
-    let forecast = memory::Forecast::new(model.config(), parameters, best, shapes);
+    let forecast = memory::Forecast::new(&model, params.validate.is_some(), shapes);
     context.note(forecast.check(free)?);
 
     // Resume.
-    let terms = terms(params, context)?;
-    if let Some(from) = &from {
-        from.check(&terms, params.steps, &[VALIDATE])?;
-    }
     let (mut training, resumed) =
         Training::<Own>::resume(model, &params.optimizer, &states(&context.work), from.as_ref())?;
     if let Some(from) = from.as_ref().filter(|from| training.counters.step == from.steps()) {

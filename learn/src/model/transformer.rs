@@ -4,6 +4,7 @@
 //! no mask is needed. The weight of each norm is multiplied into the projections behind it (a product over a small
 //! matrix instead of over every token), which is the same sum in another order. It knows nothing of losses or text.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -17,6 +18,9 @@ use crate::model::lora::{Adapter, Adapters};
 use crate::model::rope::{Rotation, Turn, paired};
 use crate::model::weights::Weights;
 use crate::model::{ModelConfig, folder, new_tokens};
+
+/// Before the names of frozen weights in a training state.
+const BASE: &str = "base.";
 
 /// A decoder with its weights.
 #[derive(Debug)]
@@ -160,12 +164,31 @@ impl Transformer {
         Ok(Self::of(config, weights, None, device))
     }
 
-    /// A model of a folder's configuration whose weights are all 0, to be filled from a training state.
-    pub fn empty(folder: &Path, device: Device) -> Result<Self> {
-        Ok(Self::zeros(ModelConfig::read(folder)?, device))
+    /// The model of a folder's configuration for a training state to fill: what is trained is 0 or fresh, and where there
+    /// are adapters the frozen weights are those of `tensors` named `base.*`.
+    pub fn empty(
+        folder: &Path,
+        device: Device,
+        lora: Option<(&Lora, u64)>,
+        tensors: &BTreeMap<String, Tensor>,
+    ) -> Result<Self> {
+        let config = ModelConfig::read(folder)?;
+        let Some((lora, seed)) = lora else {
+            let weights = Weights::zeros(plan(&config), device);
+            return Ok(Self::of(config, weights, None, device));
+        };
+        let base = Weights::frozen(plan(&config), device);
+        base.fill(BASE, base.flat(), tensors)?;
+        Self::of(config, base, None, device).adapt(lora, seed)
+    }
+
+    /// What a training state must hold beside what is trained: the frozen weights below adapters.
+    pub fn frozen(&self) -> Vec<(String, Tensor)> {
+        if self.adapters.is_some() { self.base.named(BASE, self.base.flat()) } else { Vec::new() }
     }
 
     /// A model whose weights are all 0.
+    #[cfg(test)]
     pub(crate) fn zeros(config: ModelConfig, device: Device) -> Self {
         let weights = Weights::zeros(plan(&config), device);
         Self::of(config, weights, None, device)

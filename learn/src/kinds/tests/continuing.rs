@@ -51,6 +51,27 @@ fn four_steps_and_four_more_are_eight_byte_for_byte_wherever_it_is_stopped() {
 }
 
 #[test]
+fn adapters_go_on_over_the_same_frozen_weights() {
+    let lora = json!({"lora": {"rank": 2}, "validate": null});
+    let with = |change: &Value| {
+        let mut params = changed(&lora);
+        params.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        params.as_object_mut().unwrap().retain(|_, value| !value.is_null());
+        params
+    };
+    let half = Job::new(&FLOW, "sft", with(&json!({"steps": 4})));
+    half.run(&[]).unwrap();
+    let flow = FLOW.with("half", &half.out().join("state"), ArtifactType::TrainingState);
+    let wanted = Job::new(&FLOW, "sft", with(&json!({}))).run(&[]).unwrap();
+    let more = with(&json!({"model": null, "continue": "half"}));
+    assert_eq!(Job::new(&flow, "sft", more.clone()).run(&[End::Kill(3)]).unwrap(), wanted);
+    let mut other = more;
+    other["lora"] = json!({"rank": 3});
+    let error = format!("{:#}", Job::new(&flow, "sft", other).run(&[]).unwrap_err());
+    assert!(error.contains("`lora` is"), "{error}");
+}
+
+#[test]
 fn what_decides_rows_must_be_the_same_and_steps_must_grow() {
     let (_half, flow) = half();
     let error = |change: Value| {
