@@ -54,7 +54,7 @@ fn run_score(asked: &Score) -> anyhow::Result<()> {
     };
     let device = device::open(&Resources { device: device.to_owned(), threads, save_every: Duration::from_secs(60) })?;
     let rows = score::read_rows(&asked.rows, &asked.model, &ModelConfig::read(&asked.model)?)?;
-    let model = Transformer::load(&asked.model, device)?;
+    let model = Transformer::load_frozen(&asked.model, device)?;
     let scores = score::score(&model, &rows, asked.batch_size)
         .with_context(|| format!("scoring the rows of `{}`", asked.rows.display()))?;
     let Some(output) = &asked.output else {

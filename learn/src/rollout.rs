@@ -4,6 +4,8 @@
 //! stands as one line of a journal. A run that resumes takes the lines of its step as they are and computes the others;
 //! the two give the same bytes. It knows rewards and advantages and nothing of losses.
 
+mod table;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -12,23 +14,23 @@ use std::time::Instant;
 use pipe::pipeline::stage::{StageContext, StageEvent};
 use pipe::rewards::Outcome;
 use pipe::stages::grpo::Grpo;
-use pipe::stages::table::{Column, ColumnType, TableWriter};
 use pipe::tasks::Finish;
 use pipe::telemetry::Metrics;
 use serde::{Deserialize, Serialize};
 
+use crate::credit::{policy_row, set_advantages, set_penalties};
 use crate::generate::Sampling;
 use crate::journal::Journal;
-use crate::loss::group_advantages;
 use crate::model::Transformer;
 use crate::order::Order;
+use crate::policy::{PARITY, mismatch};
 use crate::prompts::{Prompts, Purpose};
+use crate::replay::StoredRollouts;
 use crate::rewards::{Rewards, Scored};
 use crate::session::rate;
 use crate::trajectory::{Request, Trajectory, play};
 
-/// The file of the output `rollouts`.
-pub const ROLLOUTS_FILE: &str = "rollouts.parquet";
+pub use table::{ROLLOUTS_FILE, distinct, finish_name, turns_column};
 
 /// A completion with its rewards.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -40,7 +42,11 @@ pub struct Sample {
     /// The weighted sum of the rewards: what is optimised and what is logged. `None` where all rewards abstain or one has an
     /// error: the sample takes no part in learning.
     pub total: Option<f64>,
-    /// Of each turn, relative to the batch of the step; empty until all rounds are done, and without a total.
+    /// What each of the model's tokens costs, where the KL is a part of the reward; else empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub penalties: Vec<f64>,
+    /// Of the episode, of each turn or of each token, relative to the batch of the step; empty until all rounds are done, and
+    /// without a total.
     #[serde(skip)]
     pub advantages: Vec<f64>,
 }
@@ -58,6 +64,16 @@ pub struct ScoredGroup {
     pub kept: bool,
     /// Its samples.
     pub samples: Vec<Sample>,
+}
+
+impl ScoredGroup {
+    /// The samples that surely have a gradient, each with its group: whole ones with an advantage that is not 0.
+    pub(crate) fn learnt_from(&self) -> impl Iterator<Item = (&Self, &Sample)> {
+        let learnt = |sample: &&Sample| {
+            sample.advantages.iter().any(|advantage| *advantage != 0.0) && sample.trajectory.finish() != Finish::Length
+        };
+        self.samples.iter().filter(learnt).map(move |sample| (self, sample))
+    }
 }
 
 /// A line of the journal: one generation chunk.
@@ -82,35 +98,68 @@ pub struct Rollout {
     pub groups: Vec<ScoredGroup>,
     /// Rounds of generation.
     pub rounds: u64,
+    /// The policy that learns is the one that sampled. Stored completions are another's once the two have parted.
+    pub on_policy: bool,
     /// Generated tokens a second of what was not read back from the journal; `None` where all was.
     pub tokens_per_second: Option<f64>,
+}
+
+/// How far the training state of a stage is.
+#[derive(Clone, Copy, Debug)]
+pub struct Done<'a> {
+    /// The journal of rollouts.
+    pub journal: &'a Path,
+    /// Its bytes that belong to finished steps.
+    pub committed: u64,
+    /// Finished steps.
+    pub step: u64,
 }
 
 /// What generates the rollouts of a stage.
 pub struct Rollouts<'a> {
     params: &'a Grpo,
     prompts: &'a Prompts,
+    reference: Option<&'a Transformer>,
+    sampling: Sampling,
     order: Order,
     rewards: Rewards,
     journal: Journal,
     replay: VecDeque<Chunk>,
+    stored: Option<StoredRollouts>,
 }
 
 impl<'a> Rollouts<'a> {
-    /// Opens the journal at `path`, whose first `committed` bytes belong to finished steps, at step `step`.
+    /// Opens the rollouts of a stage behind what is done.
     pub fn open(
         params: &'a Grpo,
         prompts: &'a Prompts,
         rewards: Rewards,
         rows: Vec<usize>,
-        path: &Path,
-        committed: u64,
-        step: u64,
+        done: &Done<'_>,
     ) -> anyhow::Result<Self> {
         // Chunks of later steps were sampled from weights that this attempt has yet to reach again.
-        let (journal, replay) = Journal::open(path, committed, |chunk: &Chunk| chunk.at.step == step)?;
+        let (journal, replay) =
+            Journal::open(done.journal, done.committed, |chunk: &Chunk| chunk.at.step == done.step)?;
         let order = Order::new("grpo.order", params.seed, rows);
-        Ok(Self { params, prompts, order, rewards, journal, replay: replay.into() })
+        let sampling = Sampling::open(&params.filters, params.temperature, params.max_new_tokens, &prompts.codec)?;
+        let sampling = Sampling { tells_kept: true, ..sampling };
+        let replay = replay.into();
+        Ok(Self { params, prompts, reference: None, sampling, order, rewards, journal, replay, stored: None })
+    }
+
+    /// With stored completions to take instead of sampling.
+    pub fn with_stored(self, stored: Option<StoredRollouts>) -> anyhow::Result<Self> {
+        if let Some(stored) = &stored {
+            let (there, asked) = (stored.steps(), self.params.steps);
+            anyhow::ensure!(there >= asked, "the stored rollouts have {there} steps, but `steps` is {asked}");
+        }
+        Ok(Self { stored, ..self })
+    }
+
+    /// With the reference that the KL is measured to, where it is a part of the reward.
+    #[must_use]
+    pub fn with_reference(self, reference: Option<&'a Transformer>) -> Self {
+        Self { reference, ..self }
     }
 
     /// Chunks of the step at hand that an earlier attempt has finished.
@@ -140,12 +189,17 @@ impl<'a> Rollouts<'a> {
         drawn: &mut u64,
         context: &mut StageContext,
     ) -> anyhow::Result<Rollout> {
+        if self.stored.is_some() {
+            return self.collect_stored(model, step, drawn, context);
+        }
         let (began, mut generated) = (Instant::now(), 0);
-        let dynamic = &self.params.dynamic_sampling;
-        let most = if dynamic.enabled { dynamic.max_rounds } else { 1 };
+        let dynamic = &self.params.axes.dynamic_sampling;
+        let spent = |groups: &[ScoredGroup]| -> u64 {
+            groups.iter().flat_map(|group| &group.samples).map(|sample| sample.trajectory.length() as u64).sum()
+        };
         let (mut groups, mut rounds, mut next) = (Vec::new(), 0, *drawn);
         let mut missing = self.params.prompts_per_step;
-        while rounds < most && missing > 0 {
+        while missing > 0 && dynamic.allows_round(rounds, spent(&groups)) {
             let last = next + missing;
             while next < last {
                 let rows = self.order.take(next, self.params.generation_chunk.min(last - next));
@@ -167,12 +221,49 @@ impl<'a> Rollouts<'a> {
                 context.tell(StageEvent::Metrics { values: BTreeMap::from([("rollout/groups".to_owned(), along)]) });
             }
             rounds += 1;
+            if let Some(forecast) = forecast(&groups).filter(|_| step == 0 && rounds == 1) {
+                context.note(forecast?);
+            }
             let kept = groups.iter().filter(|group: &&ScoredGroup| group.kept).count() as u64;
             missing = self.params.prompts_per_step - kept;
         }
         *drawn = next;
-        self.set_advantages(&mut groups);
-        Ok(Rollout { groups, rounds, tokens_per_second: rate(generated, began) })
+        set_advantages(&self.params.axes.advantage, self.rewards.weights(), &mut groups)?;
+        Ok(Rollout { groups, rounds, on_policy: true, tokens_per_second: rate(generated, began) })
+    }
+
+    /// The stored rollout of `step`: every group that was generated for it, in one round, scored anew.
+    fn collect_stored(
+        &mut self,
+        model: &Transformer,
+        step: u64,
+        drawn: &mut u64,
+        context: &mut StageContext,
+    ) -> anyhow::Result<Rollout> {
+        let groups = self.stored.as_ref().map_or(&[][..], |stored| stored.groups(step));
+        let rows: Vec<usize> = groups.iter().map(|group| group.row).collect();
+        let at = Place { step, round: 0, drawn: *drawn };
+        let done = if let Some(done) = self.replay.pop_front() {
+            check(&done, at, &rows)?;
+            done
+        } else {
+            context.stop_if_interrupted()?;
+            let played = groups.iter().map(|group| group.trajectories.clone()).collect();
+            let groups = self.score(at.round, &rows, played)?;
+            let done = Chunk { at, groups };
+            self.journal.append(&done)?;
+            done
+        };
+        let mut groups = done.groups;
+        *drawn += groups.len() as u64;
+        set_advantages(&self.params.axes.advantage, self.rewards.weights(), &mut groups)?;
+        let first = groups.iter().find_map(|group| Some((group.row, group.samples.first()?)));
+        let mut on_policy = true;
+        if let Some((row, sample)) = first {
+            let row = policy_row(self.params, &self.prompts.prompt(row), sample, false);
+            on_policy = mismatch(self.params, model, &row)? <= PARITY / self.params.temperature.min(1.0);
+        }
+        Ok(Rollout { groups, rounds: 1, on_policy, tokens_per_second: None })
     }
 
     fn generate(
@@ -192,117 +283,37 @@ impl<'a> Rollouts<'a> {
                 Request { row, samples: (0..self.params.group_size).map(place).collect() }
             })
             .collect();
-        let sampling =
-            Sampling { temperature: self.params.temperature, max_new_tokens: self.params.max_new_tokens as usize };
-        let played = play(model, self.prompts, &asked, &sampling, interrupt, on_tokens)?;
+        let played = play(model, self.prompts, &asked, &self.sampling, interrupt, on_tokens)?;
+        self.score(round, rows, played)
+    }
+
+    /// Scores the episodes of a chunk, a group for each of `rows`.
+    fn score(&mut self, round: u64, rows: &[usize], played: Vec<Vec<Trajectory>>) -> anyhow::Result<Vec<ScoredGroup>> {
         let episodes: Vec<(usize, &Trajectory)> =
             rows.iter().zip(&played).flat_map(|(&row, played)| played.iter().map(move |one| (row, one))).collect();
         let mut scored = self.rewards.score(self.prompts, &episodes)?.into_iter();
         let groups = rows.iter().zip(played).map(|(&row, played)| {
             let samples = played.into_iter().zip(scored.by_ref()).map(|(trajectory, scored)| {
                 let Scored { outcomes, total } = scored;
-                Sample { trajectory, rewards: outcomes, total, advantages: Vec::new() }
+                Sample { trajectory, rewards: outcomes, total, penalties: Vec::new(), advantages: Vec::new() }
             });
             let samples: Vec<Sample> = samples.collect();
             let mut counted = samples.iter().filter(|sample| sample.total.is_some());
             let first = counted.next();
             let all_equal = first.is_none_or(|first| counted.all(|sample| sample.rewards == first.rewards));
-            let kept = first.is_some() && !(all_equal && self.params.dynamic_sampling.enabled);
+            let kept = first.is_some() && !(all_equal && self.params.axes.dynamic_sampling.enabled);
             ScoredGroup { row, round, all_equal, kept, samples }
         });
-        Ok(groups.collect())
+        let mut groups: Vec<ScoredGroup> = groups.collect();
+        if let Some(reference) = self.reference {
+            set_penalties(self.params, self.prompts, reference, &mut groups)?;
+        }
+        Ok(groups)
     }
 
     /// The rewards, for whoever scores besides.
     pub fn rewards(&mut self) -> &mut Rewards {
         &mut self.rewards
-    }
-
-    /// Fills in the advantages of a step's whole batch: a pure function of its rewards.
-    fn set_advantages(&self, groups: &mut [ScoredGroup]) {
-        let rule = &self.params.advantage;
-        for group in groups {
-            // Samples without a total are no part of the group.
-            let totals: Vec<f64> = group.samples.iter().filter_map(|sample| sample.total).collect();
-            let advantages = if group.all_equal {
-                vec![0.0; totals.len()]
-            } else {
-                group_advantages(&totals, totals.len(), rule.scale, rule.epsilon, rule.ddof)
-            };
-            let counted = group.samples.iter_mut().filter(|sample| sample.total.is_some());
-            for (sample, advantage) in counted.zip(advantages) {
-                sample.advantages = vec![advantage; sample.trajectory.turns.len()];
-            }
-        }
-    }
-
-    /// Writes every completion of the run to `path`; equal rollouts give equal bytes.
-    pub fn publish(&self, path: &Path) -> anyhow::Result<()> {
-        use ColumnType::{Flag, Integer, Integers, Number, Numbers, Text};
-        let rewards: Vec<String> = self.params.rewards.keys().map(|name| format!("reward_{name}")).collect();
-        let mut columns = vec![("step", Integer), ("round", Integer), ("row", Integer), ("instance", Text)];
-        columns.extend([("sample", Integer), ("prompt", Text), ("completion", Text), ("turns", Text)]);
-        columns.extend([("ids", Integers), ("logprobs", Numbers), ("finish", Text), ("truncated", Flag)]);
-        columns.extend(rewards.iter().map(|name| (name.as_str(), Number)));
-        columns.extend([("total", Number), ("reward_errors", Text), ("advantages", Numbers)]);
-        columns.extend(self.prompts.measures().iter().map(|name| (name.as_str(), Number)));
-        columns.push(("kept", Flag));
-        distinct(&columns)?;
-        let mut table = TableWriter::create(path, &columns)?;
-        let (mut step, mut groups) = (0, Vec::new());
-        self.journal.each(|chunk: Chunk| {
-            if chunk.at.step != step {
-                self.write(&mut table, step, &mut groups)?;
-                step = chunk.at.step;
-            }
-            groups.extend(chunk.groups);
-            Ok(())
-        })?;
-        self.write(&mut table, step, &mut groups)?;
-        table.finish()
-    }
-
-    /// Writes the groups of a whole step, and empties the list.
-    fn write(&self, table: &mut TableWriter, step: u64, groups: &mut Vec<ScoredGroup>) -> anyhow::Result<()> {
-        self.set_advantages(groups);
-        let rows: Vec<(&ScoredGroup, usize, &Sample)> = groups
-            .iter()
-            .flat_map(|group| group.samples.iter().enumerate().map(move |(index, sample)| (group, index, sample)))
-            .collect();
-        if rows.is_empty() {
-            return Ok(());
-        }
-        let number = |value: &dyn Fn(&Sample) -> Option<f64>| {
-            Column::Number(rows.iter().map(|(_, _, sample)| value(sample)).collect())
-        };
-        let about = |group: &ScoredGroup| &self.prompts.tokens.rows[group.row];
-        let played = || rows.iter().map(|(_, _, sample)| &sample.trajectory);
-        let mut columns = vec![
-            Column::integer(rows.iter().map(|_| step as i64)),
-            Column::integer(rows.iter().map(|(group, _, _)| group.round as i64)),
-            Column::integer(rows.iter().map(|(group, _, _)| group.row as i64)),
-            Column::text(rows.iter().map(|(group, _, _)| about(group).instance.clone())),
-            Column::integer(rows.iter().map(|(_, index, _)| *index as i64)),
-            Column::text(rows.iter().map(|(group, _, _)| about(group).prompt.clone())),
-            Column::text(played().map(Trajectory::text)),
-            turns_column(self.prompts, played()),
-            Column::Integers(played().map(|one| one.ids.iter().map(|id| *id as i32).collect()).collect()),
-            Column::Numbers(played().map(|one| one.logprobs.iter().map(|value| f64::from(*value)).collect()).collect()),
-            Column::text(played().map(|one| finish_name(one.finish()).to_owned())),
-            Column::Flag(played().map(|one| one.truncated).collect()),
-        ];
-        let names = self.rewards.names();
-        columns.extend((0..names.len()).map(|reward| number(&|sample| sample.rewards[reward].value())));
-        columns.push(number(&|sample| sample.total));
-        columns.push(Column::Text(rows.iter().map(|(_, _, sample)| errors(names, &sample.rewards)).collect()));
-        columns.push(Column::Numbers(rows.iter().map(|(_, _, sample)| sample.advantages.clone()).collect()));
-        columns.extend(
-            (0..self.prompts.measures().len()).map(|at| number(&|sample| Some(sample.trajectory.measurements[at]))),
-        );
-        columns.push(Column::Flag(rows.iter().map(|(group, _, _)| group.kept).collect()));
-        table.write(columns)?;
-        groups.clear();
-        Ok(())
     }
 
     /// What is measured of a step's rollout: rewards and outcomes over all generated groups, dropped ones included.
@@ -330,9 +341,6 @@ impl<'a> Rollouts<'a> {
                 metrics.mean("completions/clipped_share", f64::from(u8::from(trajectory.finish() == limit)), 1.0);
                 metrics.mean("episodes/turns", trajectory.turns.len() as f64, 1.0);
                 metrics.mean("episodes/truncated_share", f64::from(u8::from(trajectory.truncated)), 1.0);
-                for advantage in &sample.advantages {
-                    metrics.max("advantage_max", advantage.abs());
-                }
                 for (name, outcome) in self.rewards.names().iter().zip(&sample.rewards) {
                     if let Some(value) = outcome.value() {
                         metrics.mean(&format!("reward/{name}/mean"), value, 1.0);
@@ -355,6 +363,26 @@ impl<'a> Rollouts<'a> {
         }
         metrics
     }
+}
+
+/// What the first round of a run says of those to come: how many groups carry a gradient. A round in which everything was
+/// cut off and nothing differs is an error; `None` where there are no groups.
+fn forecast(groups: &[ScoredGroup]) -> Option<anyhow::Result<String>> {
+    let all = groups.len();
+    if all == 0 {
+        return None;
+    }
+    let mixed = groups.iter().filter(|group| !group.all_equal).count();
+    let mut played = groups.iter().flat_map(|group| &group.samples).map(|sample| &sample.trajectory);
+    if mixed == 0 && played.all(|one| one.finish() == Finish::Length) {
+        return Some(Err(anyhow::anyhow!(
+            "every completion of the first {all} groups was cut off at `max_new_tokens` and all rewards are equal: there is \
+             nothing to learn from; raise `max_new_tokens`, or begin with a model that ends its answers"
+        )));
+    }
+    let share = 100.0 * mixed as f64 / all as f64;
+    let hint = if mixed == 0 { "; without one no step can learn: look at rewards, model and temperature" } else { "" };
+    Some(Ok(format!("{mixed} of the first {all} groups carry a gradient ({share:.0} %){hint}")))
 }
 
 /// Refuses a chunk that was read back and is not the one that is due.
@@ -381,44 +409,4 @@ fn spread(group: &ScoredGroup, reward: usize) -> (f64, f64) {
     let all = pairs.iter().map(|(_, total)| total).sum::<f64>() / count;
     let pairs = pairs.into_iter().map(|(r, total)| (r - own, total - all));
     pairs.fold((0.0, 0.0), |(covariance, variance), (r, total)| (covariance + r * total, variance + total * total))
-}
-
-/// The errors of a sample's rewards as `NAME: why`; null where there is none.
-fn errors(names: &[String], outcomes: &[Outcome]) -> Option<String> {
-    let named = names.iter().zip(outcomes);
-    let errors: Vec<String> =
-        named.filter_map(|(name, outcome)| Some(format!("{name}: {}", outcome.error()?))).collect();
-    (!errors.is_empty()).then(|| errors.join("; "))
-}
-
-/// The turns of trajectories as JSON; null where an episode has one turn, of which the other columns say all.
-pub fn turns_column<'a>(prompts: &Prompts, played: impl Iterator<Item = &'a Trajectory>) -> Column {
-    let turns = |one: &Trajectory| {
-        let alone = one.turns.len() == 1 && one.turns[0].measurements == prompts.named(&one.measurements);
-        (!alone).then(|| serde_json::to_string(&one.turns).expect("turns are plain data"))
-    };
-    Column::Text(played.map(turns).collect())
-}
-
-/// The word for a finish reason in tables.
-pub fn finish_name(finish: Finish) -> &'static str {
-    match finish {
-        Finish::Stop => "stop",
-        Finish::Length => "length",
-    }
-}
-
-/// Refuses a table with two columns of one name, as a measurement called `prompt` would make.
-pub fn distinct(columns: &[(&str, ColumnType)]) -> anyhow::Result<()> {
-    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
-    for (name, _) in columns {
-        *counts.entry(name).or_default() += 1;
-    }
-    let twice = counts.iter().find(|(_, count)| **count > 1);
-    anyhow::ensure!(
-        twice.is_none(),
-        "two columns are called `{}`: rename the measurement",
-        twice.map_or("", |(name, _)| name)
-    );
-    Ok(())
 }

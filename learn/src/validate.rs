@@ -68,7 +68,8 @@ impl Validation {
         rows.truncate(params.samples as usize);
         let checked = preflight::prompts(&prompts.tokens, &rows, model.config(), max_new_tokens)?;
         context.note(format!("validation: {checked}"));
-        let sampling = Sampling { temperature: params.temperature, max_new_tokens: max_new_tokens as usize };
+        let sampling = Sampling::open(&params.filters, params.temperature, max_new_tokens, &prompts.codec)
+            .context("`validate.stop` cannot be followed")?;
         let log = StepLines::open(&context.logs.join(LOG_FILE), resumed_step);
         if let Err(error) = &log {
             context.note(format!("validation completions are not logged in `{}`: {error}", context.logs.display()));

@@ -8,6 +8,7 @@ pub mod grpo;
 mod hub;
 pub mod model;
 pub mod samples;
+pub mod sampling;
 pub mod sft;
 pub mod synthesize;
 pub mod table;

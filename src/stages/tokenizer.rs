@@ -384,6 +384,21 @@ mod tests {
     }
 
     #[test]
+    fn a_row_is_framed_as_the_folder_says() {
+        let source = run(&json!({"kind": "compact"}));
+        let folder = source.path().join("out/tokenizer");
+        fs::remove_file(folder.join(SPECIALS_FILE)).unwrap();
+        let framed = |config: Value| {
+            write(&folder, CONFIG_FILE, &pretty(&config)).unwrap();
+            Encoder::open(&folder).map(|encoder| (encoder.begin, encoder.end)).map_err(|error| format!("{error:#}"))
+        };
+        assert_eq!(framed(json!({"bos_token": null, "eos_token": {"content": "<|pad|>"}})), Ok((None, 0)));
+        assert_eq!(framed(json!({"bos_token": "<|eos|>", "eos_token": "<|bos|>"})), Ok((Some(2), 1)));
+        assert!(framed(json!({"bos_token": "<|bos|>"})).unwrap_err().contains("names no `eos_token`"));
+        assert!(framed(json!({"eos_token": "</s>"})).unwrap_err().contains("has no `</s>`, its `eos_token`"));
+    }
+
+    #[test]
     fn a_chat_template_takes_the_place_of_another() {
         let source = run(&json!({"kind": "compact"}));
         let source = source.path().join("out/tokenizer");

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::pipeline::stage::{Part, Problem, Upstream};
 use crate::rewards::unknown_measure;
+use crate::stages::sampling::Filters;
 use crate::tasks::TaskSpec;
 
 /// AdamW and gradient clipping (Loshchilov and Hutter 2019, decoupled weight decay).
@@ -75,7 +76,7 @@ impl Schedule {
 
 /// Validation on the way: generation on held-out instances, and which state becomes the output `best`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[schemars(extend("additionalProperties" = false))]
 pub struct Validate {
     /// Steps between two validations; the last step is always validated.
     #[schemars(range(min = 1))]
@@ -93,6 +94,9 @@ pub struct Validate {
     #[serde(default)]
     #[schemars(range(min = 0.0))]
     pub temperature: f64,
+    /// Which tokens may be drawn, and what ends a completion.
+    #[serde(flatten)]
+    pub filters: Filters,
 }
 
 impl Validate {
@@ -129,6 +133,72 @@ impl Default for Alarm {
     }
 }
 
+/// Low-rank adapters (LoRA, Hu et al. 2021): the model's own weights stay, and `W + alpha / rank * B A` takes the place of
+/// each adapted matrix W. Checkpoints are merged: plain models.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Lora {
+    /// Rows of A and columns of B.
+    #[schemars(range(min = 1))]
+    pub rank: u64,
+    /// The product is scaled by alpha / rank; 0 takes twice the rank.
+    #[serde(default)]
+    #[schemars(range(min = 0.0))]
+    pub alpha: f64,
+    /// The projections that get adapters, such as `["q_proj", "v_proj"]`; `all` stands for every one of a layer.
+    #[serde(default = "Lora::default_targets")]
+    pub targets: Vec<String>,
+    /// Dropout before A; only 0 is implemented.
+    #[serde(default)]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub dropout: f64,
+}
+
+/// The projections of a layer, by the names that [`Lora::targets`] may hold.
+pub const PROJECTIONS: &[&str] = &["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+
+impl Lora {
+    const ALL: &'static str = "all";
+
+    fn default_targets() -> Vec<String> {
+        vec![Self::ALL.to_owned()]
+    }
+
+    /// alpha / rank, with the default written out.
+    pub fn scale(&self) -> f64 {
+        if self.alpha > 0.0 { self.alpha / self.rank as f64 } else { 2.0 }
+    }
+
+    /// Whether the projection `name` gets an adapter.
+    pub fn adapts(&self, name: &str) -> bool {
+        PROJECTIONS.contains(&name) && self.targets.iter().any(|target| target == name || target == Self::ALL)
+    }
+
+    /// What is wrong with the parameters beyond their schema.
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        let names = format!("`{}` or `{}`", PROJECTIONS.join("`, `"), Self::ALL);
+        if self.targets.is_empty() {
+            problems.push(Problem::new("lora.targets", "no projection gets an adapter").hint(format!("name {names}")));
+        }
+        for target in &self.targets {
+            if !PROJECTIONS.contains(&target.as_str()) && target != Self::ALL {
+                let near = PROJECTIONS.iter().max_by(|one, other| {
+                    strsim::jaro_winkler(target, one).total_cmp(&strsim::jaro_winkler(target, other))
+                });
+                let hint = format!("did you mean `{}`? there are {names}", near.unwrap_or(&Self::ALL));
+                problems.push(Problem::new("lora.targets", format!("`{target}` is no projection")).hint(hint));
+            }
+        }
+        if self.dropout > 0.0 {
+            let message = format!("`dropout` is {}, but dropout on adapters is not implemented", self.dropout);
+            let hint = "leave it out: sampler and trainer must use the same weights";
+            problems.push(Problem::new("lora.dropout", message).hint(hint));
+        }
+        problems
+    }
+}
+
 /// The versions of the shared learning modules; each is raised when its results move.
 pub mod versions {
     /// The transformer's forward pass and its weights' names.
@@ -137,8 +207,12 @@ pub mod versions {
     pub const GENERATE: u32 = 1;
     /// AdamW, clipping and schedules.
     pub const OPTIMIZER: u32 = 1;
-    /// Losses and advantages.
+    /// Low-rank adapters.
+    pub const LORA: u32 = 1;
+    /// The supervised loss.
     pub const LOSS: u32 = 1;
+    /// Advantages and the policy-gradient loss.
+    pub const POLICY: u32 = 1;
 }
 
 /// Every task and format as parts of a key: which of them judges completions stands in the tokens, not in parameters.
@@ -157,6 +231,21 @@ pub(crate) fn check_select(upstream: Upstream<'_>, reference: &str, validate: Op
     Some(Problem { path: "validate.select".to_owned(), message, hint })
 }
 
+/// Whether a training begins at exactly one of a model and the end of another training.
+pub fn check_start(has_model: bool, continues: bool) -> Option<Problem> {
+    match (has_model, continues) {
+        (true, true) => {
+            let problem = Problem::new("continue", "`model` and `continue` both say where to begin");
+            Some(problem.hint("leave `model` out to go on from the end of another training"))
+        }
+        (false, false) => {
+            let problem = Problem::new("model", "neither `model` nor `continue` says where to begin");
+            Some(problem.hint("write `model = \"STAGE\"`, or `continue = \"STAGE\"` to go on from a training's end"))
+        }
+        _ => None,
+    }
+}
+
 /// What the shared parameters may not say together. `split` is trained on, in batches of `batch_size` rows.
 pub fn check(split: &str, micro_batch_size: u64, batch_size: u64, validate: Option<&Validate>) -> Vec<Problem> {
     let mut problems = Vec::new();
@@ -169,6 +258,7 @@ pub fn check(split: &str, micro_batch_size: u64, batch_size: u64, validate: Opti
         problems.push(Problem::new("micro_batch_size", message).hint("leave it out to take the whole batch at once"));
     }
     if let Some(validate) = validate {
+        problems.extend(validate.filters.check("validate.", validate.temperature));
         let hint = "validate on `validation`; `test` is for `evaluate`";
         if validate.split == "test" {
             let message = "the split `test` may not select a checkpoint";
@@ -184,6 +274,32 @@ pub fn check(split: &str, micro_batch_size: u64, batch_size: u64, validate: Opti
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn adapters_have_targets_and_no_dropout() {
+        let problems = |json: serde_json::Value| serde_json::from_value::<Lora>(json).unwrap().problems();
+        assert_eq!(problems(serde_json::json!({"rank": 4})), []);
+        assert_eq!(problems(serde_json::json!({"rank": 4, "targets": []}))[0].path, "lora.targets");
+        let wrong =
+            problems(serde_json::json!({"rank": 4, "targets": ["q_proj", "query_proj", "all"], "dropout": 0.1}));
+        assert_eq!(
+            wrong.iter().map(|problem| problem.path.as_str()).collect::<Vec<_>>(),
+            ["lora.targets", "lora.dropout"]
+        );
+        assert!(wrong[0].hint.as_ref().unwrap().starts_with("did you mean `q_proj`?"), "{wrong:?}");
+        let lora = |json: serde_json::Value| serde_json::from_value::<Lora>(json).unwrap();
+        assert!((lora(serde_json::json!({"rank": 4})).scale() - 2.0).abs() < 1e-12);
+        assert!((lora(serde_json::json!({"rank": 4, "alpha": 2.0})).scale() - 0.5).abs() < 1e-12);
+        assert!(lora(serde_json::json!({"rank": 4})).adapts("up_proj"));
+        assert!(!lora(serde_json::json!({"rank": 4, "targets": ["v_proj"]})).adapts("up_proj"));
+    }
+
+    #[test]
+    fn a_training_begins_at_one_place() {
+        let path = |model, continues| check_start(model, continues).map(|problem| problem.path);
+        assert_eq!((path(true, false), path(false, true)), (None, None));
+        assert_eq!((path(true, true), path(false, false)), (Some("continue".to_owned()), Some("model".to_owned())));
+    }
 
     #[test]
     fn the_test_split_trains_and_selects_nothing() {

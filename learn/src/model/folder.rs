@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors, View};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor, no_grad};
@@ -40,17 +41,7 @@ pub fn read(folder: &Path, weights: &Weights, tied: Option<(&str, &str)>) -> Res
             if name.ends_with(".rotary_emb.inv_freq") {
                 continue;
             }
-            let kind = match view.dtype() {
-                Dtype::F32 => Kind::Float,
-                Dtype::BF16 => Kind::BFloat16,
-                Dtype::F16 => Kind::Half,
-                other => {
-                    bail!("the weight `{name}` of `{}` has the type {other:?}, not F32, BF16 or F16", path.display())
-                }
-            };
-            let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
-            let tensor = Tensor::f_from_data_size(view.data(), &shape, kind)
-                .with_context(|| format!("cannot take the weight `{name}` of `{}`", path.display()))?;
+            let tensor = tensor(&view).with_context(|| format!("the weight `{name}` of `{}`", path.display()))?;
             if tied.is_some_and(|(copy, _)| copy == name) {
                 copy = Some(tensor);
                 continue;
@@ -70,10 +61,35 @@ pub fn read(folder: &Path, weights: &Weights, tied: Option<(&str, &str)>) -> Res
     if let (Some((name, original)), Some(copy)) = (tied, copy) {
         // A copy is harmless, another matrix would be a lost weight.
         let stored = weights.leaf(original).detach();
-        let same = copy.size() == stored.size() && copy.to_kind(Kind::Float).to_device(stored.device()) == stored;
+        let same = copy.size() == stored.size() && copy.to_device(stored.device()) == stored;
         ensure!(same, "`{}` ties `{name}` to `{original}`, but they differ", folder.display());
     }
     Ok(())
+}
+
+/// Reads the weight `name` of `folder` as f32 on the CPU.
+pub fn read_one(folder: &Path, name: &str) -> Result<Tensor> {
+    for path in files(folder)?.0 {
+        let reading = || format!("cannot read `{}`", path.display());
+        let bytes = std::fs::read(&path).with_context(reading)?;
+        let file = SafeTensors::deserialize(&bytes).with_context(reading)?;
+        if let Ok(view) = file.tensor(name) {
+            return tensor(&view).with_context(|| format!("the weight `{name}` of `{}`", path.display()));
+        }
+    }
+    bail!("the weight `{name}` is missing in `{}`", folder.display())
+}
+
+/// A stored tensor as f32 on the CPU.
+fn tensor(view: &TensorView<'_>) -> Result<Tensor> {
+    let kind = match view.dtype() {
+        Dtype::F32 => Kind::Float,
+        Dtype::BF16 => Kind::BFloat16,
+        Dtype::F16 => Kind::Half,
+        other => bail!("its type is {other:?}, not F32, BF16 or F16"),
+    };
+    let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
+    Ok(Tensor::f_from_data_size(view.data(), &shape, kind)?.to_kind(Kind::Float))
 }
 
 /// The files that hold the weights, and the index that names them where there is one.

@@ -83,6 +83,9 @@ fn attend_last(query: &Tensor, keys: &Tensor, values: &Tensor, mask: Option<&Ten
     scores.bmm(&values.view([rows * shared, slots, width])).view([rows, heads * width])
 }
 
+/// The projections of a layer that read the same states, in the order in which they are stacked.
+const QUERY_KEY_VALUE: [&str; 3] = ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"];
+
 /// One layer's weights with its norms multiplied in and its projections stacked.
 #[derive(Debug)]
 struct Layer {
@@ -117,7 +120,7 @@ pub struct Decoder<'a> {
 
 impl<'a> Decoder<'a> {
     pub(crate) fn new(model: &'a Transformer) -> Self {
-        let (config, weights) = (model.config(), model.weights());
+        let (config, weights) = (model.config(), model.base());
         let (heads, shared, size) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
         // Queries and keys come first in the stack; their rows are paired, those of values are not.
         let paired_stack = |stack: &Tensor| {
@@ -129,7 +132,10 @@ impl<'a> Decoder<'a> {
             .map(|layer| {
                 let name = |name: &str| format!("model.layers.{layer}.{name}");
                 let leaf = |short: &str| weights.leaf(&name(short)).detach();
-                let stacked = |short: &str, rows: i64| weights.stacked(&name(short), rows);
+                let stacked = |short: &[&str], rows: i64| {
+                    model.stacked(&short.iter().map(|short| name(short)).collect::<Vec<_>>(), rows)
+                };
+                let biases = |short: &str, rows: i64| weights.stacked(&name(short), rows);
                 let (projected, inner) = ((heads + 2 * shared) * size, config.intermediate_size);
                 let fed = config.feed_forward_bias();
                 let head_norms = || {
@@ -139,24 +145,23 @@ impl<'a> Decoder<'a> {
                 };
                 Layer {
                     projection: Projection {
-                        weight: paired_stack(
-                            &(stacked("self_attn.q_proj.weight", projected) * leaf("input_layernorm.weight")),
-                        ),
+                        weight: paired_stack(&(stacked(&QUERY_KEY_VALUE, projected) * leaf("input_layernorm.weight"))),
                         bias: config
                             .projection_bias()
-                            .then(|| paired_stack(&stacked("self_attn.q_proj.bias", projected))),
+                            .then(|| paired_stack(&biases("self_attn.q_proj.bias", projected))),
                     },
                     head_norms: config.head_norms().then(head_norms),
                     output: Projection {
-                        weight: leaf("self_attn.o_proj.weight"),
+                        weight: model.effective(&name("self_attn.o_proj.weight")),
                         bias: config.output_bias().then(|| leaf("self_attn.o_proj.bias")),
                     },
                     gate_up: Projection {
-                        weight: stacked("mlp.gate_proj.weight", 2 * inner) * leaf("post_attention_layernorm.weight"),
-                        bias: fed.then(|| stacked("mlp.gate_proj.bias", 2 * inner)),
+                        weight: stacked(&["mlp.gate_proj.weight", "mlp.up_proj.weight"], 2 * inner)
+                            * leaf("post_attention_layernorm.weight"),
+                        bias: fed.then(|| biases("mlp.gate_proj.bias", 2 * inner)),
                     },
                     down: Projection {
-                        weight: leaf("mlp.down_proj.weight"),
+                        weight: model.effective(&name("mlp.down_proj.weight")),
                         bias: fed.then(|| leaf("mlp.down_proj.bias")),
                     },
                 }

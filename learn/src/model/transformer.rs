@@ -4,23 +4,31 @@
 //! no mask is needed. The weight of each norm is multiplied into the projections behind it (a product over a small
 //! matrix instead of over every token), which is the same sum in another order. It knows nothing of losses or text.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use pipe::stages::training::Lora;
 use serde_json::{Value, json};
 use tch::{Device, Tensor, no_grad};
 
 use crate::model::kv_cache::Decoder;
+use crate::model::lora::{Adapter, Adapters};
 use crate::model::rope::{Rotation, Turn, paired};
 use crate::model::weights::Weights;
-use crate::model::{ModelConfig, folder};
+use crate::model::{ModelConfig, folder, new_tokens};
+
+/// Before the names of frozen weights in a training state.
+const BASE: &str = "base.";
 
 /// A decoder with its weights.
 #[derive(Debug)]
 pub struct Transformer {
     config: ModelConfig,
-    weights: Weights,
+    /// All weights of the model proper; frozen where there are adapters.
+    base: Weights,
+    adapters: Option<Adapters>,
     embedding: Tensor,
     layers: Vec<Layer>,
     norm: Tensor,
@@ -49,22 +57,31 @@ struct Layer {
 struct Linear {
     weight: Tensor,
     bias: Option<Tensor>,
+    adapter: Option<Adapter>,
 }
 
 impl Linear {
+    /// The matrix as it acts: with its adapter, where it has one.
+    fn effective(&self) -> Tensor {
+        match &self.adapter {
+            Some(adapter) => &self.weight + adapter.delta(),
+            None => self.weight.shallow_clone(),
+        }
+    }
+
     /// `x * norm @ weight^T + bias`, with `norm` multiplied into the weight; `x` is `[.., in]`.
     fn after_norm(&self, norm: &Tensor, x: &Tensor) -> Tensor {
-        x.linear(&(&self.weight * norm), self.bias.as_ref())
+        x.linear(&(self.effective() * norm), self.bias.as_ref())
     }
 
     /// [`Linear::after_norm`] with the output's rows [`paired`] within each of `heads`.
     fn paired_after_norm(&self, norm: &Tensor, x: &Tensor, heads: i64) -> Tensor {
         let bias = self.bias.as_ref().map(|bias| paired(bias, heads));
-        x.linear(&paired(&(&self.weight * norm), heads), bias.as_ref())
+        x.linear(&paired(&(self.effective() * norm), heads), bias.as_ref())
     }
 
     fn forward(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight, self.bias.as_ref())
+        x.linear(&self.effective(), self.bias.as_ref())
     }
 }
 
@@ -118,21 +135,87 @@ pub fn plan(config: &ModelConfig) -> Vec<(String, Vec<i64>, bool)> {
 impl Transformer {
     /// Reads a Hugging Face folder into fp32 on `device`; a missing, unused or misshapen weight is an error.
     pub fn load(folder: &Path, device: Device) -> Result<Self> {
-        let model = Self::zeros(ModelConfig::read(folder)?, device);
-        let tied = model.config.tie_word_embeddings.then_some(("lm_head.weight", "model.embed_tokens.weight"));
-        folder::read(folder, &model.weights, tied)?;
-        Ok(model)
+        let config = ModelConfig::read(folder)?;
+        let weights = Weights::zeros(plan(&config), device);
+        Self::read(folder, config, weights, device)
+    }
+
+    /// [`Transformer::load`] for a model that is not trained: it takes no memory for gradients.
+    pub fn load_frozen(folder: &Path, device: Device) -> Result<Self> {
+        let config = ModelConfig::read(folder)?;
+        let weights = Weights::frozen(plan(&config), device);
+        Self::read(folder, config, weights, device)
+    }
+
+    /// The model of a folder as a training begins with it: all of it, or frozen with fresh adapters that `seed` decides.
+    pub fn load_to_train(folder: &Path, device: Device, lora: Option<&Lora>, seed: u64) -> Result<Self> {
+        match lora {
+            Some(lora) => {
+                new_tokens::refuse(folder)?;
+                Self::load_frozen(folder, device)?.adapt(lora, seed)
+            }
+            None => Self::load(folder, device),
+        }
+    }
+
+    fn read(folder: &Path, config: ModelConfig, weights: Weights, device: Device) -> Result<Self> {
+        let tied = config.tie_word_embeddings.then_some(("lm_head.weight", "model.embed_tokens.weight"));
+        folder::read(folder, &weights, tied)?;
+        Ok(Self::of(config, weights, None, device))
+    }
+
+    /// The model of a folder's configuration for a training state to fill: what is trained is 0 or fresh, and where there
+    /// are adapters the frozen weights are those of `tensors` named `base.*`.
+    pub fn empty(
+        folder: &Path,
+        device: Device,
+        lora: Option<(&Lora, u64)>,
+        tensors: &BTreeMap<String, Tensor>,
+    ) -> Result<Self> {
+        let config = ModelConfig::read(folder)?;
+        let Some((lora, seed)) = lora else {
+            let weights = Weights::zeros(plan(&config), device);
+            return Ok(Self::of(config, weights, None, device));
+        };
+        let base = Weights::frozen(plan(&config), device);
+        base.fill(BASE, base.flat(), tensors)?;
+        Self::of(config, base, None, device).adapt(lora, seed)
+    }
+
+    /// What a training state must hold beside what is trained: the frozen weights below adapters.
+    pub fn frozen(&self) -> Vec<(String, Tensor)> {
+        if self.adapters.is_some() { self.base.named(BASE, self.base.flat()) } else { Vec::new() }
     }
 
     /// A model whose weights are all 0.
+    #[cfg(test)]
     pub(crate) fn zeros(config: ModelConfig, device: Device) -> Self {
         let weights = Weights::zeros(plan(&config), device);
+        Self::of(config, weights, None, device)
+    }
+
+    /// The same model with its weights frozen and adapters to train.
+    pub(crate) fn adapt(self, lora: &Lora, seed: u64) -> Result<Self> {
+        let adapters = Adapters::new(&self.config, lora, seed, self.device)?;
+        let base = if self.base.gradient().numel() == 0 {
+            self.base
+        } else {
+            let frozen = Weights::frozen(plan(&self.config), self.device);
+            no_grad(|| frozen.flat().shallow_clone().copy_(self.base.flat()));
+            frozen
+        };
+        Ok(Self::of(self.config, base, Some(adapters), self.device))
+    }
+
+    fn of(config: ModelConfig, weights: Weights, adapters: Option<Adapters>, device: Device) -> Self {
         let layers = (0..config.num_hidden_layers)
             .map(|layer| {
                 let leaf = |name: &str| weights.leaf(&format!("model.layers.{layer}.{name}"));
+                let adapter = |name: &str| adapters.as_ref()?.of(&format!("model.layers.{layer}.{name}.weight"));
                 let linear = |name: &str, bias: bool| Linear {
                     weight: leaf(&format!("{name}.weight")),
                     bias: bias.then(|| leaf(&format!("{name}.bias"))),
+                    adapter: adapter(name).map(Adapter::shallow_clone),
                 };
                 let (projected, fed) = (config.projection_bias(), config.feed_forward_bias());
                 let norms = || (leaf("self_attn.q_norm.weight"), leaf("self_attn.k_norm.weight"));
@@ -158,7 +241,8 @@ impl Transformer {
             head: weights.leaf(head),
             rotation: Rotation::new(&config, device),
             config,
-            weights,
+            base: weights,
+            adapters,
             device,
         }
     }
@@ -173,19 +257,55 @@ impl Transformer {
         self.device
     }
 
-    /// The weights' buffer, its gradients and names.
+    /// The weights that a training moves, with their gradients and names: all of the model's, or its adapters alone.
     pub fn weights(&self) -> &Weights {
-        &self.weights
+        self.adapters.as_ref().map_or(&self.base, |adapters| &adapters.weights)
+    }
+
+    /// All weights of the model proper, without adapters.
+    pub fn base(&self) -> &Weights {
+        &self.base
+    }
+
+    /// Every weight with its adapter added, by its Hugging Face name.
+    pub fn merged(&self) -> Vec<(String, Tensor)> {
+        let adapter = |name: &str| self.adapters.as_ref()?.of(name);
+        let named = self.base.named("", self.base.flat()).into_iter();
+        no_grad(|| {
+            named
+                .map(|(name, weight)| match adapter(&name) {
+                    Some(adapter) => (name, weight + adapter.delta()),
+                    None => (name, weight),
+                })
+                .collect()
+        })
+    }
+
+    /// The matrix `name` as it acts: with its adapter, where it has one, outside of the gradient graph.
+    pub(crate) fn effective(&self, name: &str) -> Tensor {
+        let weight = self.base.leaf(name).detach();
+        match self.adapters.as_ref().and_then(|adapters| adapters.of(name)) {
+            Some(adapter) => no_grad(|| weight + adapter.delta()),
+            None => weight,
+        }
+    }
+
+    /// Neighbouring matrices as one, as they act; `rows` is the sum of their rows.
+    pub(crate) fn stacked(&self, names: &[String], rows: i64) -> Tensor {
+        if self.adapters.is_none() {
+            return self.base.stacked(&names[0], rows);
+        }
+        Tensor::cat(&names.iter().map(|name| self.effective(name)).collect::<Vec<_>>(), 0)
     }
 
     /// The leaves of the gradient graph with their Hugging Face names, in a fixed order.
     pub fn parameters(&self) -> Vec<(String, Tensor)> {
-        self.weights.leaves()
+        self.weights().leaves()
     }
 
     /// Sets every gradient to zero; backward passes add to them.
     pub fn zero_gradients(&self) {
-        self.weights.zero_gradients();
+        self.weights().zero_gradients();
     }
 
     /// Hidden states `[B, T, H]` f32 behind the last layer, before the last norm, for ids `[B, T]` i64.
@@ -245,23 +365,27 @@ impl Transformer {
         &self.embedding
     }
 
-    /// Writes a Hugging Face folder: the weights in fp32, and configuration, tokenizer and generation files as they stand
+    /// Writes a Hugging Face folder: the weights in fp32 with adapters merged, and configuration, tokenizer and generation files as they stand
     /// in `companions`, the folder that the model came from. The same weights give the same bytes.
     pub fn save(&self, folder: &Path, companions: &Path) -> Result<()> {
-        fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
-        copy_companions(companions, folder)?;
-        let from = companions.join("config.json");
-        let text = fs::read_to_string(&from).with_context(|| format!("cannot read `{}`", from.display()))?;
-        let mut config: Value =
-            serde_json::from_str(&text).with_context(|| format!("`{}` is no JSON", from.display()))?;
-        // Older and newer programs call the type of the stored weights by these two names.
-        let field = if config["dtype"].is_null() { "torch_dtype" } else { "dtype" };
-        config[field] = json!("float32");
-        let to = folder.join("config.json");
-        let text = serde_json::to_string_pretty(&config).context("a configuration is plain data")?;
-        fs::write(&to, text + "\n").with_context(|| format!("cannot write `{}`", to.display()))?;
-        folder::write(&folder.join(folder::WEIGHTS_FILE), self.weights.named("", self.weights.flat()))
+        save_companions(companions, folder)?;
+        folder::write(&folder.join(folder::WEIGHTS_FILE), self.merged())
     }
+}
+
+/// Writes what stands beside the weights of a folder of fp32: configuration, tokenizer and generation files of `companions`.
+pub fn save_companions(companions: &Path, folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
+    copy_companions(companions, folder)?;
+    let from = companions.join("config.json");
+    let text = fs::read_to_string(&from).with_context(|| format!("cannot read `{}`", from.display()))?;
+    let mut config: Value = serde_json::from_str(&text).with_context(|| format!("`{}` is no JSON", from.display()))?;
+    // Older and newer programs call the type of the stored weights by these two names.
+    let field = if config["dtype"].is_null() { "torch_dtype" } else { "dtype" };
+    config[field] = json!("float32");
+    let to = folder.join("config.json");
+    let text = serde_json::to_string_pretty(&config).context("a configuration is plain data")?;
+    fs::write(&to, text + "\n").with_context(|| format!("cannot write `{}`", to.display()))
 }
 
 /// Copies what stands beside the weights: every file of `from` but weights and configuration.

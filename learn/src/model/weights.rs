@@ -44,20 +44,8 @@ impl Weights {
     ///
     /// Neighbours of the plan with the same decay flag are neighbours in the buffer.
     pub fn zeros(plan: Vec<(String, Vec<i64>, bool)>, device: Device) -> Self {
-        let mut entries: Vec<Entry> =
-            plan.into_iter().map(|(name, shape, decays)| Entry { name, shape, decays, offset: 0 }).collect();
-        let mut offset = 0;
-        let mut decayed = 0;
-        for decays in [true, false] {
-            for entry in entries.iter_mut().filter(|entry| entry.decays == decays) {
-                entry.offset = offset;
-                offset += entry.length();
-            }
-            if decays {
-                decayed = offset;
-            }
-        }
-        let flat = Tensor::zeros([offset], (Kind::Float, device));
+        let (entries, decayed, length) = lay_out(plan);
+        let flat = Tensor::zeros([length], (Kind::Float, device));
         let gradient = flat.zeros_like();
         let leaves: Vec<Tensor> =
             entries.iter().map(|entry| view(&flat, entry).detach().set_requires_grad(true)).collect();
@@ -71,12 +59,20 @@ impl Weights {
         Self { flat, gradient, decayed, entries, leaves }
     }
 
+    /// [`Weights::zeros`] outside of the gradient graph: they take no gradients and no memory for them.
+    pub fn frozen(plan: Vec<(String, Vec<i64>, bool)>, device: Device) -> Self {
+        let (entries, decayed, length) = lay_out(plan);
+        let flat = Tensor::zeros([length], (Kind::Float, device));
+        let leaves = entries.iter().map(|entry| view(&flat, entry)).collect();
+        Self { gradient: Tensor::zeros([0], (Kind::Float, device)), flat, decayed, entries, leaves }
+    }
+
     /// All weights, `[P]` f32; writing to it changes the model.
     pub fn flat(&self) -> &Tensor {
         &self.flat
     }
 
-    /// All gradients, `[P]` f32, in the order of [`Weights::flat`].
+    /// All gradients, `[P]` f32, in the order of [`Weights::flat`]; empty where the weights are frozen.
     pub fn gradient(&self) -> &Tensor {
         &self.gradient
     }
@@ -144,6 +140,23 @@ impl Weights {
     pub fn zero_gradients(&self) {
         let _ = no_grad(|| self.gradient.shallow_clone().zero_());
     }
+}
+
+/// Places for the weights of a plan, those that decay first; the elements of these, and of all.
+fn lay_out(plan: Vec<(String, Vec<i64>, bool)>) -> (Vec<Entry>, i64, i64) {
+    let mut entries: Vec<Entry> =
+        plan.into_iter().map(|(name, shape, decays)| Entry { name, shape, decays, offset: 0 }).collect();
+    let (mut offset, mut decayed) = (0, 0);
+    for decays in [true, false] {
+        for entry in entries.iter_mut().filter(|entry| entry.decays == decays) {
+            entry.offset = offset;
+            offset += entry.length();
+        }
+        if decays {
+            decayed = offset;
+        }
+    }
+    (entries, decayed, offset)
 }
 
 fn view(flat: &Tensor, entry: &Entry) -> Tensor {
