@@ -92,7 +92,7 @@ fn sample(model: &Transformer) -> Result<usize> {
             samples: (0..8).map(|sample| vec![1, group, sample]).collect(),
         })
         .collect();
-    let sampling = Sampling { temperature: 1.0, max_new_tokens: 48 };
+    let sampling = Sampling::new(1.0, 48);
     let mut tokens = 0;
     no_grad(|| {
         generate(model, &groups, &sampling, &AtomicBool::new(false), &mut |written| tokens += written as usize)

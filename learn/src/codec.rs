@@ -32,7 +32,7 @@ impl Codec {
         &self.digest
     }
 
-    /// The ids of `text` alone; text that the tokenizer has no token for is an error.
+    /// The ids of `text`; text that the tokenizer has no token for is an error.
     pub fn encode(&self, text: &str) -> anyhow::Result<Vec<i64>> {
         self.ids(text, false)
     }
@@ -43,10 +43,9 @@ impl Codec {
     }
 
     fn ids(&self, text: &str, framed: bool) -> anyhow::Result<Vec<i64>> {
-        let encoded = self.tokenizer.encode_fast(text, framed).map_err(|error| {
-            let shown: String = text.chars().take(80).collect();
-            anyhow!("`{shown}` has text that the vocabulary lacks ({error})")
-        })?;
+        let encoded = self.tokenizer.encode_fast(text, framed).map_err(|error| anyhow!("{error}"));
+        let shown = || text.chars().take(80).collect::<String>();
+        let encoded = encoded.with_context(|| format!("`{}` has text that the vocabulary lacks", shown()))?;
         Ok(encoded.get_ids().iter().map(|id| i64::from(*id)).collect())
     }
 

@@ -1,29 +1,62 @@
 //! Batched generation: prompts of groups to completions, with the sampler's law.
 //!
-//! One uniform number a token, drawn by the counters of the sample and the token's index; probabilities and their
-//! cumulative sum in fp64; the first id whose cumulative sum exceeds u times the last. What is computed depends on the
-//! chunk's content alone: rows that have finished leave the batch at points that the completions decide, never a clock.
-//! It knows ids, not text, and nothing of rewards.
+//! One uniform number a token, drawn by the counters of the sample and the token's index; how it chooses a token is in
+//! [`crate::draw`]. What is computed depends on the chunk's content alone: rows that have finished leave the batch at points
+//! that the completions decide, never a clock. It knows ids, not text, and nothing of rewards.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use pipe::pipeline::stage::Interrupted;
 use pipe::random::{rng, uniform_at};
+use pipe::stages::sampling::Filters;
 use pipe::tasks::Finish;
 use rayon::prelude::*;
 use tch::{Kind, Tensor};
 
+use crate::codec::Codec;
+use crate::draw::{Choice, Filter, draw, draw_filtered};
 use crate::model::Transformer;
 use crate::model::kv_cache::KvCache;
 
+pub use crate::draw::Kept;
+
 /// How tokens are chosen.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
     /// Logits are divided by it; 0 is greedy.
     pub temperature: f64,
     /// Tokens in a completion, at most, its end included.
     pub max_new_tokens: usize,
+    /// Which tokens may be drawn; `None` is every one.
+    pub filter: Option<Filter>,
+    /// Whether the tokens that might have been drawn are told with each completion.
+    pub tells_kept: bool,
+    /// Sequences of ids that end a completion as soon as it ends in one of them, besides the model's own end.
+    pub stop: Vec<Vec<i64>>,
+}
+
+impl Sampling {
+    /// Every token may be drawn, and the model's own end alone ends a completion.
+    pub fn new(temperature: f64, max_new_tokens: u64) -> Self {
+        let (filter, stop) = (None, Vec::new());
+        Self { temperature, max_new_tokens: max_new_tokens as usize, filter, tells_kept: false, stop }
+    }
+
+    /// What a stage asks for; `codec` turns its stop texts into ids.
+    pub fn open(filters: &Filters, temperature: f64, max_new_tokens: u64, codec: &Codec) -> Result<Self> {
+        let Filters { top_k, top_p, min_p, stop } = filters;
+        let encode = |text: &String| {
+            let ids = codec.encode(text).with_context(|| format!("reading the stop text `{text}`"))?;
+            ensure!(!ids.is_empty(), "the stop text `{text}` has no token");
+            Ok(ids)
+        };
+        // Greedy choice takes the most probable token, which every filter keeps.
+        let narrows = filters.narrows() && temperature > 0.0;
+        let filter = narrows.then_some(Filter { top_k: *top_k as usize, top_p: *top_p, min_p: *min_p });
+        let stop = stop.iter().map(encode).collect::<Result<_>>()?;
+        Ok(Self { filter, stop, ..Self::new(temperature, max_new_tokens) })
+    }
 }
 
 /// A prompt and the samples to draw for it.
@@ -45,6 +78,10 @@ pub struct Completion {
     pub logprobs: Vec<f32>,
     /// Why it ended.
     pub finish: Finish,
+    /// How many of the last ids end the sequence and are no text: 1 for the model's own end, else 0. A stop text is text.
+    pub unsaid: usize,
+    /// The tokens that might have been drawn at each id, where a filter was on and they were asked for.
+    pub kept: Option<Kept>,
 }
 
 /// Where one sample stands.
@@ -66,10 +103,13 @@ pub fn generate(
     on_tokens: &mut dyn FnMut(u64),
 ) -> Result<Vec<Vec<Completion>>> {
     check(model, groups, sampling)?;
+    let tells_kept = sampling.tells_kept && sampling.filter.is_some();
     let device = model.device();
     let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(device);
-    let mut samples: Vec<Sample> =
-        groups.iter().flat_map(|group| group.samples.iter().map(|counters| begin(group, counters))).collect();
+    let mut samples: Vec<Sample> = groups
+        .iter()
+        .flat_map(|group| group.samples.iter().map(|counters| begin(group, counters, tells_kept)))
+        .collect();
     if samples.is_empty() {
         return Ok(groups.iter().map(|_| Vec::new()).collect());
     }
@@ -121,9 +161,10 @@ pub fn generate(
 }
 
 fn check(model: &Transformer, groups: &[Group], sampling: &Sampling) -> Result<()> {
-    let Sampling { temperature, max_new_tokens } = *sampling;
+    let Sampling { temperature, max_new_tokens, .. } = *sampling;
     ensure!(temperature.is_finite() && temperature >= 0.0, "the temperature is {temperature}, but must be at least 0");
     ensure!(max_new_tokens > 0, "`max_new_tokens` is 0, so there is nothing to generate");
+    ensure!(sampling.stop.iter().all(|ids| !ids.is_empty()), "a stop sequence without an id");
     let (limit, vocabulary) = (model.config().max_position_embeddings, model.config().vocab_size);
     for (index, group) in groups.iter().enumerate() {
         let length = group.prompt.len();
@@ -141,11 +182,17 @@ fn check(model: &Transformer, groups: &[Group], sampling: &Sampling) -> Result<(
     Ok(())
 }
 
-fn begin(group: &Group, counters: &[u64]) -> Sample {
+fn begin(group: &Group, counters: &[u64], tells_kept: bool) -> Sample {
     Sample {
         stream: rng("sample", counters),
         prompt: group.prompt.len() as i64,
-        completion: Completion { ids: Vec::new(), logprobs: Vec::new(), finish: Finish::Length },
+        completion: Completion {
+            ids: Vec::new(),
+            logprobs: Vec::new(),
+            finish: Finish::Length,
+            unsaid: 0,
+            kept: tells_kept.then(Kept::default),
+        },
         done: false,
     }
 }
@@ -161,68 +208,42 @@ fn choose(
 ) -> Result<u64> {
     let vocabulary = model.config().vocab_size as usize;
     let values = Vec::<f32>::try_from(&logits.view(-1)).context("cannot read the logits")?;
-    let draw_row = |(row, &index): (usize, &usize)| -> Option<(usize, Option<(i64, f32)>)> {
+    let draw_row = |(row, &index): (usize, &usize)| -> Option<(usize, Option<Choice>)> {
         let sample = &samples[index];
         let uniform = || uniform_at(&sample.stream, token as u64);
         let row = &values[row * vocabulary..(row + 1) * vocabulary];
-        (!sample.done).then(|| (index, draw(row, sampling.temperature, uniform)))
+        let choose = || match &sampling.filter {
+            None => draw(row, sampling.temperature, uniform),
+            Some(filter) => draw_filtered(row, sampling.temperature, filter, uniform),
+        };
+        (!sample.done).then(|| (index, choose()))
     };
     // Threads pay for themselves only over large vocabularies; no result depends on them.
-    let drawn: Vec<(usize, Option<(i64, f32)>)> = if values.len() < 1 << 16 {
+    let drawn: Vec<(usize, Option<Choice>)> = if values.len() < 1 << 16 {
         rows.iter().enumerate().filter_map(draw_row).collect()
     } else {
         rows.par_iter().enumerate().filter_map(draw_row).collect()
     };
     for (index, choice) in &drawn {
-        let (id, logprob) = choice.with_context(|| {
+        let Choice { id, logprob, kept } = choice.as_ref().with_context(|| {
             format!("the model's logits are not finite at token {token} of sample {index} of the chunk")
         })?;
         let sample = &mut samples[*index];
-        sample.completion.ids.push(id);
-        sample.completion.logprobs.push(logprob);
-        if model.config().eos_token_id.contains(&id) {
-            sample.completion.finish = Finish::Stop;
+        let completion = &mut sample.completion;
+        completion.ids.push(*id);
+        completion.logprobs.push(*logprob);
+        if let Some(all) = &mut completion.kept {
+            all.push(kept);
+        }
+        let ends = model.config().eos_token_id.contains(id);
+        if ends || sampling.stop.iter().any(|stop| completion.ids.ends_with(stop)) {
+            completion.finish = Finish::Stop;
+            completion.unsaid = usize::from(ends);
             sample.done = true;
         }
         sample.done |= token + 1 == sampling.max_new_tokens;
     }
     Ok(drawn.len() as u64)
-}
-
-/// Chooses an id by `logits` and gives it with its log-probability; `None` when a logit is not finite.
-///
-/// At temperature 0 it is the highest logit, the lowest id among equals. Else it is the first id with
-/// `cdf > u * cdf_last`, the unnormalised cumulative sum being formed in fp64 in the order of ids.
-pub fn draw(logits: &[f32], temperature: f64, uniform: impl FnOnce() -> f64) -> Option<(i64, f32)> {
-    let mut highest = 0;
-    for (id, logit) in logits.iter().enumerate() {
-        if !logit.is_finite() {
-            return None;
-        }
-        if *logit > logits[highest] {
-            highest = id;
-        }
-    }
-    let greedy = temperature == 0.0;
-    let temperature = if greedy { 1.0 } else { temperature };
-    let top = f64::from(*logits.get(highest)?);
-    let scaled = |logit: f32| (f64::from(logit) - top) / temperature;
-    let mut total = 0.0;
-    let cumulative: Vec<f64> = logits
-        .iter()
-        .map(|&logit| {
-            total += scaled(logit).exp();
-            total
-        })
-        .collect();
-    let id = if greedy {
-        highest
-    } else {
-        let bound = uniform() * total;
-        // u < 1, so the last id qualifies unless rounding lifted the product to the total itself.
-        cumulative.iter().position(|&sum| sum > bound).unwrap_or(highest)
-    };
-    Some((id as i64, (scaled(logits[id]) - total.ln()) as f32))
 }
 
 /// What each row may see of its slots, `[R, 1, 1, slots]`: all but the gap behind a prompt shorter than the longest.
@@ -279,7 +300,7 @@ mod tests {
     }
 
     fn run(model: &Transformer, groups: &[Group], temperature: f64) -> Vec<Vec<Completion>> {
-        let sampling = Sampling { temperature, max_new_tokens: 12 };
+        let sampling = Sampling::new(temperature, 12);
         let mut heard = 0;
         let made = generate(model, groups, &sampling, &NEVER, &mut |count| heard += count).expect("completions");
         assert_eq!(heard, made.iter().flatten().map(|completion| completion.ids.len() as u64).sum::<u64>());
@@ -354,42 +375,10 @@ mod tests {
     }
 
     #[test]
-    fn frequencies_are_the_probabilities() {
-        let logits = [0.5f32, -1.0, 2.0, 0.0];
-        let weights: Vec<f64> = logits.iter().map(|logit| (f64::from(*logit) / 0.7).exp()).collect();
-        let total: f64 = weights.iter().sum();
-        let (draws, mut counts) = (20_000u64, [0f64; 4]);
-        for index in 0..draws {
-            let (id, logprob) = draw(&logits, 0.7, || uniform_at(&rng("sample", &[index]), 0)).expect("finite");
-            counts[id as usize] += 1.0;
-            assert!((f64::from(logprob) - (weights[id as usize] / total).ln()).abs() < 1e-6);
-        }
-        for (count, weight) in counts.iter().zip(&weights) {
-            let p = weight / total;
-            let deviation = (p * (1.0 - p) / draws as f64).sqrt();
-            assert!((count / draws as f64 - p).abs() < 4.0 * deviation, "{count} for {p}");
-        }
-    }
-
-    #[test]
-    fn the_borders_of_the_sampler() {
-        let only = |logits: &[f32], u: f64| draw(logits, 1.0, || u).map(|(id, _)| id);
-        assert_eq!(only(&[0.0, 0.0], 0.0), Some(0));
-        assert_eq!(only(&[0.0, 0.0], 0.5), Some(1), "strictly greater than");
-        assert_eq!(only(&[-200.0, 0.0], 0.0), Some(0), "a tiny probability holds the beginning of its range");
-        assert_eq!(only(&[0.0, f32::NAN], 0.5), None);
-        assert_eq!(only(&[0.0, f32::NEG_INFINITY], 0.5), None);
-        let unused = || -> f64 { unreachable!("greedy choice draws nothing") };
-        assert_eq!(draw(&[1.0, 3.0, 3.0], 0.0, unused).map(|(id, _)| id), Some(1), "the lowest of equals");
-        let (_, logprob) = draw(&[0.0, 0.0], 0.0, unused).expect("finite");
-        assert!((f64::from(logprob) - 0.5f64.ln()).abs() < 1e-7);
-    }
-
-    #[test]
     fn what_cannot_be_generated_is_refused() {
         let (_folder, model) = sandbox::model(&json!({}));
-        let error = |groups: &[Group], temperature: f64, max_new_tokens: usize, stop: bool| {
-            let sampling = Sampling { temperature, max_new_tokens };
+        let error = |groups: &[Group], temperature: f64, max_new_tokens: u64, stop: bool| {
+            let sampling = Sampling::new(temperature, max_new_tokens);
             let made = generate(&model, groups, &sampling, &AtomicBool::new(stop), &mut |_| {});
             made.expect_err("it is refused")
         };

@@ -3,16 +3,20 @@
 //! It knows the parameters of stages and nothing of the command line. Mathematics stands once, in the modules named here;
 //! the loops over it are in `kinds`.
 
+pub mod advantage;
 pub mod batch;
 pub mod codec;
 pub mod device;
+pub mod draw;
 pub mod generate;
 pub mod journal;
 pub mod kinds;
 pub mod loss;
+pub mod memory;
 pub mod model;
 pub mod optimizer;
 pub mod order;
+pub mod policy;
 pub mod preflight;
 pub mod prompts;
 pub mod replay;

@@ -1,10 +1,14 @@
-//! Losses, advantages and entropies: tensors in, tensors out.
+//! Losses and entropies: tensors in, tensors out.
 //!
-//! Denominators are arguments, counted by the caller over the whole optimizer batch, so that a gradient is the same for
-//! every split into micro-batches. Shares and means leave here as sums with counts. It knows no model and no batch.
+//! There is one kernel of policy gradients, [`policy_loss`], whose axes are free of one another; the methods of the
+//! literature are points in their space. Denominators are arguments, counted by the caller over the whole optimizer batch,
+//! so that a gradient is the same for every split into micro-batches. Shares and means leave here as sums with counts. It
+//! knows no model and no batch.
 
-use pipe::stages::grpo::Scale;
-use tch::{Kind, Reduction, Tensor, no_grad};
+use anyhow::{Result, ensure};
+use pipe::stages::grpo::Axes;
+use pipe::stages::grpo::axes::{ClipRule, Estimator, KlPlace, Ratio};
+use tch::{Device, Kind, Reduction, Tensor, no_grad};
 
 /// Log-probabilities `[N]` f32 of `targets` `[N]` i64 under softmax(`logits` / `temperature`), `logits` being `[N, V]` f32.
 pub fn token_logprobs(logits: &Tensor, targets: &Tensor, temperature: f64) -> Tensor {
@@ -12,12 +16,13 @@ pub fn token_logprobs(logits: &Tensor, targets: &Tensor, temperature: f64) -> Te
     -tempered(logits, temperature).cross_entropy_loss(targets, None::<&Tensor>, Reduction::None, ignored, 0.0)
 }
 
-/// Entropies `[N]` f32, in nats, of softmax(`logits` / `temperature`) for `logits` `[N, V]`; outside of the gradient graph.
+/// Entropies `[N]` f32, in nats, of softmax(`logits` / `temperature`) for `logits` `[N, V]`, within the gradient graph. A
+/// logit of minus infinity stands for a token that may not be drawn.
 pub fn entropy(logits: &Tensor, temperature: f64) -> Tensor {
-    no_grad(|| {
-        let logprobs = tempered(logits, temperature).log_softmax(-1, logits.kind());
-        -(logprobs.exp() * logprobs).sum_dim_intlist(-1, false, logits.kind())
-    })
+    let logprobs = tempered(logits, temperature).log_softmax(-1, logits.kind());
+    // Chosen before it is multiplied: 0 times minus infinity is no number.
+    let finite = logprobs.masked_fill(&logprobs.isneginf(), 0.0);
+    -(logprobs.exp() * finite).sum_dim_intlist(-1, false, logits.kind())
 }
 
 #[expect(clippy::float_cmp, reason = "1 is what a user writes, and only exactly 1 may be left out")]
@@ -31,180 +36,308 @@ pub fn supervised_loss(logprobs: &Tensor, denominator: f64) -> Tensor {
     -logprobs.sum(logprobs.kind()) / denominator
 }
 
-/// What [`policy_loss`] gives: the loss to be differentiated, and sums over the tokens at hand.
+/// Contiguous runs of tokens, in order, over which a ratio is formed: turns or sequences.
+#[derive(Debug)]
+pub struct Segments {
+    /// `[S * L]` i64: the token at each place of the padded segments, the number of tokens standing for none.
+    gather: Tensor,
+    /// `[N]` i64: the segment of each token.
+    owner: Tensor,
+    /// `[S]` f64.
+    lengths: Tensor,
+}
+
+impl Segments {
+    /// Segments of the given numbers of tokens, none of which is 0.
+    pub fn new(lengths: &[usize], device: Device) -> Self {
+        let (tokens, longest) = (lengths.iter().sum::<usize>(), lengths.iter().copied().max().unwrap_or(0));
+        let (mut gather, mut owner, mut first) = (Vec::new(), Vec::with_capacity(tokens), 0);
+        for (segment, &length) in lengths.iter().enumerate() {
+            gather.extend((0..longest).map(|place| if place < length { first + place } else { tokens } as i64));
+            owner.extend(std::iter::repeat_n(segment as i64, length));
+            first += length;
+        }
+        let counts: Vec<f64> = lengths.iter().map(|length| *length as f64).collect();
+        Self {
+            gather: Tensor::from_slice(&gather).to_device(device),
+            owner: Tensor::from_slice(&owner).to_device(device),
+            lengths: Tensor::from_slice(&counts).to_device(device),
+        }
+    }
+
+    /// For each token `[N]` the mean of `values` `[N]` over its segment, in f64 and outside of the gradient graph.
+    ///
+    /// Sums run along padded rows, so the order of additions is fixed on every device.
+    fn means(&self, values: &Tensor) -> Tensor {
+        no_grad(|| {
+            let values = Tensor::cat(
+                &[values.to_kind(Kind::Double), self.lengths.new_zeros([1], (Kind::Double, values.device()))],
+                0,
+            );
+            let padded = values.index_select(0, &self.gather).view([self.lengths.size()[0], -1]);
+            (padded.sum_dim_intlist(-1, false, Kind::Double) / &self.lengths).index_select(0, &self.owner)
+        })
+    }
+}
+
+/// What [`policy_loss`] reads of the tokens at hand: `N` of them, all tensors `[N]` of one floating kind, f32 or f64.
+#[derive(Debug)]
+pub struct PolicyTokens<'a> {
+    /// Log-probabilities under the policy that learns; the gradient flows through them.
+    pub new: &'a Tensor,
+    /// Log-probabilities under the policy that sampled.
+    pub old: &'a Tensor,
+    /// Log-probabilities under the reference, where one is loaded.
+    pub reference: Option<&'a Tensor>,
+    /// Entropies under the policy that learns; the gradient flows through them where the entropy term is on.
+    pub entropy: &'a Tensor,
+    /// Advantages.
+    pub advantages: &'a Tensor,
+    /// What each token's term of the policy loss is multiplied by. No denominator counts it.
+    pub weights: &'a Tensor,
+    /// What a token counts for in the policy term: one over its denominator, and 0 outside of the term.
+    pub share: &'a Tensor,
+    /// What a token counts for in the KL and the entropy term; never 0.
+    pub covered: &'a Tensor,
+    /// Turns or sequences, where the ratio is formed over them.
+    pub segments: Option<&'a Segments>,
+    /// No update has been made since the tokens were sampled: sampler and learner are one policy, so every ratio is exactly
+    /// 1, and what their log-probabilities differ by is an error of computation.
+    pub on_policy: bool,
+}
+
+/// What [`policy_loss`] gives: the loss to be differentiated, and sums that can be added up over micro-batches.
 #[derive(Debug)]
 pub struct PolicyLoss {
-    /// Scalar f32.
+    /// Scalar.
     pub loss: Tensor,
-    /// Tokens: the count behind every sum here.
+    /// The sums.
+    pub sums: PolicySums,
+}
+
+/// Sums over tokens. Those about ratios, clips and advantages are over the tokens of the policy term, the others over all.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PolicySums {
+    /// Tokens of the policy term.
     pub tokens: u64,
-    /// Sum of the probability ratios.
-    pub ratio_sum: f64,
-    /// The largest probability ratio; 0 without tokens.
+    /// All tokens.
+    pub covered: u64,
+    /// The policy term's part of the loss.
+    pub policy_loss: f64,
+    /// The KL term's part of the loss.
+    pub kl_loss: f64,
+    /// The entropy term's part of the loss.
+    pub entropy_loss: f64,
+    /// Ratios, as the loss reads them.
+    pub ratio: f64,
+    /// Squares of ratios.
+    pub ratio_square: f64,
+    /// The largest ratio; 0 without tokens.
     pub ratio_max: f64,
-    /// Sum of `ratio - 1 - ln ratio`, the k3 estimate of KL(old || new) (Schulman 2020).
-    pub old_kl_sum: f64,
-    /// The largest |new - old|; 0 without tokens. On the first update it is the mismatch of sampler and trainer.
+    /// `r - 1 - ln r` of the tokens' own ratios: the k3 estimate of KL(old || new) (Schulman 2020).
+    pub old_kl: f64,
+    /// The largest |new - old|: on policy the mismatch of sampler and trainer.
     pub mismatch_max: f64,
-    /// Tokens with a negative advantage whose ratio is below the range: their gradient is cut.
+    /// The sum of |new - old|.
+    pub mismatch: f64,
+    /// Negative advantages whose ratio is below the range: their gradient is cut.
     pub clipped_low: u64,
-    /// Tokens with a positive advantage whose ratio is above the range: their gradient is cut.
+    /// Positive advantages whose ratio is above the range: their gradient is cut; under CISPO any ratio above the bound,
+    /// whose weight is cut off.
     pub clipped_high: u64,
+    /// Negative advantages whose term the dual bound holds: their gradient is cut.
+    pub clipped_dual: u64,
+    /// Tokens through which the policy term has no gradient: cut, or with an advantage or weight of 0.
+    pub idle: u64,
+    /// The largest |advantage|.
+    pub advantage_max: f64,
+    /// k1 estimates of KL(new || reference).
+    pub reference_k1: f64,
+    /// k3 estimates of KL(new || reference).
+    pub reference_k3: f64,
+    /// Entropies in nats.
+    pub entropy: f64,
 }
 
-/// The clipped policy-gradient loss with a token mean (PPO's clip, Schulman et al. 2017; clip-higher and token mean of
-/// DAPO, Yu et al. 2025): `-sum min(r A, clamp(r, 1 - clip_low, 1 + clip_high) A) / denominator`, `r = exp(new - old)`.
+impl PolicySums {
+    /// Takes in the sums over other tokens.
+    pub fn merge(&mut self, other: &Self) {
+        self.tokens += other.tokens;
+        self.covered += other.covered;
+        self.policy_loss += other.policy_loss;
+        self.kl_loss += other.kl_loss;
+        self.entropy_loss += other.entropy_loss;
+        self.ratio += other.ratio;
+        self.ratio_square += other.ratio_square;
+        self.ratio_max = self.ratio_max.max(other.ratio_max);
+        self.old_kl += other.old_kl;
+        self.mismatch_max = self.mismatch_max.max(other.mismatch_max);
+        self.mismatch += other.mismatch;
+        self.clipped_low += other.clipped_low;
+        self.clipped_high += other.clipped_high;
+        self.clipped_dual += other.clipped_dual;
+        self.idle += other.idle;
+        self.advantage_max = self.advantage_max.max(other.advantage_max);
+        self.reference_k1 += other.reference_k1;
+        self.reference_k3 += other.reference_k3;
+        self.entropy += other.entropy;
+    }
+}
+
+/// The policy-gradient loss `-sum share weight term + beta sum covered KL - coefficient sum covered entropy`.
 ///
-/// `new`, `old` and `advantages` are `[N]` f32; the gradient flows through `new` alone. `denominator` counts the tokens of
-/// the whole optimizer batch.
-pub fn policy_loss(
-    new: &Tensor,
-    old: &Tensor,
-    advantages: &Tensor,
-    clip_low: f64,
-    clip_high: f64,
-    denominator: f64,
-) -> PolicyLoss {
-    let (old, advantages) = (old.detach(), advantages.detach());
-    let difference = new - &old;
-    let ratio = difference.exp();
-    let clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high);
-    let loss = -(&ratio * &advantages).minimum(&(clipped * &advantages)).sum(new.kind()) / denominator;
-    no_grad(|| {
-        let (difference, ratio) = (difference.detach().to_kind(Kind::Double), ratio.detach().to_kind(Kind::Double));
-        let tokens = ratio.size()[0] as u64;
-        let sum = |values: Tensor| values.sum(Kind::Double).double_value(&[]);
-        let largest = |values: &Tensor| if tokens == 0 { 0.0 } else { values.max().double_value(&[]) };
-        let both = |one: Tensor, other: Tensor| sum(one.logical_and(&other).to_kind(Kind::Double)) as u64;
-        PolicyLoss {
-            tokens,
-            ratio_sum: sum(ratio.shallow_clone()),
-            ratio_max: largest(&ratio),
-            old_kl_sum: sum(&ratio - 1.0 - &difference),
-            mismatch_max: largest(&difference.abs()),
-            clipped_low: both(ratio.lt(1.0 - clip_low), advantages.lt(0.0)),
-            clipped_high: both(ratio.gt(1.0 + clip_high), advantages.gt(0.0)),
-            loss,
+/// With the ratio `r = exp(new - old)` of a token, or `r = exp(mean of new - old)` over its turn or sequence (GSPO, Zheng et
+/// al. 2025), and the advantage A, the term of a token is
+/// `min(r A, clamp(r, 1 - low, 1 + high) A)` (PPO, Schulman et al. 2017; clip-higher, Yu et al. 2025),
+/// at least `bound A` where A < 0 (dual clip, Ye et al. 2020),
+/// `stop_gradient(min(r, 1 + high)) A new` (CISPO, MiniMax-M1 2025) or `r A`.
+/// The estimates of the KL are those of [`Estimator`]. Tokens outside of a term are taken out before any arithmetic.
+pub fn policy_loss(axes: &Axes, tokens: &PolicyTokens<'_>) -> Result<PolicyLoss> {
+    let PolicyTokens { new, old, reference, entropy, advantages, weights, share, covered, .. } = *tokens;
+    let kind = new.kind();
+    ensure!(
+        matches!(kind, Kind::Float | Kind::Double),
+        "log-probabilities of the kind {kind:?}: a loss wants f32 or f64"
+    );
+    for (name, tensor) in [
+        ("old", Some(old)),
+        ("reference", reference),
+        ("entropy", Some(entropy)),
+        ("advantages", Some(advantages)),
+        ("weights", Some(weights)),
+        ("share", Some(share)),
+        ("covered", Some(covered)),
+    ] {
+        let Some(tensor) = tensor else { continue };
+        ensure!(
+            tensor.kind() == kind,
+            "`{name}` is of the kind {:?}, the log-probabilities of {kind:?}",
+            tensor.kind()
+        );
+        ensure!(tensor.size() == new.size(), "`{name}` has the shape {:?}, not {:?}", tensor.size(), new.size());
+    }
+    let inside = share.gt(0.0);
+    let sampled = if tokens.on_policy { new.detach() } else { old.detach() };
+    let own = new - &sampled;
+
+    // 1. The policy term.
+    let zeros = new.zeros_like();
+    let moved = own.where_self(&inside, &zeros);
+    let advantages = &advantages.detach().where_self(&inside, &zeros);
+    let ratio = match (axes.ratio, tokens.segments) {
+        (Ratio::Token, _) => moved.exp(),
+        (_, Some(segments)) => {
+            // The value is the segment's and the derivative each token's own (GSPO-token): with one advantage and weight in
+            // the segment this is the derivative of the mean, and no sum stands in the gradient graph.
+            let common = segments.means(&moved.detach()).exp().to_kind(kind);
+            common * (&moved - moved.detach()).exp()
         }
-    })
+        (level, None) => anyhow::bail!("a ratio over a {level:?} needs to know where one ends"),
+    };
+    let (low, high) = (1.0 - axes.clip.low.unwrap_or(1.0), axes.clip.high.or(axes.clip.low).map(|high| 1.0 + high));
+    let straight = &ratio * advantages;
+    let ranged = || match high {
+        Some(high) => straight.minimum(&(ratio.clamp(low, high) * advantages)),
+        None => straight.shallow_clone(),
+    };
+    let bound = axes.clip.bound.unwrap_or(f64::INFINITY);
+    let term = match axes.clip.rule {
+        ClipRule::Symmetric | ClipRule::Higher => ranged(),
+        ClipRule::Dual => {
+            let term = ranged();
+            term.maximum(&(advantages * bound)).where_self(&advantages.lt(0.0), &term)
+        }
+        ClipRule::Cispo => {
+            let weight = ratio.detach().clamp_max(high.unwrap_or(f64::INFINITY));
+            weight * advantages * new.where_self(&inside, &zeros)
+        }
+        ClipRule::None => straight.shallow_clone(),
+    };
+    let policy = -(term * weights * share).sum(kind);
+
+    // 2. The KL term and the entropy term, over every token.
+    let toward = reference.map(|reference| reference.detach() - new);
+    let mut loss = policy.shallow_clone();
+    let kl = match &toward {
+        Some(toward) if axes.kl.beta > 0.0 && axes.kl.place == KlPlace::Loss => {
+            let estimate = match axes.kl.estimator {
+                Estimator::K3RatioCorrected => own.exp() * estimate(toward, Estimator::K3),
+                plain => estimate(toward, plain),
+            };
+            let kl = (estimate * covered).sum(kind) * axes.kl.beta;
+            // Never in place: the term stays what it is.
+            loss = loss.g_add(&kl);
+            Some(kl)
+        }
+        None if axes.needs_reference() => anyhow::bail!("`kl.beta` is {}, but no reference is loaded", axes.kl.beta),
+        _ => None,
+    };
+    let spread = (axes.entropy.coefficient != 0.0).then(|| -(entropy * covered).sum(kind) * axes.entropy.coefficient);
+    if let Some(spread) = &spread {
+        loss = loss.g_add(spread);
+    }
+
+    // 3. Sums.
+    let sums = no_grad(|| {
+        let value = |tensor: &Tensor| tensor.to_kind(Kind::Double).double_value(&[]);
+        let sum = |tensor: &Tensor| tensor.to_kind(Kind::Double).sum(Kind::Double).double_value(&[]);
+        let some = new.size()[0] > 0;
+        let largest = |tensor: &Tensor| if some { value(&tensor.abs().max()) } else { 0.0 };
+        let within = |tensor: &Tensor| tensor.detach().where_self(&inside, &zeros);
+        let count = |flags: &Tensor| flags.logical_and(&inside).sum(Kind::Int64).int64_value(&[]) as u64;
+        let (r, a) = (within(&ratio), advantages);
+        let difference = within(&own).to_kind(Kind::Double);
+        let gap = (new - old).detach();
+        let (down, up) = (a.lt(0.0), a.gt(0.0));
+        let never = inside.zeros_like();
+        let above = || high.map_or_else(|| never.shallow_clone(), |high| r.gt(high));
+        let (cut_low, cut_high, cut_dual) = match axes.clip.rule {
+            ClipRule::Symmetric | ClipRule::Higher => {
+                (r.lt(low).logical_and(&down), above().logical_and(&up), never.shallow_clone())
+            }
+            ClipRule::Dual => (r.lt(low).logical_and(&down), above().logical_and(&up), r.gt(bound).logical_and(&down)),
+            ClipRule::Cispo => (never.shallow_clone(), above(), never.shallow_clone()),
+            ClipRule::None => (never.shallow_clone(), never.shallow_clone(), never.shallow_clone()),
+        };
+        let still = (a * weights).eq(0.0);
+        let still = if axes.clip.rule == ClipRule::Cispo {
+            still
+        } else {
+            still.logical_or(&cut_low).logical_or(&cut_high).logical_or(&cut_dual)
+        };
+        PolicySums {
+            tokens: count(&inside),
+            covered: new.size()[0] as u64,
+            policy_loss: value(&policy),
+            kl_loss: kl.as_ref().map_or(0.0, value),
+            entropy_loss: spread.as_ref().map_or(0.0, value),
+            ratio: sum(&r.where_self(&inside, &zeros)),
+            ratio_square: sum(&r.to_kind(Kind::Double).square().where_self(&inside, &zeros.to_kind(Kind::Double))),
+            ratio_max: largest(&r.where_self(&inside, &zeros)),
+            old_kl: sum(&(difference.expm1() - &difference)),
+            mismatch_max: largest(&gap),
+            mismatch: sum(&gap.abs()),
+            clipped_low: count(&cut_low),
+            clipped_high: count(&cut_high),
+            clipped_dual: count(&cut_dual),
+            idle: count(&still),
+            advantage_max: largest(a),
+            reference_k1: toward.as_ref().map_or(0.0, |toward| sum(&estimate(toward, Estimator::K1))),
+            reference_k3: toward.as_ref().map_or(0.0, |toward| sum(&estimate(toward, Estimator::K3))),
+            entropy: sum(entropy),
+        }
+    });
+    Ok(PolicyLoss { loss, sums })
 }
 
-/// Group-relative advantages (GRPO, Shao et al. 2024): each reward minus its group's mean, over the group's standard
-/// deviation (with `ddof` delta degrees of freedom) plus `epsilon` where `scale` says so.
-///
-/// Consecutive `group_size` rewards are a group. A group whose rewards are all equal gets exactly 0.
-///
-/// # Panics
-/// When the rewards are no whole number of groups.
-#[expect(clippy::float_cmp, reason = "only rewards that are exactly equal carry no signal")]
-pub fn group_advantages(rewards: &[f64], group_size: usize, scale: Scale, epsilon: f64, ddof: u64) -> Vec<f64> {
-    assert!(group_size > 0 && rewards.len().is_multiple_of(group_size), "rewards come in whole groups");
-    rewards
-        .chunks(group_size)
-        .flat_map(|group| {
-            // Equality is asked of the rewards: the deviation of equal numbers need not come out as 0 in floating point.
-            if group.iter().all(|reward| *reward == group[0]) {
-                return vec![0.0; group.len()];
-            }
-            let count = group.len() as f64;
-            let mean = group.iter().sum::<f64>() / count;
-            let squares: f64 = group.iter().map(|reward| (reward - mean).powi(2)).sum();
-            let divisor = match scale {
-                Scale::GroupStd => (squares / (count - ddof as f64)).sqrt() + epsilon,
-                Scale::None => 1.0,
-            };
-            group.iter().map(|reward| (reward - mean) / divisor).collect()
-        })
-        .collect()
+/// The estimate of KL(new || reference) from `toward` = log reference - log new, `[N]`, without any correction by a ratio.
+pub fn estimate(toward: &Tensor, estimator: Estimator) -> Tensor {
+    match estimator {
+        Estimator::K1 => -toward,
+        Estimator::K2 => toward.square() / 2.0,
+        Estimator::K3 | Estimator::K3RatioCorrected => toward.expm1() - toward,
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn doubles(values: &[f64]) -> Tensor {
-        Tensor::from_slice(values)
-    }
-
-    #[test]
-    fn temperature_divides_logits_in_log_probability_and_entropy() {
-        let logits = Tensor::from_slice(&[1.0f32, 2.0, 4.0, 0.0, 0.0, 0.0]).view([2, 3]);
-        let ours = token_logprobs(&logits, &Tensor::from_slice(&[2i64, 0]), 2.0);
-        let total = 0.5f64.exp() + 1f64.exp() + 2f64.exp();
-        assert!((ours.double_value(&[0]) - (2.0 - total.ln())).abs() < 1e-6);
-        assert!((ours.double_value(&[1]) + 3f64.ln()).abs() < 1e-6);
-        let spread = entropy(&logits, 2.0);
-        let by_hand: f64 = [0.5, 1.0, 2.0].iter().map(|x: &f64| -(x.exp() / total) * (x - total.ln())).sum();
-        assert!((spread.double_value(&[0]) - by_hand).abs() < 1e-6);
-        assert!((spread.double_value(&[1]) - 3f64.ln()).abs() < 1e-6);
-    }
-
-    #[test]
-    fn two_sequences_share_one_token_mean() {
-        // A sequence of one token and one of three: the mean is over four tokens, not over two means.
-        let logprobs = doubles(&[-4.0, -1.0, -1.0, -2.0]);
-        assert!((supervised_loss(&logprobs, 4.0).double_value(&[]) - 2.0).abs() < 1e-12);
-        let (zero, advantages) = (doubles(&[0.0; 4]), doubles(&[1.0, -0.5, -0.5, -0.5]));
-        let new = zero.copy().set_requires_grad(true);
-        let policy = policy_loss(&new, &zero, &advantages, 0.2, 0.28, 4.0);
-        assert!((policy.loss.double_value(&[]) - (-(1.0 - 1.5) / 4.0)).abs() < 1e-12);
-        policy.loss.backward();
-        // On policy the gradient is minus the advantage over the denominator, whatever the sequence's length.
-        assert_eq!(new.grad(), -advantages / 4.0);
-        assert_eq!((policy.tokens, policy.clipped_low, policy.clipped_high), (4, 0, 0));
-        assert!((policy.ratio_sum - 4.0).abs() < 1e-12 && policy.mismatch_max == 0.0 && policy.old_kl_sum == 0.0);
-    }
-
-    #[test]
-    fn the_clip_takes_the_pessimistic_side() {
-        let ratios = [0.5, 0.5, 1.1, 1.5, 1.5, 0.9f64];
-        let advantages = [1.0, -1.0, 2.0, 1.0, -1.0, -3.0];
-        let new = doubles(&ratios.map(f64::ln));
-        let made = policy_loss(&new, &doubles(&[0.0; 6]), &doubles(&advantages), 0.2, 0.3, 6.0);
-        let by_hand = -(0.5 - 0.8 + 2.2 + 1.3 - 1.5 - 2.7) / 6.0;
-        assert!((made.loss.double_value(&[]) - by_hand).abs() < 1e-12);
-        assert_eq!((made.clipped_low, made.clipped_high, made.tokens), (1, 1, 6));
-        assert!((made.ratio_max - 1.5).abs() < 1e-12 && (made.ratio_sum - 6.0).abs() < 1e-12);
-        assert!((made.mismatch_max - 2f64.ln()).abs() < 1e-12);
-        let kl: f64 = ratios.iter().map(|ratio| ratio - 1.0 - ratio.ln()).sum();
-        assert!((made.old_kl_sum - kl).abs() < 1e-12);
-        let nothing = policy_loss(&doubles(&[]), &doubles(&[]), &doubles(&[]), 0.2, 0.3, 6.0);
-        assert_eq!((nothing.tokens, nothing.ratio_max, nothing.loss.double_value(&[])), (0, 0.0, 0.0));
-    }
-
-    #[test]
-    fn the_policy_gradient_is_that_of_finite_differences() {
-        let logits = doubles(&[0.3, -0.2, 0.9, 1.1, 0.0, -0.7, 0.4, 0.2, -1.0]).view([3, 3]);
-        let (targets, old) = (Tensor::from_slice(&[2i64, 0, 1]), doubles(&[-0.9, -0.35, -0.1]));
-        let advantages = doubles(&[1.0, -0.6, 0.8]);
-        let loss = |logits: &Tensor| {
-            policy_loss(&token_logprobs(logits, &targets, 0.8), &old, &advantages, 0.2, 0.28, 3.0).loss
-        };
-        let leaf = logits.copy().set_requires_grad(true);
-        loss(&leaf).backward();
-        for index in 0..9 {
-            let moved = |by: f64| {
-                let change = Tensor::zeros([9], (Kind::Double, tch::Device::Cpu));
-                let _ = change.get(index).fill_(by);
-                loss(&(&logits + change.view([3, 3]))).double_value(&[])
-            };
-            let slope = (moved(1e-6) - moved(-1e-6)) / 2e-6;
-            let ours = leaf.grad().double_value(&[index / 3, index % 3]);
-            assert!((slope - ours).abs() < 1e-8, "{index}: {slope} against {ours}");
-        }
-    }
-
-    #[test]
-    fn advantages_by_hand_and_exactly_zero_without_spread() {
-        // 0.1 + 0.2 style sums do not cancel: only equality of the rewards themselves gives 0.
-        let equal = group_advantages(&[0.1; 7], 7, Scale::GroupStd, 0.0, 1);
-        assert!(equal.iter().all(|advantage| *advantage == 0.0));
-        let made = group_advantages(&[1.0, 0.0, 0.0, 1.0, 3.0, 3.0, 3.0, 3.0], 4, Scale::GroupStd, 0.0, 1);
-        let deviation = (1.0f64 / 3.0).sqrt();
-        assert!((made[0] - 0.5 / deviation).abs() < 1e-12 && (made[1] + 0.5 / deviation).abs() < 1e-12);
-        assert_eq!(made[4..], [0.0; 4]);
-        let population = group_advantages(&[1.0, 0.0, 0.0, 1.0], 4, Scale::GroupStd, 0.5, 0);
-        assert!((population[0] - 0.5).abs() < 1e-12);
-        assert_eq!(group_advantages(&[1.0, 0.0], 2, Scale::None, 9.0, 1), [0.5, -0.5]);
-    }
-}
+mod tests;

@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Context as _, bail, ensure};
 use pipe::stages::chat::ChatTemplate;
 use pipe::stages::tokens::{TOKENIZER_FOLDER, TokensFolder};
-use pipe::tasks::{self, Finish, Measurements, Task};
+use pipe::tasks::{self, Measurements, Task};
 use serde_json::Value;
 
 use crate::codec::Codec;
@@ -82,8 +82,7 @@ impl Prompts {
 
     /// What a completion says, without the end of the sequence.
     pub fn text(&self, completion: &Completion) -> anyhow::Result<String> {
-        let Completion { ids, finish, .. } = completion;
-        self.codec.decode(if *finish == Finish::Stop { &ids[..ids.len() - 1] } else { ids })
+        self.codec.decode(&completion.ids[..completion.ids.len() - completion.unsaid])
     }
 
     /// The ids of what the environment says between two replies; a chat template frames it as it did in the rows.

@@ -60,6 +60,7 @@ impl StoredRollouts {
             let trajectory = Trajectory {
                 ids: ids[at].iter().map(|id| i64::from(*id)).collect(),
                 logprobs: logprobs[at].iter().map(|value| *value as f32).collect(),
+                kept: None,
                 turns: Vec::new(),
                 truncated: truncated[at],
                 measurements: measurements.iter().map(|values| values[at]).collect(),

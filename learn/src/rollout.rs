@@ -12,16 +12,18 @@ use std::time::Instant;
 use pipe::pipeline::stage::{StageContext, StageEvent};
 use pipe::rewards::Outcome;
 use pipe::stages::grpo::Grpo;
+use pipe::stages::grpo::axes::KlPlace;
 use pipe::stages::table::{Column, ColumnType, TableWriter};
 use pipe::tasks::Finish;
 use pipe::telemetry::Metrics;
 use serde::{Deserialize, Serialize};
 
+use crate::advantage::{Earned, Turn, advantages, of_tokens};
 use crate::generate::Sampling;
 use crate::journal::Journal;
-use crate::loss::group_advantages;
 use crate::model::Transformer;
 use crate::order::Order;
+use crate::policy::{PolicyRow, penalties};
 use crate::prompts::{Prompts, Purpose};
 use crate::rewards::{Rewards, Scored};
 use crate::session::rate;
@@ -40,9 +42,57 @@ pub struct Sample {
     /// The weighted sum of the rewards: what is optimised and what is logged. `None` where all rewards abstain or one has an
     /// error: the sample takes no part in learning.
     pub total: Option<f64>,
-    /// Of each turn, relative to the batch of the step; empty until all rounds are done, and without a total.
+    /// What each of the model's tokens costs, where the KL is a part of the reward; else empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub penalties: Vec<f64>,
+    /// Of the episode, of each turn or of each token, relative to the batch of the step; empty until all rounds are done, and
+    /// without a total.
     #[serde(skip)]
     pub advantages: Vec<f64>,
+}
+
+impl Sample {
+    /// What the sample earned, by the rewards' `weights`; `None` without a total.
+    fn earned(&self, weights: &[f64]) -> Option<Earned> {
+        let mut costs = self.penalties.iter().copied();
+        let by_turn = |turn: usize| -> f64 {
+            let of = |(outcome, weight): (&Outcome, &f64)| match outcome {
+                Outcome::Turns(values) => weight * values.get(turn).copied().unwrap_or(0.0),
+                Outcome::Value(_) | Outcome::Abstain | Outcome::Error(_) => 0.0,
+            };
+            self.rewards.iter().zip(weights).map(of).sum()
+        };
+        let turn = |(turn, tokens): (usize, usize)| Turn {
+            arrived: by_turn(turn),
+            penalties: (0..tokens).map(|_| costs.next().unwrap_or(0.0)).collect(),
+        };
+        Some(Earned {
+            total: self.total?,
+            components: self.rewards.iter().map(Outcome::value).collect(),
+            turns: self.trajectory.turn_lengths().into_iter().enumerate().map(turn).collect(),
+        })
+    }
+}
+
+/// The sample on a row's `prompt` as a row to train on; `in_loss` as in [`PolicyRow`].
+pub fn policy_row<'a>(params: &Grpo, prompt: &[i64], sample: &'a Sample, in_loss: bool) -> PolicyRow<'a> {
+    let trajectory = &sample.trajectory;
+    let turns = trajectory.turn_lengths();
+    let advantages = if in_loss {
+        of_tokens(params.axes.advantage.level, &sample.advantages, &turns)
+    } else {
+        vec![0.0; trajectory.length()]
+    };
+    PolicyRow {
+        ids: [prompt, &trajectory.ids].concat(),
+        mask: [vec![0; prompt.len()], trajectory.mask()].concat(),
+        turn: turns.iter().zip(0..).flat_map(|(&tokens, turn)| std::iter::repeat_n(turn, tokens)).collect(),
+        old: &trajectory.logprobs,
+        kept: trajectory.kept.as_ref(),
+        advantages,
+        weights: None,
+        in_loss,
+    }
 }
 
 /// The completions of one prompt.
@@ -100,6 +150,8 @@ pub struct Rollout {
 pub struct Rollouts<'a> {
     params: &'a Grpo,
     prompts: &'a Prompts,
+    reference: Option<&'a Transformer>,
+    sampling: Sampling,
     order: Order,
     rewards: Rewards,
     journal: Journal,
@@ -107,11 +159,13 @@ pub struct Rollouts<'a> {
 }
 
 impl<'a> Rollouts<'a> {
-    /// Opens the journal at `path`, whose first `committed` bytes belong to finished steps, at step `step`.
+    /// Opens the journal at `path`, whose first `committed` bytes belong to finished steps, at step `step`. `reference` is
+    /// wanted where the KL is a part of the reward.
     pub fn open(
         params: &'a Grpo,
         prompts: &'a Prompts,
         rewards: Rewards,
+        reference: Option<&'a Transformer>,
         rows: Vec<usize>,
         path: &Path,
         committed: u64,
@@ -120,7 +174,10 @@ impl<'a> Rollouts<'a> {
         // Chunks of later steps were sampled from weights that this attempt has yet to reach again.
         let (journal, replay) = Journal::open(path, committed, |chunk: &Chunk| chunk.at.step == step)?;
         let order = Order::new("grpo.order", params.seed, rows);
-        Ok(Self { params, prompts, order, rewards, journal, replay: replay.into() })
+        let sampling = Sampling::open(&params.filters, params.temperature, params.max_new_tokens, &prompts.codec)?;
+        let sampling = Sampling { tells_kept: true, ..sampling };
+        let replay = replay.into();
+        Ok(Self { params, prompts, reference, sampling, order, rewards, journal, replay })
     }
 
     /// Chunks of the step at hand that an earlier attempt has finished.
@@ -151,11 +208,13 @@ impl<'a> Rollouts<'a> {
         context: &mut StageContext,
     ) -> anyhow::Result<Rollout> {
         let (began, mut generated) = (Instant::now(), 0);
-        let dynamic = &self.params.dynamic_sampling;
-        let most = if dynamic.enabled { dynamic.max_rounds } else { 1 };
+        let dynamic = &self.params.axes.dynamic_sampling;
+        let spent = |groups: &[ScoredGroup]| -> u64 {
+            groups.iter().flat_map(|group| &group.samples).map(|sample| sample.trajectory.length() as u64).sum()
+        };
         let (mut groups, mut rounds, mut next) = (Vec::new(), 0, *drawn);
         let mut missing = self.params.prompts_per_step;
-        while rounds < most && missing > 0 {
+        while missing > 0 && dynamic.allows_round(rounds, spent(&groups)) {
             let last = next + missing;
             while next < last {
                 let rows = self.order.take(next, self.params.generation_chunk.min(last - next));
@@ -181,7 +240,7 @@ impl<'a> Rollouts<'a> {
             missing = self.params.prompts_per_step - kept;
         }
         *drawn = next;
-        self.set_advantages(&mut groups);
+        self.set_advantages(&mut groups)?;
         Ok(Rollout { groups, rounds, tokens_per_second: rate(generated, began) })
     }
 
@@ -202,25 +261,25 @@ impl<'a> Rollouts<'a> {
                 Request { row, samples: (0..self.params.group_size).map(place).collect() }
             })
             .collect();
-        let sampling =
-            Sampling { temperature: self.params.temperature, max_new_tokens: self.params.max_new_tokens as usize };
-        let played = play(model, self.prompts, &asked, &sampling, interrupt, on_tokens)?;
+        let played = play(model, self.prompts, &asked, &self.sampling, interrupt, on_tokens)?;
         let episodes: Vec<(usize, &Trajectory)> =
             rows.iter().zip(&played).flat_map(|(&row, played)| played.iter().map(move |one| (row, one))).collect();
         let mut scored = self.rewards.score(self.prompts, &episodes)?.into_iter();
         let groups = rows.iter().zip(played).map(|(&row, played)| {
             let samples = played.into_iter().zip(scored.by_ref()).map(|(trajectory, scored)| {
                 let Scored { outcomes, total } = scored;
-                Sample { trajectory, rewards: outcomes, total, advantages: Vec::new() }
+                Sample { trajectory, rewards: outcomes, total, penalties: Vec::new(), advantages: Vec::new() }
             });
             let samples: Vec<Sample> = samples.collect();
             let mut counted = samples.iter().filter(|sample| sample.total.is_some());
             let first = counted.next();
             let all_equal = first.is_none_or(|first| counted.all(|sample| sample.rewards == first.rewards));
-            let kept = first.is_some() && !(all_equal && self.params.dynamic_sampling.enabled);
+            let kept = first.is_some() && !(all_equal && self.params.axes.dynamic_sampling.enabled);
             ScoredGroup { row, round, all_equal, kept, samples }
         });
-        Ok(groups.collect())
+        let mut groups: Vec<ScoredGroup> = groups.collect();
+        self.set_penalties(&mut groups)?;
+        Ok(groups)
     }
 
     /// The rewards, for whoever scores besides.
@@ -228,22 +287,42 @@ impl<'a> Rollouts<'a> {
         &mut self.rewards
     }
 
-    /// Fills in the advantages of a step's whole batch: a pure function of its rewards.
-    fn set_advantages(&self, groups: &mut [ScoredGroup]) {
-        let rule = &self.params.advantage;
+    /// Fills in what tokens cost, where the KL is a part of the reward. The reference never moves, so it is as much a
+    /// property of the chunk as its completions.
+    fn set_penalties(&self, groups: &mut [ScoredGroup]) -> anyhow::Result<()> {
+        let kl = &self.params.axes.kl;
+        let Some(reference) = self.reference.filter(|_| kl.beta > 0.0 && kl.place == KlPlace::Reward) else {
+            return Ok(());
+        };
+        let rows: Vec<PolicyRow<'_>> = groups
+            .iter()
+            .flat_map(|group| group.samples.iter().map(move |sample| (self.prompts.prompt(group.row), sample)))
+            .map(|(prompt, sample)| policy_row(self.params, &prompt, sample, false))
+            .collect();
+        let costs = penalties(self.params, reference, &rows)?;
+        for (sample, costs) in groups.iter_mut().flat_map(|group| &mut group.samples).zip(costs) {
+            sample.penalties = costs;
+        }
+        Ok(())
+    }
+
+    /// Fills in the advantages of a step's whole batch: a pure function of its rewards. Groups that are dropped are no part of
+    /// the batch; their advantages are 0.
+    fn set_advantages(&self, groups: &mut [ScoredGroup]) -> anyhow::Result<()> {
+        let weights = self.rewards.weights();
+        let kept = groups.iter().filter(|group| group.kept);
+        let earned: Vec<_> =
+            kept.map(|group| group.samples.iter().map(|sample| sample.earned(weights)).collect()).collect();
+        let mut made = advantages(&self.params.axes.advantage, weights, &earned)?.into_iter();
         for group in groups {
-            // Samples without a total are no part of the group.
-            let totals: Vec<f64> = group.samples.iter().filter_map(|sample| sample.total).collect();
-            let advantages = if group.all_equal {
-                vec![0.0; totals.len()]
-            } else {
-                group_advantages(&totals, totals.len(), rule.scale, rule.epsilon, rule.ddof)
-            };
-            let counted = group.samples.iter_mut().filter(|sample| sample.total.is_some());
-            for (sample, advantage) in counted.zip(advantages) {
-                sample.advantages = vec![advantage; sample.trajectory.turns.len()];
+            let of_group = if group.kept { made.next() } else { None };
+            let mut of_samples = of_group.into_iter().flatten();
+            for sample in &mut group.samples {
+                let dropped = sample.total.map_or_else(Vec::new, |_| vec![0.0]);
+                sample.advantages = if group.kept { of_samples.next().flatten().unwrap_or_default() } else { dropped };
             }
         }
+        Ok(())
     }
 
     /// Writes every completion of the run to `path`; equal rollouts give equal bytes.
@@ -274,7 +353,7 @@ impl<'a> Rollouts<'a> {
 
     /// Writes the groups of a whole step, and empties the list.
     fn write(&self, table: &mut TableWriter, step: u64, groups: &mut Vec<ScoredGroup>) -> anyhow::Result<()> {
-        self.set_advantages(groups);
+        self.set_advantages(groups)?;
         let rows: Vec<(&ScoredGroup, usize, &Sample)> = groups
             .iter()
             .flat_map(|group| group.samples.iter().enumerate().map(move |(index, sample)| (group, index, sample)))
@@ -340,9 +419,6 @@ impl<'a> Rollouts<'a> {
                 metrics.mean("completions/clipped_share", f64::from(u8::from(trajectory.finish() == limit)), 1.0);
                 metrics.mean("episodes/turns", trajectory.turns.len() as f64, 1.0);
                 metrics.mean("episodes/truncated_share", f64::from(u8::from(trajectory.truncated)), 1.0);
-                for advantage in &sample.advantages {
-                    metrics.max("advantage_max", advantage.abs());
-                }
                 for (name, outcome) in self.rewards.names().iter().zip(&sample.rewards) {
                     if let Some(value) = outcome.value() {
                         metrics.mean(&format!("reward/{name}/mean"), value, 1.0);

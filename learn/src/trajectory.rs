@@ -12,7 +12,7 @@ use pipe::tasks::{Finish, Measurements, Reply, Start};
 use rand_chacha::rand_core::Rng as _;
 use serde::{Deserialize, Serialize};
 
-use crate::generate::{Completion, Group, Sampling, generate};
+use crate::generate::{Completion, Group, Kept, Sampling, generate};
 use crate::model::Transformer;
 use crate::prompts::Prompts;
 
@@ -40,6 +40,9 @@ pub struct Trajectory {
     pub ids: Vec<i64>,
     /// The sampler's log-probability of each of the model's ids, in order.
     pub logprobs: Vec<f32>,
+    /// The tokens that might have been drawn at each of the model's ids, where a filter was on and they were asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept: Option<Kept>,
     /// The turns; never empty.
     pub turns: Vec<TurnRecord>,
     /// The episode was cut off: by the task's limit of turns, by a reply's limit of tokens or by the model's positions.
@@ -58,9 +61,19 @@ impl Trajectory {
         mask
     }
 
+    /// Whether a limit ended the episode or its last reply.
+    pub fn is_cut_off(&self) -> bool {
+        self.truncated || self.finish() == Finish::Length
+    }
+
     /// Why the last reply ended.
     pub fn finish(&self) -> Finish {
         self.turns.last().map_or(Finish::Length, |turn| turn.finish)
+    }
+
+    /// The model's tokens in each turn.
+    pub fn turn_lengths(&self) -> Vec<usize> {
+        self.turns.iter().map(|turn| turn.end - turn.begin).collect()
     }
 
     /// Tokens that the model wrote.
@@ -160,6 +173,7 @@ impl<'a> Playing<'a> {
         let empty = || Trajectory {
             ids: Vec::new(),
             logprobs: Vec::new(),
+            kept: None,
             turns: Vec::new(),
             truncated: false,
             measurements: Vec::new(),
@@ -197,6 +211,9 @@ impl<'a> Playing<'a> {
             let begin = trajectory.ids.len();
             trajectory.ids.extend(&completion.ids);
             trajectory.logprobs.extend(&completion.logprobs);
+            if let Some(kept) = &completion.kept {
+                trajectory.kept.get_or_insert_default().extend(kept);
+            }
             // A reply that was cut off has no end that the model could read on from.
             let cut = completion.finish == Finish::Length;
             trajectory.truncated = !turn.terminated && (turn.truncated || cut);

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 use anyhow::Context as _;
 use pipe::pipeline::stage::StageContext;
 use pipe::stages::training::Validate;
+use pipe::statistics::alarm::Evaluation;
 use pipe::telemetry::{Metrics, StepLines};
 use serde_json::json;
 
@@ -13,8 +14,9 @@ use crate::generate::Sampling;
 use crate::model::Transformer;
 use crate::preflight;
 use crate::prompts::{Prompts, Purpose};
+use crate::rewards::{Rewards, Scored};
 use crate::session::tell_failure;
-use crate::trajectory::{Request, play};
+use crate::trajectory::{Request, Trajectory, play};
 
 /// Prompts generated at once. Batch shapes move the last bits of logits, so it is fixed.
 const CHUNK: usize = 128;
@@ -35,10 +37,13 @@ pub struct Validation {
 
 /// What a validation found.
 pub struct Validated {
-    /// `validation/<measure>`, `validation/mean_length` and `validation/clipped_share`.
+    /// `validation/<measure>`, `validation/mean_length` and `validation/clipped_share`; with rewards, `validation/reward`,
+    /// `validation/reward_unsolved` and `validation/reward/<name>`.
     pub metrics: BTreeMap<String, f64>,
     /// The mean of the selecting measurement.
     pub selecting: f64,
+    /// What the alarm looks at; absent without rewards, or where the task measures no `solved`.
+    pub evaluation: Option<Evaluation>,
 }
 
 impl Validation {
@@ -63,7 +68,8 @@ impl Validation {
         rows.truncate(params.samples as usize);
         let checked = preflight::prompts(&prompts.tokens, &rows, model.config(), max_new_tokens)?;
         context.note(format!("validation: {checked}"));
-        let sampling = Sampling { temperature: params.temperature, max_new_tokens: max_new_tokens as usize };
+        let sampling = Sampling::open(&params.filters, params.temperature, max_new_tokens, &prompts.codec)
+            .context("`validate.stop` cannot be followed")?;
         let log = StepLines::open(&context.logs.join(LOG_FILE), resumed_step);
         if let Err(error) = &log {
             context.note(format!("validation completions are not logged in `{}`: {error}", context.logs.display()));
@@ -76,21 +82,35 @@ impl Validation {
         step.is_multiple_of(self.params.every) || step == steps
     }
 
-    /// Generates and measures; ends with `Interrupted` when the stage should stop, having changed nothing.
+    /// Generates, measures and scores; ends with `Interrupted` when the stage should stop, having changed nothing.
     pub fn run(
         &mut self,
         model: &Transformer,
         prompts: &Prompts,
         step: u64,
+        mut rewards: Option<&mut Rewards>,
         context: &mut StageContext,
     ) -> anyhow::Result<Validated> {
         let interrupt: &AtomicBool = &context.interrupt;
         let (mut metrics, mut logged) = (Metrics::default(), Vec::new());
+        let solved = prompts.measure("solved").ok();
+        let mut evaluation = rewards.is_some().then(|| Evaluation { step, ..Evaluation::default() });
         for rows in self.rows.chunks(CHUNK) {
             let counters = |row: usize| vec![self.seed, Purpose::Validation as u64, step, row as u64];
             let asked: Vec<Request> = rows.iter().map(|&row| Request { row, samples: vec![counters(row)] }).collect();
             let played = play(model, prompts, &asked, &self.sampling, interrupt, &mut |_| {})?;
-            for (&row, one) in rows.iter().zip(played.iter().flatten()) {
+            let episodes: Vec<(usize, &Trajectory)> = rows.iter().copied().zip(played.iter().flatten()).collect();
+            if let Some(rewards) = rewards.as_deref_mut() {
+                for (scored, (_, one)) in rewards.score(prompts, &episodes)?.iter().zip(&episodes) {
+                    let solved = solved.map(|solved| one.measurements[solved]);
+                    measure(&mut metrics, rewards.names(), scored, solved);
+                    if let Some((evaluation, solved)) = evaluation.as_mut().zip(solved) {
+                        evaluation.reward.push(scored.total);
+                        evaluation.solved.push(solved);
+                    }
+                }
+            }
+            for (row, one) in episodes {
                 for (name, value) in prompts.measures().iter().zip(&one.measurements) {
                     metrics.mean(&format!("validation/{name}"), *value, 1.0);
                 }
@@ -115,6 +135,22 @@ impl Validation {
         }
         let metrics = metrics.values();
         let selecting = metrics[&format!("validation/{}", prompts.measures()[self.select])];
-        Ok(Validated { metrics, selecting })
+        let evaluation = evaluation.filter(|evaluation| !evaluation.solved.is_empty());
+        Ok(Validated { metrics, selecting, evaluation })
+    }
+}
+
+/// Adds the rewards of one episode; that of unsolved episodes also by itself.
+fn measure(metrics: &mut Metrics, names: &[String], scored: &Scored, solved: Option<f64>) {
+    if let Some(total) = scored.total {
+        metrics.mean("validation/reward", total, 1.0);
+        if let Some(unsolved) = solved.map(|solved| 1.0 - solved).filter(|unsolved| *unsolved > 0.0) {
+            metrics.mean("validation/reward_unsolved", unsolved * total, unsolved);
+        }
+    }
+    for (name, outcome) in names.iter().zip(&scored.outcomes) {
+        if let Some(value) = outcome.value() {
+            metrics.mean(&format!("validation/reward/{name}"), value, 1.0);
+        }
     }
 }

@@ -167,6 +167,13 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
         Vec::new()
     }
 
+    /// The parameters with all that provably changes nothing set to one value: two stages of one normal form and the same
+    /// inputs compute the same but for rounding. Arms that differ in such parameters alone are told to be the same arm;
+    /// keys are made of the parameters as they are.
+    fn normal_form(&self) -> Value {
+        serde_json::to_value(self).expect("a stage's parameters are plain data")
+    }
+
     /// Runs the stage in process; kinds placed in the worker are run there and never here.
     fn run(&self, _context: &mut StageContext) -> anyhow::Result<()> {
         anyhow::bail!("a `{}` stage runs in `pipe-worker`", Self::KIND)
@@ -181,6 +188,8 @@ pub trait AnyStage: Send + Sync {
     fn parts(&self) -> Vec<Part>;
     /// See [`Stage::check`].
     fn check(&self, upstream: &Upstream<'_>) -> Vec<Problem>;
+    /// See [`Stage::normal_form`].
+    fn normal_form(&self) -> Value;
     /// See [`Stage::run`].
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()>;
     /// Every parameter with its default written out; edges and files as their tagged objects.
@@ -196,6 +205,9 @@ impl<S: Stage> AnyStage for S {
     }
     fn check(&self, upstream: &Upstream<'_>) -> Vec<Problem> {
         Stage::check(self, upstream)
+    }
+    fn normal_form(&self) -> Value {
+        Stage::normal_form(self)
     }
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
         Stage::run(self, context)

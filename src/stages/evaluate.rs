@@ -3,12 +3,13 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::pipeline::stage::{ArtifactType, Checkpoint, Input, Output, Part, Place, Stage, Tokens};
+use crate::pipeline::stage::{ArtifactType, Checkpoint, Input, Output, Part, Place, Problem, Stage, Tokens, Upstream};
+use crate::stages::sampling::Filters;
 use crate::stages::training::{task_parts, versions};
 
 /// Let a model act on held-out instances and measure every episode by simulation.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[schemars(extend("additionalProperties" = false))]
 pub struct Evaluate {
     /// The model.
     pub model: Input<Checkpoint>,
@@ -27,6 +28,9 @@ pub struct Evaluate {
     #[serde(default)]
     #[schemars(range(min = 0.0))]
     pub temperature: f64,
+    /// Which tokens may be drawn, and what ends a completion.
+    #[serde(flatten)]
+    pub filters: Filters,
     /// Prompts generated at once.
     #[serde(default = "Evaluate::default_generation_chunk")]
     #[schemars(range(min = 1))]
@@ -59,5 +63,9 @@ impl Stage for Evaluate {
             vec![Part::new("learn.generate", versions::GENERATE), Part::new("learn.model", versions::MODEL)];
         parts.extend(task_parts());
         parts
+    }
+
+    fn check(&self, _upstream: &Upstream<'_>) -> Vec<Problem> {
+        self.filters.check("", self.temperature)
     }
 }

@@ -219,7 +219,7 @@ impl Tokenize {
         let Script { conversation, stratum, chat } = script;
         let template = template.filter(|_| chat);
         let end = template.map_or(Ok(encoder.end), |template| end_of_turn(encoder, template))?;
-        let mut ids = encoder.begin.filter(|_| template.is_none()).into_iter().collect::<Vec<_>>();
+        let mut ids = if template.is_some() { Vec::new() } else { encoder.begin.into_iter().collect() };
         encoder.encode(&conversation.prompt, &mut ids)?;
         let mut mask = vec![0; ids.len()];
         // Nothing precedes the first token: without `bos` and prompt it stands for the prompt.

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::pipeline::stage::{Part, Problem, Upstream};
 use crate::rewards::unknown_measure;
+use crate::stages::sampling::Filters;
 use crate::tasks::TaskSpec;
 
 /// AdamW and gradient clipping (Loshchilov and Hutter 2019, decoupled weight decay).
@@ -75,7 +76,7 @@ impl Schedule {
 
 /// Validation on the way: generation on held-out instances, and which state becomes the output `best`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[schemars(extend("additionalProperties" = false))]
 pub struct Validate {
     /// Steps between two validations; the last step is always validated.
     #[schemars(range(min = 1))]
@@ -93,6 +94,9 @@ pub struct Validate {
     #[serde(default)]
     #[schemars(range(min = 0.0))]
     pub temperature: f64,
+    /// Which tokens may be drawn, and what ends a completion.
+    #[serde(flatten)]
+    pub filters: Filters,
 }
 
 impl Validate {
@@ -101,6 +105,31 @@ impl Validate {
     }
     fn default_split() -> String {
         "validation".to_owned()
+    }
+}
+
+/// When a run is told that its reward rises without the task being solved: over validations, with a share of false alarms.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Alarm {
+    /// Validations that are looked at together.
+    #[schemars(range(min = 4))]
+    pub window: u64,
+    /// The chance of a false alarm in a whole run.
+    #[schemars(extend("exclusiveMinimum" = 0.0, "exclusiveMaximum" = 1.0))]
+    pub level: f64,
+}
+
+impl Alarm {
+    /// Whether it is the default, which is not written.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl Default for Alarm {
+    fn default() -> Self {
+        Self { window: 8, level: 0.05 }
     }
 }
 
@@ -180,8 +209,10 @@ pub mod versions {
     pub const OPTIMIZER: u32 = 1;
     /// Low-rank adapters.
     pub const LORA: u32 = 1;
-    /// Losses and advantages.
+    /// The supervised loss.
     pub const LOSS: u32 = 1;
+    /// Advantages and the policy-gradient loss.
+    pub const POLICY: u32 = 1;
 }
 
 /// Every task and format as parts of a key: which of them judges completions stands in the tokens, not in parameters.
@@ -212,6 +243,7 @@ pub fn check(split: &str, micro_batch_size: u64, batch_size: u64, validate: Opti
         problems.push(Problem::new("micro_batch_size", message).hint("leave it out to take the whole batch at once"));
     }
     if let Some(validate) = validate {
+        problems.extend(validate.filters.check("validate.", validate.temperature));
         let hint = "validate on `validation`; `test` is for `evaluate`";
         if validate.split == "test" {
             let message = "the split `test` may not select a checkpoint";

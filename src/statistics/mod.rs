@@ -4,6 +4,7 @@
 //! [`mean`] holds intervals of one mean, [`paired`] differences on the same instances, [`permutation`] their exact test,
 //! [`seeds`] claims about a recipe, [`family`] the correction for many tests, [`power`] what a sample can show.
 
+pub mod alarm;
 pub mod family;
 pub mod mean;
 pub mod paired;

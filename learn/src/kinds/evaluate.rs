@@ -42,7 +42,7 @@ struct Chunk {
 pub fn run(params: &Evaluate, context: &mut StageContext) -> anyhow::Result<()> {
     // Open.
     let folder = context.input(&params.model)?.to_owned();
-    let model = Transformer::load(&folder, device::open(&context.resources)?)?;
+    let model = Transformer::load_frozen(&folder, device::open(&context.resources)?)?;
     let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?)?;
     let mut rows = prompts.tokens.split(&params.split)?;
     if params.samples > 0 {
@@ -101,7 +101,7 @@ fn step(
 ) -> anyhow::Result<Chunk> {
     let place = |row: usize| vec![params.seed, Purpose::Evaluation as u64, row as u64];
     let asked: Vec<Request> = rows.iter().map(|&row| Request { row, samples: vec![place(row)] }).collect();
-    let sampling = Sampling { temperature: params.temperature, max_new_tokens: params.max_new_tokens as usize };
+    let sampling = Sampling::open(&params.filters, params.temperature, params.max_new_tokens, &prompts.codec)?;
     let played = play(model, prompts, &asked, &sampling, interrupt, &mut |_| {})?;
     Ok(Chunk { rows: rows.to_vec(), played: played.into_iter().flatten().collect() })
 }

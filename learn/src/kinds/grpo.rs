@@ -1,8 +1,9 @@
 //! `grpo`: group relative policy optimisation against verifiable rewards.
 //!
 //! A step generates groups of completions, drops groups without a gradient and replaces them (dynamic sampling), and makes
-//! one or more updates with a clipped, token-mean policy-gradient loss. The denominator of a loss counts the tokens of the
-//! groups that its update trains on. A step without such a group makes no update, and is counted.
+//! one or more updates with the loss that the axes name. The denominator of its policy term counts the samples of the groups
+//! that the update trains on, that of a KL or entropy term those of dropped groups too. A step with nothing to learn from
+//! makes no update, and is counted.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -10,18 +11,20 @@ use std::time::Instant;
 use anyhow::{Context as _, ensure};
 use pipe::pipeline::stage::{Interrupted, StageContext};
 use pipe::stages::grpo::Grpo;
+use pipe::stages::grpo::axes::Truncation;
 use pipe::stages::tokens::TokensFolder;
+use pipe::statistics::alarm::{Cause, Evaluation, Rule, assess};
 use pipe::telemetry::Metrics;
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, Tensor};
+use tch::Device;
 
-use crate::batch::{Batch, Row};
-use crate::loss::{entropy, policy_loss, token_logprobs};
+use crate::loss::PolicySums;
 use crate::model::Transformer;
 use crate::optimizer::learning_rate;
+use crate::policy::{PolicyRow, backward};
 use crate::prompts::Prompts;
 use crate::rewards::Rewards;
-use crate::rollout::{ROLLOUTS_FILE, Rollout, Rollouts, Sample, ScoredGroup};
+use crate::rollout::{ROLLOUTS_FILE, Rollout, Rollouts, Sample, ScoredGroup, policy_row};
 use crate::session::{Session, rate, states};
 use crate::training::Training;
 use crate::validate::Validation;
@@ -42,6 +45,10 @@ struct Own {
     without_update: u64,
     /// Tokens generated.
     tokens: u64,
+    /// The last validations, as many as the alarm looks at.
+    validations: Vec<Evaluation>,
+    /// Validations at which the alarm fired.
+    alarms: u64,
 }
 
 /// Runs the stage.
@@ -50,6 +57,8 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     let folder = context.input(&params.model)?.to_owned();
     let device = device::open(&context.resources)?;
     let model = Transformer::load_to_train(&folder, device, params.lora.as_ref(), params.seed)?;
+    // The weights that the stage starts from; they never move, and their digest is that of the input.
+    let reference = params.axes.needs_reference().then(|| Transformer::load_frozen(&folder, device)).transpose()?;
     let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?)?;
     let rows = prompts.tokens.split(&params.split)?;
     let checked = preflight::prompts(&prompts.tokens, &rows, model.config(), params.max_new_tokens)?;
@@ -62,8 +71,9 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     let recorded = training.counters.step - u64::from(training.counters.unrecorded.is_some());
     let journal = states.join("rollouts.jsonl");
     let (committed, at) = (training.counters.own.journal, training.counters.step);
+    let in_reward = reference.as_ref();
     let rewards = Rewards::open(params, &prompts, &rows, context)?;
-    let mut rollouts = Rollouts::open(params, &prompts, rewards, rows, &journal, committed, at)?;
+    let mut rollouts = Rollouts::open(params, &prompts, rewards, in_reward, rows, &journal, committed, at)?;
     let recorded = (resumed || rollouts.replayed() > 0).then_some(recorded);
     let mut validation = None;
     if let Some(validate) = &params.validate {
@@ -76,7 +86,7 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     while training.counters.step < params.steps || training.counters.unrecorded.is_some() {
         let mut metrics = match training.counters.unrecorded.take() {
             Some(metrics) => metrics,
-            None => match step(params, &prompts, &mut rollouts, &mut training, context) {
+            None => match step(params, &prompts, reference.as_ref(), &mut rollouts, &mut training, context) {
                 Ok(metrics) => metrics,
                 Err(error) if error.is::<Interrupted>() => {
                     // Within a rollout the weights are those of the step's beginning; the journal has the rest.
@@ -88,10 +98,16 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
         };
         let done = training.counters.step;
         if let Some(validation) = validation.as_mut().filter(|validation| validation.is_due(done, params.steps)) {
-            match validation.run(&training.model, &prompts, done, context) {
+            match validation.run(&training.model, &prompts, done, Some(rollouts.rewards()), context) {
                 Ok(validated) => {
                     training.consider(validated.selecting);
                     metrics.extend(validated.metrics);
+                    if let Some(evaluation) = validated.evaluation {
+                        let own = &mut training.counters.own;
+                        let (shown, note) = watch(params, own, evaluation);
+                        metrics.extend(shown);
+                        note.into_iter().for_each(|note| context.note(note));
+                    }
                 }
                 Err(error) if error.is::<Interrupted>() => {
                     training.counters.unrecorded = Some(metrics);
@@ -118,6 +134,36 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     training.publish(&context.output("last"), &context.output("best"), &folder)
 }
 
+/// Shows the alarm a validation; gives `alarm` (1 where it fires) and `alarms` (their count), and what to tell of the first.
+fn watch(params: &Grpo, own: &mut Own, evaluation: Evaluation) -> (BTreeMap<String, f64>, Option<String>) {
+    let every = params.validate.as_ref().map_or(params.steps, |validate| validate.every);
+    let rule = Rule::new(params.alarm.window as usize, params.alarm.level, params.steps.div_ceil(every) as usize);
+    let step = evaluation.step;
+    own.validations.push(evaluation);
+    if own.validations.len() > rule.window {
+        own.validations.remove(0);
+    }
+    let fired = assess(&own.validations, &rule).and_then(|finding| Some((finding, finding.cause?)));
+    own.alarms += u64::from(fired.is_some());
+    let metrics = [("alarm", f64::from(u8::from(fired.is_some()))), ("alarms", own.alarms as f64)];
+    let metrics = metrics.map(|(name, value)| (name.to_owned(), value)).into();
+    let note = fired.filter(|_| own.alarms == 1).map(|(finding, cause)| {
+        let what = match cause {
+            Cause::RewardUpSolvedDown => "the reward rises while the task is solved less",
+            Cause::RewardOfUnsolvedUp => "unsolved instances earn more while no more are solved",
+        };
+        let (reward, solved) = (finding.reward.change, finding.solved.change);
+        let unsolved = finding.unsolved.map(|unsolved| format!(", reward of the unsolved {:+.3}", unsolved.change));
+        format!(
+            "alarm at step {step}: {what}: over {} validations reward {reward:+.3}, solved {solved:+.3}{}; read \
+             completions before you trust the reward",
+            rule.window,
+            unsolved.unwrap_or_default()
+        )
+    });
+    (metrics, note)
+}
+
 /// Saves the state, and before it what it counts on.
 fn save(training: &mut Training<Own>, rollouts: &Rollouts<'_>) -> anyhow::Result<()> {
     rollouts.sync()?;
@@ -128,6 +174,7 @@ fn save(training: &mut Training<Own>, rollouts: &Rollouts<'_>) -> anyhow::Result
 fn step(
     params: &Grpo,
     prompts: &Prompts,
+    reference: Option<&Transformer>,
     rollouts: &mut Rollouts<'_>,
     training: &mut Training<Own>,
     context: &mut StageContext,
@@ -139,7 +186,8 @@ fn step(
         if error.is::<Interrupted>() { error } else { error.context(format!("in the rollout of step {}", step + 1)) }
     })?;
     let mut metrics = rollouts.metrics(&rollout);
-    metrics.merge(&train(params, prompts, &rollout, training).with_context(|| format!("at step {}", step + 1))?);
+    let trained = train(params, prompts, reference, &rollout, training);
+    metrics.merge(&trained.with_context(|| format!("at step {}", step + 1))?);
     let samples = rollout.groups.iter().flat_map(|group| &group.samples);
     let generated = samples.map(|sample| sample.trajectory.length() as u64);
     for (group, sample) in rollout.groups.iter().filter(|group| group.kept).flat_map(ScoredGroup::learnt_from) {
@@ -157,41 +205,37 @@ fn step(
     Ok(metrics.values())
 }
 
-/// The updates of a step over the groups that are kept.
-fn train(params: &Grpo, prompts: &Prompts, rollout: &Rollout, training: &mut Training<Own>) -> anyhow::Result<Metrics> {
+/// The updates of a step.
+fn train(
+    params: &Grpo,
+    prompts: &Prompts,
+    reference: Option<&Transformer>,
+    rollout: &Rollout,
+    training: &mut Training<Own>,
+) -> anyhow::Result<Metrics> {
     let began = Instant::now();
     let Training { model, optimizer, counters, .. } = training;
     let mut metrics = Metrics::default();
-    let kept: Vec<&ScoredGroup> = rollout.groups.iter().filter(|group| group.kept).collect();
     let (mut read, mut updates) = (0, 0);
-    let groups_an_update = (params.prompts_per_step / params.updates_per_step) as usize;
-    for groups in kept.chunks(groups_an_update) {
-        let mut rows: Vec<Sequence<'_>> = groups.iter().flat_map(|group| sequences(prompts, group)).collect();
-        // Neighbours of like length share a micro-batch with little padding.
-        rows.sort_by_key(|row| row.ids.len());
-        // Counted over the whole update before the first backward pass, so that micro-batches do not change the gradient.
-        let denominator: usize = rows.iter().map(|row| row.sample.trajectory.length()).sum();
+    for rows in minibatches(params, prompts, &rollout.groups) {
+        let on_policy = updates == 0;
         model.zero_gradients();
-        for rows in rows.chunks(micro_batch(params.micro_batch_size, rows.len())) {
-            let part = backward(params, model, rows, denominator as f64, updates == 0)?;
-            metrics.merge(&part);
+        let sums = backward(params, model, reference, &rows, on_policy)?;
+        metrics.merge(&sums.metrics(&params.axes, on_policy));
+        if on_policy && counters.step == 0 {
+            check_first(params, model, &sums)?;
         }
         let at = counters.step * params.updates_per_step + updates;
         let all = params.steps * params.updates_per_step;
         let learning_rate = learning_rate(&params.schedule, params.learning_rate, at, all);
-        metrics.mean("gradient_norm", optimizer.step(model.weights(), learning_rate)?, 1.0);
+        let (norm, limit) = (optimizer.step(model.weights(), learning_rate)?, params.optimizer.max_gradient_norm);
+        metrics.mean("gradient_norm", norm, 1.0);
+        metrics.mean("gradient_norm_clipped", if limit > 0.0 { norm.min(limit) } else { norm }, 1.0);
         metrics.mean("learning_rate", learning_rate, 1.0);
         read += rows.iter().map(|row| row.ids.len() as u64).sum::<u64>();
         updates += 1;
     }
     counters.own.without_update += u64::from(updates == 0);
-
-    // Metrics.
-    let mismatch = metrics.values().get("sampling/logprob_difference_max").copied().unwrap_or(0.0);
-    ensure!(
-        counters.step > 0 || model.device() != Device::Cpu || mismatch <= PARITY / params.temperature.min(1.0),
-        "sampler and trainer disagree by {mismatch} in a log-probability before the first update: more than {PARITY}"
-    );
     metrics.total("updates/made", updates as f64);
     if let Some(rate) = rate(read, began) {
         metrics.total("tokens_per_second/train", rate);
@@ -199,70 +243,78 @@ fn train(params: &Grpo, prompts: &Prompts, rollout: &Rollout, training: &mut Tra
     Ok(metrics)
 }
 
-/// A prompt and what follows it, of which the model's tokens alone are targets.
-struct Sequence<'a> {
-    ids: Vec<i64>,
-    mask: Vec<u8>,
-    sample: &'a Sample,
-}
-
-/// The sequences of a group: those of its samples that have a total.
-fn sequences<'a>(prompts: &Prompts, group: &'a ScoredGroup) -> impl Iterator<Item = Sequence<'a>> {
-    let prompt = prompts.prompt(group.row);
-    group.samples.iter().filter(|sample| sample.total.is_some()).map(move |sample| {
-        let mask = [vec![0; prompt.len()], sample.trajectory.mask()].concat();
-        Sequence { ids: [prompt.as_slice(), &sample.trajectory.ids].concat(), mask, sample }
-    })
-}
-
-/// Adds the gradient of a micro-batch; gives its metrics. `denominator` counts the tokens of the whole update.
-///
-/// `first` says that no update has been made since the samples were drawn: what sampler and trainer differ by is then an
-/// error of computation alone.
-fn backward(
-    params: &Grpo,
-    model: &Transformer,
-    rows: &[Sequence<'_>],
-    denominator: f64,
-    first: bool,
-) -> anyhow::Result<Metrics> {
-    let inputs: Vec<Row<'_>> = rows.iter().map(|row| Row { ids: &row.ids, mask: &row.mask }).collect();
-    let batch = Batch::new(&inputs, model.config().padding(), model.device())?;
-    // Both [N] f32, in the order of the batch's targets: by row, then by place.
-    let old: Vec<f32> = rows.iter().flat_map(|row| row.sample.trajectory.logprobs.iter().copied()).collect();
-    let advantages: Vec<f32> = rows.iter().flat_map(|row| advantages(row.sample)).collect();
-    let tensor = |values: &[f32]| Tensor::from_slice(values).to_device(model.device());
-    let logits = model.logits(&batch.select(&model.hidden(&batch.ids)));
-    let new = token_logprobs(&logits, &batch.targets, params.temperature);
-    let clip = &params.clip;
-    let policy = policy_loss(&new, &tensor(&old), &tensor(&advantages), clip.low, clip.high, denominator);
-    let loss = policy.loss.double_value(&[]);
-    ensure!(loss.is_finite(), "the loss is {loss}");
-    policy.loss.backward();
-
-    let mut metrics = Metrics::default();
-    let tokens = policy.tokens as f64;
-    // A token mean over all updates of the step: summands are weighted by their tokens, not by their update.
-    metrics.mean("loss", loss * denominator, tokens);
-    metrics.mean("policy/entropy", entropy(&logits, params.temperature).sum(Kind::Double).double_value(&[]), tokens);
-    metrics.mean("policy/ratio_mean", policy.ratio_sum, tokens);
-    metrics.max("policy/ratio_max", policy.ratio_max);
-    metrics.mean("policy/old_kl", policy.old_kl_sum, tokens);
-    metrics.mean("policy/clip_low", policy.clipped_low as f64, tokens);
-    metrics.mean("policy/clip_high", policy.clipped_high as f64, tokens);
-    if first {
-        metrics.max("sampling/logprob_difference_max", policy.mismatch_max);
+/// Before the first update of a run the policy that learns is the one that sampled, and it is its own reference.
+fn check_first(params: &Grpo, model: &Transformer, sums: &PolicySums) -> anyhow::Result<()> {
+    if model.device() != Device::Cpu {
+        return Ok(());
     }
-    Ok(metrics)
+    let mismatch = sums.mismatch_max;
+    ensure!(
+        mismatch <= PARITY / params.temperature.min(1.0),
+        "sampler and trainer disagree by {mismatch} in a log-probability before the first update: more than {PARITY}"
+    );
+    let divergence = sums.reference_k3 / sums.covered.max(1) as f64;
+    ensure!(
+        divergence <= PARITY * PARITY,
+        "the policy is {divergence} away from its reference before the first update, in KL: they are not the same model"
+    );
+    Ok(())
 }
 
-/// The advantage of each of the model's tokens: that of its turn.
-fn advantages(sample: &Sample) -> impl Iterator<Item = f32> {
-    let turns = sample.trajectory.turns.iter().zip(&sample.advantages);
-    turns.flat_map(|(turn, advantage)| std::iter::repeat_n(*advantage as f32, turn.end - turn.begin))
+/// The rows of each update: as many groups that are kept as an update has, in the order of prompts. Where a term of the loss
+/// covers groups that are dropped, these go with the kept ones before them.
+fn minibatches<'a>(params: &Grpo, prompts: &Prompts, groups: &'a [ScoredGroup]) -> Vec<Vec<PolicyRow<'a>>> {
+    let (size, covers) = (params.prompts_per_step / params.updates_per_step, params.axes.covers_dropped());
+    let (mut updates, mut room): (Vec<Vec<PolicyRow<'_>>>, u64) = (Vec::new(), 0);
+    for group in groups.iter().filter(|group| group.kept || covers) {
+        if updates.is_empty() || (group.kept && room == 0) {
+            updates.push(Vec::new());
+            room = size;
+        }
+        room -= u64::from(group.kept);
+        let prompt = prompts.prompt(group.row);
+        let masked = |sample: &Sample| params.axes.truncation == Truncation::Mask && sample.trajectory.is_cut_off();
+        let rows = group.samples.iter().map(|sample| {
+            let in_loss = group.kept && !sample.advantages.is_empty() && !masked(sample);
+            policy_row(params, &prompt, sample, in_loss)
+        });
+        let update = updates.last_mut().expect("one was begun above");
+        update.extend(rows.filter(|row| row.in_loss || covers));
+    }
+    updates.retain(|rows| !rows.is_empty());
+    updates
 }
 
-/// Rows in a forward pass; 0 stands for all.
-fn micro_batch(size: u64, rows: usize) -> usize {
-    if size == 0 { rows.max(1) } else { size as usize }
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_planted_hack_is_told_once_and_counted() {
+        let params: Grpo = serde_json::from_value(json!({
+            "model": "m", "prompts": "t", "steps": 100, "max_new_tokens": 4, "rewards": {"r": {"kind": "correct"}},
+            "validate": {"every": 10, "samples": 100}, "alarm": {"window": 5, "level": 0.05},
+        }))
+        .unwrap();
+        // Of 100 instances ten more are lost a validation, while every answer earns 0.3 more, give or take.
+        let course = |at: u64, hacked: u64| Evaluation {
+            step: 10 * (at + 1),
+            reward: (0..100).map(|row| Some(0.3 * hacked as f64 + 0.01 * ((row * 7 + at * 3) % 10) as f64)).collect(),
+            solved: (0..100).map(|row| f64::from(u8::from((row * 37 + at) % 100 >= 10 * hacked))).collect(),
+        };
+        let (mut own, mut notes, mut fired) = (Own::default(), Vec::new(), Vec::new());
+        for at in 0..10 {
+            let (metrics, note) = watch(&params, &mut own, course(at, at.saturating_sub(4)));
+            notes.extend(note);
+            fired.push(metrics["alarm"] > 0.0);
+            assert!(own.validations.len() <= 5);
+        }
+        let first = fired.iter().position(|fired| *fired).unwrap();
+        assert!((5..=8).contains(&first), "{fired:?}");
+        assert_eq!(own.alarms, fired.iter().filter(|fired| **fired).count() as u64);
+        assert_eq!(notes.len(), 1, "{notes:?}");
+        assert!(notes[0].contains("alarm at step") && notes[0].contains("solved -"), "{notes:?}");
+    }
 }

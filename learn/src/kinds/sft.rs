@@ -21,7 +21,7 @@ use crate::prompts::Prompts;
 use crate::session::{Session, rate, states};
 use crate::training::Training;
 use crate::validate::Validation;
-use crate::{device, preflight};
+use crate::{device, memory, preflight};
 
 /// What the loop counts besides its steps.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -41,6 +41,11 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
     let rows = tokens.split(&params.split)?;
     context.note(format!("training: {}", preflight::rows(&tokens, &rows, model.config())?));
     let mut order = Order::new("sft.order", params.seed, rows);
+    let micro = params.micro_batch_size as usize;
+    let shapes = memory::micro_batches(&tokens, &mut order, params.steps, params.batch_size, micro);
+    let (parameters, best) = (model.weights().flat().numel() as u64, params.validate.is_some());
+    let forecast = memory::Forecast::new(model.config(), parameters, best, shapes);
+    context.note(forecast.check(memory::free(model.device()))?);
 
     // Resume.
     let (mut training, resumed) = Training::<Own>::resume(model, &params.optimizer, &states(&context.work))?;
@@ -65,7 +70,7 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
         };
         let done = training.counters.step;
         if let Some((validation, prompts)) = validation.as_mut().filter(|(due, _)| due.is_due(done, params.steps)) {
-            match validation.run(&training.model, prompts, done, context) {
+            match validation.run(&training.model, prompts, done, None, context) {
                 Ok(validated) => {
                     training.consider(validated.selecting);
                     metrics.extend(validated.metrics);

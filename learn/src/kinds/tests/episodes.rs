@@ -29,7 +29,7 @@ struct Played {
 }
 
 fn sampling() -> Sampling {
-    Sampling { temperature: TEMPERATURE, max_new_tokens: 16 }
+    Sampling::new(TEMPERATURE, 16)
 }
 
 fn played() -> Played {
@@ -174,7 +174,7 @@ fn an_episode_that_outgrows_the_models_positions_is_cut_off_and_counted() {
     let Played { model, prompts, requests, .. } = played();
     let prompt = requests.iter().map(|request| prompts.prompt(request.row).len()).max().unwrap();
     // Room for the first reply and for no second one.
-    let long = Sampling { temperature: TEMPERATURE, max_new_tokens: 224 - prompt };
+    let long = Sampling::new(TEMPERATURE, 224 - prompt as u64);
     let played = play(&model, &prompts, &requests[..4], &long, &NEVER, &mut |_| {}).unwrap();
     for one in played.iter().flatten() {
         assert_eq!(one.turns.len(), 1);

@@ -3,6 +3,7 @@
 mod adapters;
 mod episodes;
 mod new_tokens;
+mod policy;
 
 use std::time::Duration;
 
@@ -216,6 +217,26 @@ fn a_reward_without_a_value_stops_with_the_row_named() {
     // A demonstration solves its instance, so that this is found on the way.
     let unsolved = error("1 / solved");
     assert!(unsolved.contains("`broken`") && unsolved.contains("`rl-") && unsolved.contains("step 1"), "{unsolved}");
+}
+
+#[test]
+fn validations_are_scored_and_watched() {
+    let mut params = grpo();
+    params["validate"] = json!({"every": 1, "samples": 6});
+    params["alarm"] = json!({"window": 4});
+    let job = Job::new(&FLOW, "grpo", params.clone());
+    job.run(&[]).unwrap();
+    for line in job.metrics() {
+        let at = |name: &str| line[name].as_f64().unwrap_or_else(|| panic!("there is no {name}: {line}"));
+        let total = at("validation/reward/correct") + 0.5 * at("validation/reward/near");
+        assert!((at("validation/reward") - total).abs() < 1e-12);
+        assert_eq!(at("validation/reward/correct"), at("validation/solved"));
+        let solved = at("validation/solved");
+        assert!(solved < 1.0, "nothing is unsolved");
+        assert!(at("validation/reward_unsolved") <= at("validation/reward") + 1e-12);
+        assert_eq!(at("alarm"), 0.0);
+    }
+    stops_change_nothing(&FLOW, "grpo", &params, 2);
 }
 
 #[test]

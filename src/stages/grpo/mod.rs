@@ -1,82 +1,26 @@
 //! `grpo`: group relative policy optimisation against verifiable rewards. It runs in `pipe-worker`.
 
+pub mod axes;
+pub mod preset;
+
 use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::pipeline::stage::{ArtifactType, Checkpoint, Input, Output, Part, Place, Problem, Stage, Tokens, Upstream};
 use crate::rewards::{OnError, RewardSpec};
-use crate::stages::training::{Lora, Optimizer, Schedule, Validate, check_select, task_of, task_parts, versions};
+pub use crate::stages::grpo::axes::{Axes, DynamicSampling};
+use crate::stages::sampling::Filters;
+use crate::stages::training::{
+    Alarm, Lora, Optimizer, Schedule, Validate, check_select, task_of, task_parts, versions,
+};
 
-/// What a group's rewards are divided by after their mean is taken away.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Scale {
-    /// The group's standard deviation plus `epsilon` (GRPO, Shao et al. 2024).
-    GroupStd,
-    /// Nothing (Dr. GRPO, Liu et al. 2025).
-    None,
-}
-
-/// How rewards become advantages.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Advantage {
-    /// The divisor.
-    pub scale: Scale,
-    /// Added to the standard deviation.
-    #[schemars(range(min = 0.0))]
-    pub epsilon: f64,
-    /// Delta degrees of freedom of the standard deviation: 0 or 1.
-    #[schemars(range(min = 0, max = 1))]
-    pub ddof: u64,
-}
-
-impl Default for Advantage {
-    fn default() -> Self {
-        Self { scale: Scale::GroupStd, epsilon: 1e-4, ddof: 1 }
-    }
-}
-
-/// The range within which the probability ratio earns a gradient (PPO's clip, with DAPO's higher upper bound).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Clip {
-    /// The ratio is clipped below at 1 - low.
-    #[schemars(range(min = 0.0, max = 1.0))]
-    pub low: f64,
-    /// The ratio is clipped above at 1 + high.
-    #[schemars(range(min = 0.0))]
-    pub high: f64,
-}
-
-impl Default for Clip {
-    fn default() -> Self {
-        Self { low: 0.2, high: 0.28 }
-    }
-}
-
-/// Dynamic sampling (DAPO): groups whose rewards are all equal carry no gradient and are replaced by further prompts.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct DynamicSampling {
-    /// Whether such groups are dropped.
-    pub enabled: bool,
-    /// Rounds of generation in a step, at most, to fill the batch with informative groups.
-    #[schemars(range(min = 1))]
-    pub max_rounds: u64,
-}
-
-impl Default for DynamicSampling {
-    fn default() -> Self {
-        Self { enabled: true, max_rounds: 2 }
-    }
-}
-
-/// Improve a model by its own graded attempts: groups of completions a prompt, token-mean policy-gradient loss.
+/// Improve a model by its own graded attempts: groups of completions a prompt, policy-gradient loss. The loss is a point in
+/// a space of axes; a `preset` names one, and every axis can be overridden.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[schemars(extend("additionalProperties" = false))]
 pub struct Grpo {
     /// The model to start from.
     pub model: Input<Checkpoint>,
@@ -114,20 +58,17 @@ pub struct Grpo {
     #[serde(default = "Grpo::default_temperature")]
     #[schemars(extend("exclusiveMinimum" = 0.0))]
     pub temperature: f64,
+    /// Which tokens may be drawn in rollouts, and what ends a completion. The training half keeps to the same tokens.
+    #[serde(flatten)]
+    pub filters: Filters,
     /// The rewards by name, each with its weight.
     pub rewards: BTreeMap<String, RewardSpec>,
     /// What an error of a reward on one sample does.
     #[serde(default, skip_serializing_if = "OnError::is_stop")]
     pub on_error: OnError,
-    /// How rewards become advantages.
-    #[serde(default)]
-    pub advantage: Advantage,
-    /// The ratio's clip range.
-    #[serde(default)]
-    pub clip: Clip,
-    /// Replacement of groups without a gradient.
-    #[serde(default)]
-    pub dynamic_sampling: DynamicSampling,
+    /// The loss.
+    #[serde(flatten)]
+    pub axes: Axes,
     /// Peak learning rate.
     #[serde(default = "Grpo::default_learning_rate")]
     #[schemars(extend("exclusiveMinimum" = 0.0))]
@@ -144,6 +85,9 @@ pub struct Grpo {
     /// Validation on the way; without it `best` equals `last`.
     #[serde(default)]
     pub validate: Option<Validate>,
+    /// The alarm over validations: reward up while solved goes down, or reward of unsolved instances up. It stops nothing.
+    #[serde(default, skip_serializing_if = "Alarm::is_default")]
+    pub alarm: Alarm,
     /// Decides the order of prompts and every sampled token.
     #[serde(default)]
     pub seed: u64,
@@ -171,11 +115,16 @@ impl Grpo {
     fn default_learning_rate() -> f64 {
         1e-4
     }
+
+    /// Tokens that a sequence counts for under the reduction `constant`.
+    pub fn reduction_tokens(&self) -> u64 {
+        self.axes.reduction_tokens.unwrap_or(self.max_new_tokens)
+    }
 }
 
 impl Stage for Grpo {
     const KIND: &'static str = "grpo";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const PLACE: Place = Place::Worker;
 
     fn outputs(&self) -> Vec<Output> {
@@ -190,7 +139,7 @@ impl Stage for Grpo {
         let mut parts = vec![
             Part::new("learn.model", versions::MODEL),
             Part::new("learn.generate", versions::GENERATE),
-            Part::new("learn.loss", versions::LOSS),
+            Part::new("learn.policy", versions::POLICY),
             Part::new("learn.optimizer", versions::OPTIMIZER),
         ];
         parts.extend(self.lora.as_ref().map(|_| Part::new("learn.lora", versions::LORA)));
@@ -205,6 +154,8 @@ impl Stage for Grpo {
         let rows = self.prompts_per_step * self.group_size / self.updates_per_step.max(1);
         let mut problems =
             crate::stages::training::check(&self.split, self.micro_batch_size, rows, self.validate.as_ref());
+        problems.extend(self.axes.check());
+        problems.extend(self.filters.check("", self.temperature));
         if self.rewards.is_empty() {
             let problem = Problem::new("rewards", "no reward is given");
             problems
@@ -230,6 +181,11 @@ impl Stage for Grpo {
             problems.push(Problem::new("updates_per_step", message));
         }
         problems
+    }
+
+    fn normal_form(&self) -> Value {
+        let normal = Self { axes: self.axes.normal_form(self.updates_per_step), ..self.clone() };
+        serde_json::to_value(normal).expect("a stage's parameters are plain data")
     }
 }
 
@@ -281,5 +237,32 @@ mod tests {
         assert!(
             names.is_sorted() && ["reward.correct", "task.maze"].iter().all(|name| names.contains(&(*name).into()))
         );
+    }
+
+    #[test]
+    fn presets_and_filters_stand_beside_the_other_fields() {
+        let stage = |extra: Value| -> Grpo {
+            let mut file = json!({
+                "model": "sft", "prompts": "tokens", "steps": 1, "max_new_tokens": 8,
+                "rewards": {"r": {"kind": "correct"}},
+            });
+            file.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+            serde_json::from_value(file).unwrap()
+        };
+        let made = stage(json!({"preset": "dr_grpo", "top_k": 5, "kl": {"beta": 0.5}}));
+        assert_eq!((made.filters.top_k, made.axes.kl.beta, made.reduction_tokens()), (5, 0.5, 8));
+        let written = serde_json::to_value(&made).unwrap();
+        assert_eq!(serde_json::to_value(stage(written.clone())).unwrap(), written);
+        assert!(written.get("preset").is_none() && written.get("top_p").is_none());
+        let cold = stage(json!({"preset": "gspo", "reduction": "token_mean", "top_p": 0.9, "stop": [""]}));
+        let paths: Vec<String> = Stage::check(&cold, &Upstream { stages: &BTreeMap::new() })
+            .into_iter()
+            .map(|problem| problem.path)
+            .collect();
+        assert_eq!(paths, ["reduction", "stop[0]"]);
+        let once = |extra| Stage::normal_form(&stage(extra));
+        assert_eq!(once(json!({"preset": "gspo"})), once(json!({"preset": "grpo", "kl": {"beta": 0.0}})));
+        let twice = |preset| once(json!({"preset": preset, "kl": {"beta": 0.0}, "updates_per_step": 2}));
+        assert_ne!(twice("gspo"), twice("grpo"));
     }
 }
