@@ -375,6 +375,67 @@ mod tests {
     }
 
     #[test]
+    fn sampler_and_trainer_agree_on_what_a_filter_keeps() {
+        let (_folder, model) = sandbox::model(&json!({}));
+        let filters = [
+            Filter { top_k: 3, top_p: 1.0, min_p: 0.0 },
+            Filter { top_k: 0, top_p: 0.7, min_p: 0.0 },
+            Filter { top_k: 0, top_p: 1.0, min_p: 0.3 },
+            Filter { top_k: 8, top_p: 0.9, min_p: 0.1 },
+        ];
+        for filter in filters {
+            let sampling = Sampling { filter: Some(filter), tells_kept: true, ..Sampling::new(0.7, 12) };
+            let made = generate(&model, &groups(), &sampling, &NEVER, &mut |_| {}).expect("completions");
+            let mut narrowed = 0;
+            for (group, completion) in
+                groups().iter().zip(&made).flat_map(|(group, made)| made.iter().map(move |one| (group.clone(), one)))
+            {
+                let kept = completion.kept.as_ref().expect("they were asked for");
+                let ids = [group.prompt.clone(), completion.ids.clone()].concat();
+                let mask: Vec<u8> = (0..ids.len()).map(|place| u8::from(place >= group.prompt.len())).collect();
+                let batch = Batch::new(&[Row { ids: &ids, mask: &mask }], 0, Device::Cpu).expect("a batch");
+                let logits = no_grad(|| model.logits(&batch.select(&model.hidden(&batch.ids))) / 0.7);
+                assert_eq!(kept.len(), completion.ids.len());
+                for (place, (&id, &sampled)) in completion.ids.iter().zip(&completion.logprobs).enumerate() {
+                    // Summed by hand over the set that was told.
+                    let weight = |id: i64| logits.double_value(&[place as i64, id]).exp();
+                    let total: f64 = kept.at(place).iter().map(|id| weight(i64::from(*id))).sum();
+                    assert!(kept.at(place).contains(&(id as u32)));
+                    assert!(((weight(id) / total).ln() - f64::from(sampled)).abs() < 1e-4, "{filter:?}");
+                    narrowed += usize::from(kept.at(place).len() < 13);
+                }
+            }
+            assert!(narrowed > 50, "{filter:?} filters nothing here");
+        }
+        let silent = Sampling { tells_kept: false, ..Sampling { filter: Some(filters[0]), ..Sampling::new(0.7, 12) } };
+        let made = generate(&model, &groups(), &silent, &NEVER, &mut |_| {}).expect("completions");
+        assert!(made.iter().flatten().all(|completion| completion.kept.is_none()));
+    }
+
+    #[test]
+    fn a_completion_ends_in_the_first_stop_sequence_that_it_writes() {
+        let (_folder, model) = sandbox::model(&json!({}));
+        let free = run(&model, &groups(), 1.0);
+        let longest = free.iter().flatten().max_by_key(|completion| completion.ids.len()).expect("completions");
+        let (pair, single) = (longest.ids[2..4].to_vec(), longest.ids[5]);
+        let sampling = Sampling { stop: vec![pair.clone(), vec![single]], ..Sampling::new(1.0, 12) };
+        let made = generate(&model, &groups(), &sampling, &NEVER, &mut |_| {}).expect("completions");
+        let mut stopped = 0;
+        for (free, made) in free.iter().flatten().zip(made.iter().flatten()) {
+            let ends = |end: &usize| free.ids[..*end].ends_with(&pair) || free.ids[..*end].ends_with(&[single]);
+            let end = (1..=free.ids.len()).find(ends).unwrap_or(free.ids.len());
+            assert_eq!(made.ids, free.ids[..end], "a stop changes no draw before it");
+            let own = made.ids.last() == Some(&sandbox::END);
+            assert_eq!(made.finish == Finish::Stop, own || ends(&end));
+            assert_eq!(made.unsaid, usize::from(own), "a stop text is text, the model's own end is none");
+            stopped += usize::from(ends(&end));
+        }
+        assert!(stopped > 0);
+        let empty = Sampling { stop: vec![vec![]], ..Sampling::new(1.0, 12) };
+        assert!(generate(&model, &groups(), &empty, &NEVER, &mut |_| {}).is_err());
+    }
+
+    #[test]
     fn what_cannot_be_generated_is_refused() {
         let (_folder, model) = sandbox::model(&json!({}));
         let error = |groups: &[Group], temperature: f64, max_new_tokens: u64, stop: bool| {

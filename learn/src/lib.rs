@@ -6,6 +6,7 @@
 pub mod advantage;
 pub mod batch;
 pub mod codec;
+pub mod credit;
 pub mod device;
 pub mod draw;
 pub mod generate;

@@ -169,6 +169,20 @@ pub fn penalties(params: &Grpo, reference: &Transformer, rows: &[PolicyRow<'_>])
     Ok(costs)
 }
 
+/// How far the sampler's log-probabilities may lie from the trainer's where both have the same weights, in fp32 on a CPU, at
+/// temperature 1 or above; below, the temperature divides the logits' own error too.
+pub const PARITY: f64 = 1e-4;
+
+/// The largest absolute difference between the sampler's log-probabilities of a row and those of `model`.
+pub fn mismatch(params: &Grpo, model: &Transformer, row: &PolicyRow<'_>) -> Result<f64> {
+    if row.targets() == 0 {
+        return Ok(0.0);
+    }
+    let new = no_grad(|| Forward::new(params, model, &[row]).map(|forward| forward.new_logprobs()))?;
+    let old = Tensor::from_slice(row.old).to_device(model.device());
+    Ok((new - old).abs().max().double_value(&[]))
+}
+
 /// A forward pass over some rows.
 struct Forward {
     batch: Batch,

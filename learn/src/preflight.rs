@@ -2,17 +2,14 @@
 //!
 //! What would spoil a run is an error here, before an hour of training; what a person should only know is one note.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
-use pipe::stages::tokens::{TOKENIZER_FOLDER, TokensFolder};
+use pipe::stages::model::{NEW_TOKENS_FILE, NewTokensFile};
+use pipe::stages::tokens::TokensFolder;
 
 use crate::model::ModelConfig;
-
-/// The file beside a tokenizer with the tokens that were added to it and their ids.
-const NEW_TOKENS_FILE: &str = "new_tokens.json";
 
 /// Refuses tokens that were made with another tokenizer than the model's.
 pub fn tokenizers(model: &Path, model_digest: &str, tokens: &TokensFolder) -> anyhow::Result<()> {
@@ -31,7 +28,9 @@ pub fn tokenizers(model: &Path, model_digest: &str, tokens: &TokensFolder) -> an
 /// Refuses rows that cannot be trained on; gives one sentence on those that can.
 ///
 /// Every turn, a run of targets, must end with an end of sequence and have no other, unless the prompt is learnt too.
-pub fn rows(tokens: &TokensFolder, rows: &[usize], config: &ModelConfig) -> anyhow::Result<String> {
+///
+/// `model` is the folder of the model, whose new tokens are named where no row has them.
+pub fn rows(tokens: &TokensFolder, rows: &[usize], config: &ModelConfig, model: &Path) -> anyhow::Result<String> {
     vocabulary(tokens, rows, config)?;
     let limit = config.max_position_embeddings as usize;
     let (mut shortest, mut longest, mut targets, mut total) = (usize::MAX, 0, 0, 0);
@@ -85,7 +84,7 @@ pub fn rows(tokens: &TokensFolder, rows: &[usize], config: &ModelConfig) -> anyh
         "{} rows of {shortest} to {longest} tokens (limit {limit}), {targets} targets among {total} tokens, one end of \
          sequence a turn{rest}; {}",
         rows.len(),
-        unseen(tokens, rows, config)?
+        unseen(tokens, rows, config, model)?
     ))
 }
 
@@ -102,14 +101,14 @@ pub fn runs(mask: &[u8]) -> Vec<Range<usize>> {
 }
 
 /// How many of the model's token ids stand in no row: their vectors are not trained. New tokens among them are named.
-fn unseen(tokens: &TokensFolder, rows: &[usize], config: &ModelConfig) -> anyhow::Result<String> {
+fn unseen(tokens: &TokensFolder, rows: &[usize], config: &ModelConfig, model: &Path) -> anyhow::Result<String> {
     let mut seen = vec![false; config.vocab_size as usize];
     for id in rows.iter().flat_map(|&row| tokens.row_ids(row)) {
         seen[*id as usize] = true;
     }
     let missing = seen.iter().filter(|seen| !**seen).count();
     let mut text = format!("{missing} of {} token ids stand in no row", seen.len());
-    let new = new_tokens(&tokens.path.join(TOKENIZER_FOLDER))?;
+    let new = new_tokens(model)?;
     let untrained: Vec<&str> = new
         .iter()
         .filter(|(_, id)| !seen.get(*id as usize).copied().unwrap_or(false))
@@ -124,16 +123,16 @@ fn unseen(tokens: &TokensFolder, rows: &[usize], config: &ModelConfig) -> anyhow
     Ok(text)
 }
 
-/// The tokens that were added to a tokenizer, with their ids; none where no file tells of them.
-fn new_tokens(folder: &Path) -> anyhow::Result<Vec<(String, i64)>> {
-    let path = folder.join(NEW_TOKENS_FILE);
+/// The tokens that a model had not before, with their ids; none where no file tells of them.
+fn new_tokens(model: &Path) -> anyhow::Result<Vec<(String, u32)>> {
+    let path = model.join(NEW_TOKENS_FILE);
     if !path.exists() {
         return Ok(Vec::new());
     }
     let reading = || format!("reading `{}`", path.display());
     let bytes = std::fs::read(&path).with_context(reading)?;
-    let tokens: BTreeMap<String, i64> = serde_json::from_slice(&bytes).with_context(reading)?;
-    Ok(tokens.into_iter().collect())
+    let file: NewTokensFile = serde_json::from_slice(&bytes).with_context(reading)?;
+    Ok(file.tokens.into_iter().zip(file.ids).collect())
 }
 
 /// Refuses prompts from which `max_new_tokens` would lead past the model's positions; gives one sentence on the others.
@@ -229,17 +228,20 @@ mod tests {
     #[test]
     fn rows_that_would_spoil_a_run_are_named() {
         let good = tokens(&[(&[1, 5, 6, 3], &[0, 0, 1, 1], 2), (&[1, 3], &[0, 0], 1)]);
-        let note = rows(&good, &[0, 1], &config()).unwrap();
+        let note = rows(&good, &[0, 1], &config(), Path::new("m")).unwrap();
         assert!(
             note.contains("2 rows of 2 to 4 tokens (limit 6), 2 targets") && note.contains("1 rows have no"),
             "{note}"
         );
         assert!(note.contains("6 of 10 token ids stand in no row"), "{note}");
         let turns = tokens(&[(&[1, 5, 3, 6, 7, 3], &[0, 1, 1, 0, 1, 1], 1)]);
-        let note = rows(&turns, &[0], &config()).unwrap();
+        let note = rows(&turns, &[0], &config(), Path::new("m")).unwrap();
         assert!(note.contains("one end of sequence a turn; 2 turns;"), "{note}");
         let whole = tokens(&[(&[1, 5, 3, 6, 7, 3], &[0, 1, 1, 1, 1, 1], 4)]);
-        assert!(rows(&whole, &[0], &config()).is_ok(), "prompts that are learnt too may have ends of their own");
+        assert!(
+            rows(&whole, &[0], &config(), Path::new("m")).is_ok(),
+            "prompts that are learnt too may have ends of their own"
+        );
         let cases: [(&[i32], &[u8], &str); 8] = [
             (&[1, 5, 3, 6, 7, 8], &[0, 1, 1, 0, 1, 1], "0 end-of-sequence targets in its turn 2"),
             (&[1, 5, 5, 6, 7, 3], &[0, 1, 1, 0, 1, 1], "0 end-of-sequence targets in its turn 1"),
@@ -251,7 +253,7 @@ mod tests {
             (&[1, 5, 3], &[0, 0, 0], "no row has a target"),
         ];
         for (ids, mask, says) in cases {
-            let error = rows(&tokens(&[(ids, mask, 1)]), &[0], &config()).unwrap_err().to_string();
+            let error = rows(&tokens(&[(ids, mask, 1)]), &[0], &config(), Path::new("m")).unwrap_err().to_string();
             assert!(error.contains(says), "{error}");
         }
     }
@@ -259,12 +261,10 @@ mod tests {
     #[test]
     fn new_tokens_that_stand_in_no_row_are_named() {
         let folder = tempfile::tempdir().unwrap();
-        let mut tokens = tokens(&[(&[1, 5, 6, 3], &[0, 0, 1, 1], 2)]);
-        tokens.path = folder.path().to_owned();
-        std::fs::create_dir(folder.path().join(TOKENIZER_FOLDER)).unwrap();
-        let file = folder.path().join(TOKENIZER_FOLDER).join(NEW_TOKENS_FILE);
-        std::fs::write(file, json!({"<|a|>": 6, "<|b|>": 7, "<|c|>": 9}).to_string()).unwrap();
-        let note = rows(&tokens, &[0], &config()).unwrap();
+        let tokens = tokens(&[(&[1, 5, 6, 3], &[0, 0, 1, 1], 2)]);
+        let new = json!({"ids": [6, 7, 9], "tokens": ["<|a|>", "<|b|>", "<|c|>"], "rows": {"init": "mean"}});
+        std::fs::write(folder.path().join(NEW_TOKENS_FILE), new.to_string()).unwrap();
+        let note = rows(&tokens, &[0], &config(), folder.path()).unwrap();
         assert!(note.contains("6 of 10 token ids stand in no row, 2 new tokens among them"), "{note}");
         assert!(note.ends_with("`<|b|>`, `<|c|>`"), "{note}");
     }

@@ -4,6 +4,8 @@
 //! stands as one line of a journal. A run that resumes takes the lines of its step as they are and computes the others;
 //! the two give the same bytes. It knows rewards and advantages and nothing of losses.
 
+mod table;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -12,25 +14,23 @@ use std::time::Instant;
 use pipe::pipeline::stage::{StageContext, StageEvent};
 use pipe::rewards::Outcome;
 use pipe::stages::grpo::Grpo;
-use pipe::stages::grpo::axes::KlPlace;
-use pipe::stages::table::{Column, ColumnType, TableWriter};
 use pipe::tasks::Finish;
 use pipe::telemetry::Metrics;
 use serde::{Deserialize, Serialize};
 
-use crate::advantage::{Earned, Turn, advantages, of_tokens};
+use crate::credit::{policy_row, set_advantages, set_penalties};
 use crate::generate::Sampling;
 use crate::journal::Journal;
 use crate::model::Transformer;
 use crate::order::Order;
-use crate::policy::{PolicyRow, penalties};
+use crate::policy::{PARITY, mismatch};
 use crate::prompts::{Prompts, Purpose};
+use crate::replay::StoredRollouts;
 use crate::rewards::{Rewards, Scored};
 use crate::session::rate;
 use crate::trajectory::{Request, Trajectory, play};
 
-/// The file of the output `rollouts`.
-pub const ROLLOUTS_FILE: &str = "rollouts.parquet";
+pub use table::{ROLLOUTS_FILE, distinct, finish_name, turns_column};
 
 /// A completion with its rewards.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -49,50 +49,6 @@ pub struct Sample {
     /// without a total.
     #[serde(skip)]
     pub advantages: Vec<f64>,
-}
-
-impl Sample {
-    /// What the sample earned, by the rewards' `weights`; `None` without a total.
-    fn earned(&self, weights: &[f64]) -> Option<Earned> {
-        let mut costs = self.penalties.iter().copied();
-        let by_turn = |turn: usize| -> f64 {
-            let of = |(outcome, weight): (&Outcome, &f64)| match outcome {
-                Outcome::Turns(values) => weight * values.get(turn).copied().unwrap_or(0.0),
-                Outcome::Value(_) | Outcome::Abstain | Outcome::Error(_) => 0.0,
-            };
-            self.rewards.iter().zip(weights).map(of).sum()
-        };
-        let turn = |(turn, tokens): (usize, usize)| Turn {
-            arrived: by_turn(turn),
-            penalties: (0..tokens).map(|_| costs.next().unwrap_or(0.0)).collect(),
-        };
-        Some(Earned {
-            total: self.total?,
-            components: self.rewards.iter().map(Outcome::value).collect(),
-            turns: self.trajectory.turn_lengths().into_iter().enumerate().map(turn).collect(),
-        })
-    }
-}
-
-/// The sample on a row's `prompt` as a row to train on; `in_loss` as in [`PolicyRow`].
-pub fn policy_row<'a>(params: &Grpo, prompt: &[i64], sample: &'a Sample, in_loss: bool) -> PolicyRow<'a> {
-    let trajectory = &sample.trajectory;
-    let turns = trajectory.turn_lengths();
-    let advantages = if in_loss {
-        of_tokens(params.axes.advantage.level, &sample.advantages, &turns)
-    } else {
-        vec![0.0; trajectory.length()]
-    };
-    PolicyRow {
-        ids: [prompt, &trajectory.ids].concat(),
-        mask: [vec![0; prompt.len()], trajectory.mask()].concat(),
-        turn: turns.iter().zip(0..).flat_map(|(&tokens, turn)| std::iter::repeat_n(turn, tokens)).collect(),
-        old: &trajectory.logprobs,
-        kept: trajectory.kept.as_ref(),
-        advantages,
-        weights: None,
-        in_loss,
-    }
 }
 
 /// The completions of one prompt.
@@ -132,8 +88,21 @@ pub struct Rollout {
     pub groups: Vec<ScoredGroup>,
     /// Rounds of generation.
     pub rounds: u64,
+    /// The policy that learns is the one that sampled. Stored completions are another's once the two have parted.
+    pub on_policy: bool,
     /// Generated tokens a second of what was not read back from the journal; `None` where all was.
     pub tokens_per_second: Option<f64>,
+}
+
+/// How far the training state of a stage is.
+#[derive(Clone, Copy, Debug)]
+pub struct Done<'a> {
+    /// The journal of rollouts.
+    pub journal: &'a Path,
+    /// Its bytes that belong to finished steps.
+    pub committed: u64,
+    /// Finished steps.
+    pub step: u64,
 }
 
 /// What generates the rollouts of a stage.
@@ -146,28 +115,41 @@ pub struct Rollouts<'a> {
     rewards: Rewards,
     journal: Journal,
     replay: VecDeque<Chunk>,
+    stored: Option<StoredRollouts>,
 }
 
 impl<'a> Rollouts<'a> {
-    /// Opens the journal at `path`, whose first `committed` bytes belong to finished steps, at step `step`. `reference` is
-    /// wanted where the KL is a part of the reward.
+    /// Opens the rollouts of a stage behind what is done.
     pub fn open(
         params: &'a Grpo,
         prompts: &'a Prompts,
         rewards: Rewards,
-        reference: Option<&'a Transformer>,
         rows: Vec<usize>,
-        path: &Path,
-        committed: u64,
-        step: u64,
+        done: &Done<'_>,
     ) -> anyhow::Result<Self> {
         // Chunks of later steps were sampled from weights that this attempt has yet to reach again.
-        let (journal, replay) = Journal::open(path, committed, |chunk: &Chunk| chunk.at.step == step)?;
+        let (journal, replay) =
+            Journal::open(done.journal, done.committed, |chunk: &Chunk| chunk.at.step == done.step)?;
         let order = Order::new("grpo.order", params.seed, rows);
         let sampling = Sampling::open(&params.filters, params.temperature, params.max_new_tokens, &prompts.codec)?;
         let sampling = Sampling { tells_kept: true, ..sampling };
         let replay = replay.into();
-        Ok(Self { params, prompts, reference, sampling, order, rewards, journal, replay })
+        Ok(Self { params, prompts, reference: None, sampling, order, rewards, journal, replay, stored: None })
+    }
+
+    /// With stored completions to take instead of sampling.
+    pub fn with_stored(self, stored: Option<StoredRollouts>) -> anyhow::Result<Self> {
+        if let Some(stored) = &stored {
+            let (there, asked) = (stored.steps(), self.params.steps);
+            anyhow::ensure!(there >= asked, "the stored rollouts have {there} steps, but `steps` is {asked}");
+        }
+        Ok(Self { stored, ..self })
+    }
+
+    /// With the reference that the KL is measured to, where it is a part of the reward.
+    #[must_use]
+    pub fn with_reference(self, reference: Option<&'a Transformer>) -> Self {
+        Self { reference, ..self }
     }
 
     /// Chunks of the step at hand that an earlier attempt has finished.
@@ -197,6 +179,9 @@ impl<'a> Rollouts<'a> {
         drawn: &mut u64,
         context: &mut StageContext,
     ) -> anyhow::Result<Rollout> {
+        if self.stored.is_some() {
+            return self.collect_stored(model, step, drawn, context);
+        }
         let (began, mut generated) = (Instant::now(), 0);
         let dynamic = &self.params.axes.dynamic_sampling;
         let spent = |groups: &[ScoredGroup]| -> u64 {
@@ -226,12 +211,49 @@ impl<'a> Rollouts<'a> {
                 context.tell(StageEvent::Metrics { values: BTreeMap::from([("rollout/groups".to_owned(), along)]) });
             }
             rounds += 1;
+            if let Some(forecast) = forecast(&groups).filter(|_| step == 0 && rounds == 1) {
+                context.note(forecast?);
+            }
             let kept = groups.iter().filter(|group: &&ScoredGroup| group.kept).count() as u64;
             missing = self.params.prompts_per_step - kept;
         }
         *drawn = next;
-        self.set_advantages(&mut groups)?;
-        Ok(Rollout { groups, rounds, tokens_per_second: rate(generated, began) })
+        set_advantages(&self.params.axes.advantage, self.rewards.weights(), &mut groups)?;
+        Ok(Rollout { groups, rounds, on_policy: true, tokens_per_second: rate(generated, began) })
+    }
+
+    /// The stored rollout of `step`: every group that was generated for it, in one round, scored anew.
+    fn collect_stored(
+        &mut self,
+        model: &Transformer,
+        step: u64,
+        drawn: &mut u64,
+        context: &mut StageContext,
+    ) -> anyhow::Result<Rollout> {
+        let groups = self.stored.as_ref().map_or(&[][..], |stored| stored.groups(step));
+        let rows: Vec<usize> = groups.iter().map(|group| group.row).collect();
+        let at = Place { step, round: 0, drawn: *drawn };
+        let done = if let Some(done) = self.replay.pop_front() {
+            check(&done, at, &rows)?;
+            done
+        } else {
+            context.stop_if_interrupted()?;
+            let played = groups.iter().map(|group| group.trajectories.clone()).collect();
+            let groups = self.score(at.round, &rows, played)?;
+            let done = Chunk { at, groups };
+            self.journal.append(&done)?;
+            done
+        };
+        let mut groups = done.groups;
+        *drawn += groups.len() as u64;
+        set_advantages(&self.params.axes.advantage, self.rewards.weights(), &mut groups)?;
+        let first = groups.iter().find_map(|group| Some((group.row, group.samples.first()?)));
+        let mut on_policy = true;
+        if let Some((row, sample)) = first {
+            let row = policy_row(self.params, &self.prompts.prompt(row), sample, false);
+            on_policy = mismatch(self.params, model, &row)? <= PARITY / self.params.temperature.min(1.0);
+        }
+        Ok(Rollout { groups, rounds: 1, on_policy, tokens_per_second: None })
     }
 
     fn generate(
@@ -252,6 +274,11 @@ impl<'a> Rollouts<'a> {
             })
             .collect();
         let played = play(model, self.prompts, &asked, &self.sampling, interrupt, on_tokens)?;
+        self.score(round, rows, played)
+    }
+
+    /// Scores the episodes of a chunk, a group for each of `rows`.
+    fn score(&mut self, round: u64, rows: &[usize], played: Vec<Vec<Trajectory>>) -> anyhow::Result<Vec<ScoredGroup>> {
         let episodes: Vec<(usize, &Trajectory)> =
             rows.iter().zip(&played).flat_map(|(&row, played)| played.iter().map(move |one| (row, one))).collect();
         let mut scored = self.rewards.score(self.prompts, &episodes)?.into_iter();
@@ -268,120 +295,15 @@ impl<'a> Rollouts<'a> {
             ScoredGroup { row, round, all_equal, kept, samples }
         });
         let mut groups: Vec<ScoredGroup> = groups.collect();
-        self.set_penalties(&mut groups)?;
+        if let Some(reference) = self.reference {
+            set_penalties(self.params, self.prompts, reference, &mut groups)?;
+        }
         Ok(groups)
     }
 
     /// The rewards, for whoever scores besides.
     pub fn rewards(&mut self) -> &mut Rewards {
         &mut self.rewards
-    }
-
-    /// Fills in what tokens cost, where the KL is a part of the reward. The reference never moves, so it is as much a
-    /// property of the chunk as its completions.
-    fn set_penalties(&self, groups: &mut [ScoredGroup]) -> anyhow::Result<()> {
-        let kl = &self.params.axes.kl;
-        let Some(reference) = self.reference.filter(|_| kl.beta > 0.0 && kl.place == KlPlace::Reward) else {
-            return Ok(());
-        };
-        let rows: Vec<PolicyRow<'_>> = groups
-            .iter()
-            .flat_map(|group| group.samples.iter().map(move |sample| (self.prompts.prompt(group.row), sample)))
-            .map(|(prompt, sample)| policy_row(self.params, &prompt, sample, false))
-            .collect();
-        let costs = penalties(self.params, reference, &rows)?;
-        for (sample, costs) in groups.iter_mut().flat_map(|group| &mut group.samples).zip(costs) {
-            sample.penalties = costs;
-        }
-        Ok(())
-    }
-
-    /// Fills in the advantages of a step's whole batch: a pure function of its rewards. Groups that are dropped are no part of
-    /// the batch; their advantages are 0.
-    fn set_advantages(&self, groups: &mut [ScoredGroup]) -> anyhow::Result<()> {
-        let weights = self.rewards.weights();
-        let kept = groups.iter().filter(|group| group.kept);
-        let earned: Vec<_> =
-            kept.map(|group| group.samples.iter().map(|sample| sample.earned(weights)).collect()).collect();
-        let mut made = advantages(&self.params.axes.advantage, weights, &earned)?.into_iter();
-        for group in groups {
-            let of_group = if group.kept { made.next() } else { None };
-            let mut of_samples = of_group.into_iter().flatten();
-            for sample in &mut group.samples {
-                let dropped = sample.total.map_or_else(Vec::new, |_| vec![0.0]);
-                sample.advantages = if group.kept { of_samples.next().flatten().unwrap_or_default() } else { dropped };
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes every completion of the run to `path`; equal rollouts give equal bytes.
-    pub fn publish(&self, path: &Path) -> anyhow::Result<()> {
-        use ColumnType::{Flag, Integer, Integers, Number, Numbers, Text};
-        let rewards: Vec<String> = self.params.rewards.keys().map(|name| format!("reward_{name}")).collect();
-        let mut columns = vec![("step", Integer), ("round", Integer), ("row", Integer), ("instance", Text)];
-        columns.extend([("sample", Integer), ("prompt", Text), ("completion", Text), ("turns", Text)]);
-        columns.extend([("ids", Integers), ("logprobs", Numbers), ("finish", Text), ("truncated", Flag)]);
-        columns.extend(rewards.iter().map(|name| (name.as_str(), Number)));
-        columns.extend([("total", Number), ("reward_errors", Text), ("advantages", Numbers)]);
-        columns.extend(self.prompts.measures().iter().map(|name| (name.as_str(), Number)));
-        columns.push(("kept", Flag));
-        distinct(&columns)?;
-        let mut table = TableWriter::create(path, &columns)?;
-        let (mut step, mut groups) = (0, Vec::new());
-        self.journal.each(|chunk: Chunk| {
-            if chunk.at.step != step {
-                self.write(&mut table, step, &mut groups)?;
-                step = chunk.at.step;
-            }
-            groups.extend(chunk.groups);
-            Ok(())
-        })?;
-        self.write(&mut table, step, &mut groups)?;
-        table.finish()
-    }
-
-    /// Writes the groups of a whole step, and empties the list.
-    fn write(&self, table: &mut TableWriter, step: u64, groups: &mut Vec<ScoredGroup>) -> anyhow::Result<()> {
-        self.set_advantages(groups)?;
-        let rows: Vec<(&ScoredGroup, usize, &Sample)> = groups
-            .iter()
-            .flat_map(|group| group.samples.iter().enumerate().map(move |(index, sample)| (group, index, sample)))
-            .collect();
-        if rows.is_empty() {
-            return Ok(());
-        }
-        let number = |value: &dyn Fn(&Sample) -> Option<f64>| {
-            Column::Number(rows.iter().map(|(_, _, sample)| value(sample)).collect())
-        };
-        let about = |group: &ScoredGroup| &self.prompts.tokens.rows[group.row];
-        let played = || rows.iter().map(|(_, _, sample)| &sample.trajectory);
-        let mut columns = vec![
-            Column::integer(rows.iter().map(|_| step as i64)),
-            Column::integer(rows.iter().map(|(group, _, _)| group.round as i64)),
-            Column::integer(rows.iter().map(|(group, _, _)| group.row as i64)),
-            Column::text(rows.iter().map(|(group, _, _)| about(group).instance.clone())),
-            Column::integer(rows.iter().map(|(_, index, _)| *index as i64)),
-            Column::text(rows.iter().map(|(group, _, _)| about(group).prompt.clone())),
-            Column::text(played().map(Trajectory::text)),
-            turns_column(self.prompts, played()),
-            Column::Integers(played().map(|one| one.ids.iter().map(|id| *id as i32).collect()).collect()),
-            Column::Numbers(played().map(|one| one.logprobs.iter().map(|value| f64::from(*value)).collect()).collect()),
-            Column::text(played().map(|one| finish_name(one.finish()).to_owned())),
-            Column::Flag(played().map(|one| one.truncated).collect()),
-        ];
-        let names = self.rewards.names();
-        columns.extend((0..names.len()).map(|reward| number(&|sample| sample.rewards[reward].value())));
-        columns.push(number(&|sample| sample.total));
-        columns.push(Column::Text(rows.iter().map(|(_, _, sample)| errors(names, &sample.rewards)).collect()));
-        columns.push(Column::Numbers(rows.iter().map(|(_, _, sample)| sample.advantages.clone()).collect()));
-        columns.extend(
-            (0..self.prompts.measures().len()).map(|at| number(&|sample| Some(sample.trajectory.measurements[at]))),
-        );
-        columns.push(Column::Flag(rows.iter().map(|(group, _, _)| group.kept).collect()));
-        table.write(columns)?;
-        groups.clear();
-        Ok(())
     }
 
     /// What is measured of a step's rollout: rewards and outcomes over all generated groups, dropped ones included.
@@ -433,6 +355,26 @@ impl<'a> Rollouts<'a> {
     }
 }
 
+/// What the first round of a run says of those to come: how many groups carry a gradient. A round in which everything was
+/// cut off and nothing differs is an error; `None` where there are no groups.
+fn forecast(groups: &[ScoredGroup]) -> Option<anyhow::Result<String>> {
+    let all = groups.len();
+    if all == 0 {
+        return None;
+    }
+    let mixed = groups.iter().filter(|group| !group.all_equal).count();
+    let mut played = groups.iter().flat_map(|group| &group.samples).map(|sample| &sample.trajectory);
+    if mixed == 0 && played.all(|one| one.finish() == Finish::Length) {
+        return Some(Err(anyhow::anyhow!(
+            "every completion of the first {all} groups was cut off at `max_new_tokens` and all rewards are equal: there is \
+             nothing to learn from; raise `max_new_tokens`, or begin with a model that ends its answers"
+        )));
+    }
+    let share = 100.0 * mixed as f64 / all as f64;
+    let hint = if mixed == 0 { "; without one no step can learn: look at rewards, model and temperature" } else { "" };
+    Some(Ok(format!("{mixed} of the first {all} groups carry a gradient ({share:.0} %){hint}")))
+}
+
 /// Refuses a chunk that was read back and is not the one that is due.
 fn check(done: &Chunk, at: Place, rows: &[usize]) -> anyhow::Result<()> {
     let there = done.groups.iter().map(|group| group.row);
@@ -457,44 +399,4 @@ fn spread(group: &ScoredGroup, reward: usize) -> (f64, f64) {
     let all = pairs.iter().map(|(_, total)| total).sum::<f64>() / count;
     let pairs = pairs.into_iter().map(|(r, total)| (r - own, total - all));
     pairs.fold((0.0, 0.0), |(covariance, variance), (r, total)| (covariance + r * total, variance + total * total))
-}
-
-/// The errors of a sample's rewards as `NAME: why`; null where there is none.
-fn errors(names: &[String], outcomes: &[Outcome]) -> Option<String> {
-    let named = names.iter().zip(outcomes);
-    let errors: Vec<String> =
-        named.filter_map(|(name, outcome)| Some(format!("{name}: {}", outcome.error()?))).collect();
-    (!errors.is_empty()).then(|| errors.join("; "))
-}
-
-/// The turns of trajectories as JSON; null where an episode has one turn, of which the other columns say all.
-pub fn turns_column<'a>(prompts: &Prompts, played: impl Iterator<Item = &'a Trajectory>) -> Column {
-    let turns = |one: &Trajectory| {
-        let alone = one.turns.len() == 1 && one.turns[0].measurements == prompts.named(&one.measurements);
-        (!alone).then(|| serde_json::to_string(&one.turns).expect("turns are plain data"))
-    };
-    Column::Text(played.map(turns).collect())
-}
-
-/// The word for a finish reason in tables.
-pub fn finish_name(finish: Finish) -> &'static str {
-    match finish {
-        Finish::Stop => "stop",
-        Finish::Length => "length",
-    }
-}
-
-/// Refuses a table with two columns of one name, as a measurement called `prompt` would make.
-pub fn distinct(columns: &[(&str, ColumnType)]) -> anyhow::Result<()> {
-    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
-    for (name, _) in columns {
-        *counts.entry(name).or_default() += 1;
-    }
-    let twice = counts.iter().find(|(_, count)| **count > 1);
-    anyhow::ensure!(
-        twice.is_none(),
-        "two columns are called `{}`: rename the measurement",
-        twice.map_or("", |(name, _)| name)
-    );
-    Ok(())
 }

@@ -6,15 +6,16 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use pipe::pipeline::stage::StageContext;
-use pipe::stages::training::Optimizer;
+use pipe::stages::training::{Lora, Optimizer};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use tch::{Tensor, no_grad};
+use serde_json::Value;
+use tch::{Device, Tensor, no_grad};
 
-use crate::model::Transformer;
 use crate::model::new_tokens::{self, Occurred};
+use crate::model::{self, Transformer};
 use crate::optimizer::AdamW;
 use crate::training_state::{self, State};
 
@@ -49,6 +50,65 @@ pub struct Counters<C> {
     pub own: C,
 }
 
+/// The entry of a published state with what a stage that goes on from it must agree with.
+const TERMS: &str = "terms";
+
+/// What a training rests on, by the name of the parameter.
+pub type Terms = BTreeMap<String, Value>;
+
+/// The final state of a training, as another stage takes it up.
+pub struct Published {
+    state: State,
+    terms: Terms,
+}
+
+impl Published {
+    /// Reads the artifact in `folder`.
+    pub fn open(folder: &Path) -> anyhow::Result<Self> {
+        let state = training_state::load(folder)?;
+        let state = state.with_context(|| format!("`{}` has no whole training state", folder.display()))?;
+        let terms = Terms::deserialize(&state.json[TERMS]).context("the training state tells no terms")?;
+        Ok(Self { state, terms })
+    }
+
+    /// Steps that it has done.
+    pub fn steps(&self) -> u64 {
+        self.state.json["step"].as_u64().unwrap_or(0)
+    }
+
+    /// The model whose training it is, from the folder of the artifact; [`Training::resume`] fills in what is trained.
+    pub fn model(&self, folder: &Path, device: Device, lora: Option<&Lora>, seed: u64) -> anyhow::Result<Transformer> {
+        Transformer::empty(folder, device, lora.map(|lora| (lora, seed)), &self.state.tensors)
+    }
+
+    /// The value of a term.
+    pub fn term(&self, name: &str) -> &Value {
+        self.terms.get(name).unwrap_or(&Value::Null)
+    }
+
+    /// Refuses a stage of `steps` steps whose terms differ, those in `free` left aside.
+    pub fn check(&self, wanted: &Terms, steps: u64, free: &[&str]) -> anyhow::Result<()> {
+        let mut differ = Vec::new();
+        for (name, wanted) in wanted.iter().filter(|(name, _)| !free.contains(&name.as_str())) {
+            let found = self.term(name);
+            if found != wanted {
+                differ.push(format!("`{name}` is {wanted} here and was {found}"));
+            }
+        }
+        ensure!(
+            differ.is_empty(),
+            "this stage cannot go on from that training: {}; make them equal, or begin anew from its weights with `model`",
+            differ.join(", ")
+        );
+        ensure!(
+            self.steps() < steps,
+            "the training to go on from has done {} steps, and `steps` is {steps}: it counts those, too",
+            self.steps()
+        );
+        Ok(())
+    }
+}
+
 /// A validation that has beaten those before it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Best {
@@ -59,13 +119,20 @@ pub struct Best {
 }
 
 impl<C: Default + Serialize + DeserializeOwned> Training<C> {
-    /// The training whose newest state lies in `folder`, or else one at its beginning; the flag says which.
-    pub fn resume(model: Transformer, optimizer: &Optimizer, folder: &Path) -> anyhow::Result<(Self, bool)> {
+    /// The training whose newest state lies in `folder`, or else one that goes on from the published state `from`, or else
+    /// one at its beginning; the flag says whether steps are done.
+    pub fn resume(
+        model: Transformer,
+        optimizer: &Optimizer,
+        folder: &Path,
+        from: Option<&Published>,
+    ) -> anyhow::Result<(Self, bool)> {
         std::fs::create_dir_all(folder).with_context(|| format!("creating the folder `{}`", folder.display()))?;
         let optimizer = AdamW::new(model.weights(), optimizer);
         let mut training =
             Self { model, optimizer, counters: Counters::default(), best: None, folder: folder.to_owned() };
-        let Some(state) = training_state::load(folder)? else { return Ok((training, false)) };
+        let saved = training_state::load(folder)?;
+        let Some(state) = saved.as_ref().or(from.map(|from| &from.state)) else { return Ok((training, false)) };
         training.counters = state.read()?;
         let weights = training.model.weights();
         weights.fill("weights.", weights.flat(), &state.tensors)?;
@@ -80,6 +147,11 @@ impl<C: Default + Serialize + DeserializeOwned> Training<C> {
 
     /// Saves the state durably.
     pub fn save(&mut self) -> anyhow::Result<()> {
+        let state = self.state()?;
+        training_state::save(&self.folder, &state)
+    }
+
+    fn state(&mut self) -> anyhow::Result<State> {
         let weights = self.model.weights();
         self.counters.updates = self.optimizer.steps();
         // A step is saved before its validation (unrecorded) or after it, in this order.
@@ -90,7 +162,7 @@ impl<C: Default + Serialize + DeserializeOwned> Training<C> {
         if let Some(best) = &self.best {
             state.tensors.extend(weights.named("best.", best));
         }
-        training_state::save(&self.folder, &state)
+        Ok(state)
     }
 
     /// Keeps the weights as they are now if `value` is higher than at every validation before: the earliest wins a tie.
@@ -107,6 +179,20 @@ impl<C: Default + Serialize + DeserializeOwned> Training<C> {
             context.note(audit.to_string());
         }
         Ok(())
+    }
+
+    /// Forgets the best validation so far.
+    pub fn forget_best(&mut self) {
+        (self.counters.best, self.best) = (None, None);
+    }
+
+    /// Writes the state to `folder` for another stage to go on from, under `terms`; `companions` is the model's folder.
+    pub fn publish_state(&mut self, folder: &Path, companions: &Path, terms: &Terms) -> anyhow::Result<()> {
+        let mut state = self.state()?;
+        state.tensors.extend(self.model.frozen());
+        state.json[TERMS] = serde_json::to_value(terms).context("the terms of a training are plain data")?;
+        training_state::save(folder, &state)?;
+        model::save_companions(companions, folder)
     }
 
     /// Writes the weights as they are to `last` and those of the best validation to `best`, the last where there was none.

@@ -28,7 +28,7 @@ use clap::Parser;
 
 use crate::cli::failure::Failure;
 use crate::cli::ui::{Color, Ui};
-use crate::pipeline::plan::{Plan, PlanError};
+use crate::pipeline::plan::{Plan, PlanError, SameArms};
 use crate::pipeline::spec::{self, Experiment};
 use crate::pipeline::store::Store;
 use crate::stages::KINDS;
@@ -162,6 +162,21 @@ impl Session {
             other => Failure::input(&other),
         })
     }
+}
+
+/// What people should know of arms that differ in nothing that matters.
+pub fn same_arms(session: &Session, plan: &Plan, experiments: &[Experiment]) -> Result<(), Failure> {
+    let same = plan.same_arms(experiments).map_err(|error| Failure::input(&error))?;
+    for SameArms { experiment, arms } in same {
+        let names = arms.iter().map(|arm| format!("`{arm}`")).collect::<Vec<_>>();
+        let (last, others) = names.split_last().map_or(("", &[][..]), |(last, others)| (last.as_str(), others));
+        session.ui.note(&format!(
+            "arms {} and {last} of `{experiment}` are the same arm: what they differ in has no effect on any result \
+             beyond rounding",
+            others.join(", ")
+        ));
+    }
+    Ok(())
 }
 
 /// What a user may do about a store that cannot be opened.

@@ -9,7 +9,7 @@ use signal_hook::iterator::Signals;
 use crate::cli::failure::Failure;
 use crate::cli::progress::Progress;
 use crate::cli::ui::last_words;
-use crate::cli::{Files, Session, render, store_hint, table};
+use crate::cli::{Files, Session, render, same_arms, store_hint, table};
 use crate::pipeline::exec::event::{Event, Outcome};
 use crate::pipeline::exec::{self, ExecError, Options};
 use crate::pipeline::store::Store;
@@ -39,6 +39,7 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     let experiments = session.read(&args.files.files, &args.files.sets)?;
     let store = Store::open(&session.store).map_err(|error| Failure::input(&error).hint(store_hint(&session.store)))?;
     let plan = session.plan(&experiments, Some(&store))?;
+    same_arms(session, &plan, &experiments)?;
 
     let (interrupt, kill) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
     watch_signals(session, &interrupt, &kill)?;

@@ -6,7 +6,7 @@
 
 mod edge;
 
-pub use edge::{Any, Artifact, ArtifactType, Checkpoint, Dataset, Input, Tokenizer, Tokens};
+pub use edge::{Any, Artifact, ArtifactType, Checkpoint, Dataset, Input, Rollouts, Tokenizer, Tokens, TrainingState};
 
 pub use crate::file::{PlacedFile, SourceFile};
 
@@ -26,7 +26,7 @@ use serde_json::Value;
 /// A named output of a stage.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Output {
-    /// Its name: `stage.NAME` in an input; the first output may go without.
+    /// Its name: `stage.NAME` in an input; the first output may go without, and so may the only one of a type.
     pub name: String,
     /// What it carries.
     #[serde(rename = "type")]
@@ -135,6 +135,35 @@ pub fn references(params: &Value) -> Vec<(String, Option<ArtifactType>)> {
     found
 }
 
+/// The output of a stage that a reference means: the one named, else the first if it is of the type wanted (`None` is
+/// any), else the only one of that type. An error gives the first, if any.
+pub fn meant<'a>(
+    outputs: &'a [Output],
+    named: Option<&str>,
+    wants: Option<ArtifactType>,
+) -> Result<&'a Output, Option<&'a Output>> {
+    if let Some(name) = named {
+        return outputs.iter().find(|output| output.name == name).ok_or(None);
+    }
+    let fits = |output: &&Output| wants.is_none_or(|wants| output.artifact == wants);
+    let first = outputs.first().ok_or(None)?;
+    let mut fitting = outputs.iter().filter(fits);
+    match (fitting.next(), fitting.next()) {
+        (Some(only), None) => Ok(only),
+        _ if fits(&first) => Ok(first),
+        _ => Err(Some(first)),
+    }
+}
+
+/// How stages of a kind go on from where another of the kind ended, for hints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Continues {
+    /// The parameter that names the other stage.
+    pub field: &'static str,
+    /// The number that may have grown since: what is done of it need not be done again.
+    pub grows: &'static str,
+}
+
 /// Where stages of a kind run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -153,6 +182,8 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     const VERSION: u32;
     /// Where it runs.
     const PLACE: Place = Place::InProcess;
+    /// How a stage goes on from another's end, where it can.
+    const CONTINUES: Option<Continues> = None;
 
     /// The named outputs, the default one first; never empty.
     fn outputs(&self) -> Vec<Output>;
@@ -168,10 +199,10 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     }
 
     /// The parameters with all that provably changes nothing set to one value: two stages of one normal form and the same
-    /// inputs compute the same but for rounding. Arms that differ in such parameters alone are told to be the same arm;
-    /// keys are made of the parameters as they are.
-    fn normal_form(&self) -> Value {
-        serde_json::to_value(self).expect("a stage's parameters are plain data")
+    /// inputs compute the same but for rounding. `None` where every parameter counts. Arms that differ in such parameters
+    /// alone are told to be the same arm; keys are made of the parameters as they are.
+    fn normal_form(&self) -> Option<Value> {
+        None
     }
 
     /// Runs the stage in process; kinds placed in the worker are run there and never here.
@@ -189,7 +220,7 @@ pub trait AnyStage: Send + Sync {
     /// See [`Stage::check`].
     fn check(&self, upstream: &Upstream<'_>) -> Vec<Problem>;
     /// See [`Stage::normal_form`].
-    fn normal_form(&self) -> Value;
+    fn normal_form(&self) -> Option<Value>;
     /// See [`Stage::run`].
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()>;
     /// Every parameter with its default written out; edges and files as their tagged objects.
@@ -206,7 +237,7 @@ impl<S: Stage> AnyStage for S {
     fn check(&self, upstream: &Upstream<'_>) -> Vec<Problem> {
         Stage::check(self, upstream)
     }
-    fn normal_form(&self) -> Value {
+    fn normal_form(&self) -> Option<Value> {
         Stage::normal_form(self)
     }
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
@@ -226,6 +257,8 @@ pub struct Kind {
     pub version: u32,
     /// See [`Stage::PLACE`].
     pub place: Place,
+    /// See [`Stage::CONTINUES`].
+    pub continues: Option<Continues>,
     /// Makes a stage from its parameters (without `kind` and `run`); an error names the field by its path.
     pub parse: fn(Value) -> Result<Arc<dyn AnyStage>, Problem>,
     /// The JSON Schema of the parameters, without `kind` and `run`.
@@ -239,6 +272,7 @@ impl Kind {
             name: S::KIND,
             version: S::VERSION,
             place: S::PLACE,
+            continues: S::CONTINUES,
             parse: |params| {
                 serde_path_to_error::deserialize::<_, S>(params)
                     .map(|stage| Arc::new(stage) as Arc<dyn AnyStage>)
@@ -386,5 +420,26 @@ impl StageContext {
     /// Ends a stage that has nothing to save when it was asked to stop.
     pub fn stop_if_interrupted(&self) -> Result<(), Interrupted> {
         if self.interrupted() { Err(Interrupted) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stage_alone_means_its_first_output_or_the_only_one_of_the_type() {
+        use ArtifactType::{Checkpoint, Files, TrainingState};
+        let outputs = [("last", Checkpoint), ("best", Checkpoint), ("state", TrainingState)];
+        let outputs = outputs.map(|(name, artifact)| Output::new(name, artifact));
+        let found = |named, wants| meant(&outputs, named, wants).map(|output| output.name.as_str());
+        assert_eq!(found(None, None), Ok("last"));
+        assert_eq!(found(None, Some(Checkpoint)), Ok("last"));
+        assert_eq!(found(None, Some(TrainingState)), Ok("state"));
+        assert_eq!(found(Some("best"), Some(TrainingState)), Ok("best"), "what is named is meant");
+        assert_eq!(found(Some("none"), None), Err(None));
+        assert_eq!(found(None, Some(Files)), Err(Some(&outputs[0])));
+        let two = [Output::new("a", Files), Output::new("b", Checkpoint), Output::new("c", Checkpoint)];
+        assert_eq!(meant(&two, None, Some(Checkpoint)), Err(Some(&two[0])), "one of two is no guess to make");
     }
 }

@@ -3,15 +3,23 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::pipeline::stage::{ArtifactType, Checkpoint, Input, Output, Part, Place, Problem, Stage, Tokens, Upstream};
-use crate::stages::training::{Lora, Optimizer, Schedule, Validate, check_select, task_parts, versions};
+use crate::pipeline::stage::{
+    ArtifactType, Checkpoint, Continues, Input, Output, Part, Place, Problem, Stage, Tokens, TrainingState, Upstream,
+};
+use crate::stages::training::{Lora, Optimizer, Schedule, Validate, check_select, check_start, task_parts, versions};
 
 /// Fine-tune a model on tokenized examples with a token-mean cross-entropy over the tokens that the mask marks.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Sft {
-    /// The model to start from.
-    pub model: Input<Checkpoint>,
+    /// The model to start from; not with `continue`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<Input<Checkpoint>>,
+    /// A stage of this kind to go on from, as if it had not ended; `steps` counts its steps, too. Data, `split`, `seed` and
+    /// `batch_size` must be the same, and what else differs counts from here on; the learning rate is that of a run of
+    /// `steps` steps. The best weights so far are kept where `validate` differs in nothing but `every`.
+    #[serde(default, rename = "continue", skip_serializing_if = "Option::is_none")]
+    pub continue_from: Option<Input<TrainingState>>,
     /// The tokenized examples.
     pub data: Input<Tokens>,
     /// The split of `data` to train on.
@@ -62,11 +70,16 @@ impl Sft {
 
 impl Stage for Sft {
     const KIND: &'static str = "sft";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
     const PLACE: Place = Place::Worker;
+    const CONTINUES: Option<Continues> = Some(Continues { field: "continue", grows: "steps" });
 
     fn outputs(&self) -> Vec<Output> {
-        vec![Output::new("last", ArtifactType::Checkpoint), Output::new("best", ArtifactType::Checkpoint)]
+        vec![
+            Output::new("last", ArtifactType::Checkpoint),
+            Output::new("best", ArtifactType::Checkpoint),
+            Output::new("state", ArtifactType::TrainingState),
+        ]
     }
 
     fn parts(&self) -> Vec<Part> {
@@ -87,6 +100,7 @@ impl Stage for Sft {
         let validate = self.validate.as_ref();
         let mut problems =
             crate::stages::training::check(&self.split, self.micro_batch_size, self.batch_size, validate);
+        problems.extend(check_start(self.model.is_some(), self.continue_from.is_some()));
         problems.extend(check_select(*upstream, &self.data.reference, validate));
         problems.extend(self.lora.iter().flat_map(Lora::problems));
         problems

@@ -231,6 +231,21 @@ pub(crate) fn check_select(upstream: Upstream<'_>, reference: &str, validate: Op
     Some(Problem { path: "validate.select".to_owned(), message, hint })
 }
 
+/// Whether a training begins at exactly one of a model and the end of another training.
+pub fn check_start(has_model: bool, continues: bool) -> Option<Problem> {
+    match (has_model, continues) {
+        (true, true) => {
+            let problem = Problem::new("continue", "`model` and `continue` both say where to begin");
+            Some(problem.hint("leave `model` out to go on from the end of another training"))
+        }
+        (false, false) => {
+            let problem = Problem::new("model", "neither `model` nor `continue` says where to begin");
+            Some(problem.hint("write `model = \"STAGE\"`, or `continue = \"STAGE\"` to go on from a training's end"))
+        }
+        _ => None,
+    }
+}
+
 /// What the shared parameters may not say together. `split` is trained on, in batches of `batch_size` rows.
 pub fn check(split: &str, micro_batch_size: u64, batch_size: u64, validate: Option<&Validate>) -> Vec<Problem> {
     let mut problems = Vec::new();
@@ -277,6 +292,13 @@ mod tests {
         assert!((lora(serde_json::json!({"rank": 4, "alpha": 2.0})).scale() - 0.5).abs() < 1e-12);
         assert!(lora(serde_json::json!({"rank": 4})).adapts("up_proj"));
         assert!(!lora(serde_json::json!({"rank": 4, "targets": ["v_proj"]})).adapts("up_proj"));
+    }
+
+    #[test]
+    fn a_training_begins_at_one_place() {
+        let path = |model, continues| check_start(model, continues).map(|problem| problem.path);
+        assert_eq!((path(true, false), path(false, true)), (None, None));
+        assert_eq!((path(true, true), path(false, false)), (Some("continue".to_owned()), Some("model".to_owned())));
     }
 
     #[test]

@@ -175,3 +175,49 @@ fn scores_are_those_of_transformers_and_bad_rows_are_located() {
     assert!(ended.stderr.starts_with("error: the row has the token id 16"), "{}", ended.stderr);
     assert!(ended.stderr.contains("--> rows.jsonl:2"), "{}", ended.stderr);
 }
+
+#[test]
+fn arms_whose_difference_changes_nothing_are_told_and_pairs_that_mean_nothing_are_refused() {
+    let sandbox = Sandbox::new();
+    sandbox.write("tiny.toml", TINY);
+    let sweep = |updates: u64| {
+        format!(
+            r#"
+            pipeline = "tiny.toml"
+            [stages.grpo]
+            kl = {{ beta = 0.0 }}
+            updates_per_step = {updates}
+            [sweep]
+            seeds = {{ path = "params.seed", values = [1, 2] }}
+            grid = {{ "stages.grpo.preset" = ["grpo", "dr_grpo", "gspo"] }}
+            "#
+        )
+    };
+    sandbox.write("loss.toml", &sweep(1));
+    let told = sandbox.ok(&["plan", "loss.toml"]).stderr;
+    assert!(told.contains("arms `preset=grpo` and `preset=gspo` of `loss` are the same arm"), "{told}");
+    assert!(!told.contains("dr_grpo"), "{told}");
+    sandbox.write("loss.toml", &sweep(2));
+    assert!(!sandbox.ok(&["plan", "loss.toml"]).stderr.contains("same arm"));
+
+    let refused = sandbox.pipe(&[
+        "check",
+        "tiny.toml",
+        "--set",
+        "stages.grpo.preset=gspo",
+        "--set",
+        "stages.grpo.reduction=token_mean",
+    ]);
+    assert_eq!(refused.code, Some(2));
+    assert!(
+        refused.stderr.contains("counts its tokens once") && refused.stderr.contains("stages.grpo.reduction"),
+        "{}",
+        refused.stderr
+    );
+    let unknown =
+        sandbox.pipe(&["check", "tiny.toml", "--set", "stages.grpo.top_q=1", "--set", "stages.grpo.kl.beat=1"]);
+    assert_eq!(unknown.code, Some(2));
+    for hint in ["did you mean `top_", "did you mean `beta`?"] {
+        assert!(unknown.stderr.contains(hint), "{}", unknown.stderr);
+    }
+}

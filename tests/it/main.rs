@@ -3,7 +3,9 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop where it stands")]
 
 mod architecture;
+mod continuing;
 mod engine;
 mod generated;
 mod learning;
 mod sandbox;
+mod traps;

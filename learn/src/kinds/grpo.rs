@@ -19,21 +19,19 @@ use pipe::telemetry::Metrics;
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
+use crate::credit::policy_row;
 use crate::loss::PolicySums;
 use crate::model::Transformer;
 use crate::optimizer::learning_rate;
-use crate::policy::{PolicyRow, backward};
+use crate::policy::{PARITY, PolicyRow, backward};
 use crate::prompts::Prompts;
+use crate::replay::StoredRollouts;
 use crate::rewards::Rewards;
-use crate::rollout::{ROLLOUTS_FILE, Rollout, Rollouts, Sample, ScoredGroup, policy_row};
+use crate::rollout::{Done, ROLLOUTS_FILE, Rollout, Rollouts, Sample, ScoredGroup};
 use crate::session::{Session, rate, states};
 use crate::training::Training;
 use crate::validate::Validation;
 use crate::{device, preflight};
-
-/// How far the sampler's log-probabilities may lie from the trainer's on the first step, in fp32 on a CPU, at temperature 1
-/// or above; below, the temperature divides the logits' own error too.
-const PARITY: f64 = 1e-4;
 
 /// What the loop counts besides its steps.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -67,14 +65,18 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
 
     // Resume.
     let states = states(&context.work);
-    let (mut training, resumed) = Training::<Own>::resume(model, &params.optimizer, &states)?;
+    let (mut training, resumed) = Training::<Own>::resume(model, &params.optimizer, &states, None)?;
     training.counters.occurred.watch(&folder)?;
     let recorded = training.counters.step - u64::from(training.counters.unrecorded.is_some());
     let journal = states.join("rollouts.jsonl");
-    let (committed, at) = (training.counters.own.journal, training.counters.step);
-    let in_reward = reference.as_ref();
+    let done = Done { journal: &journal, committed: training.counters.own.journal, step: training.counters.step };
     let rewards = Rewards::open(params, &prompts, &rows, context)?;
-    let mut rollouts = Rollouts::open(params, &prompts, rewards, in_reward, rows, &journal, committed, at)?;
+    let mut rollouts = Rollouts::open(params, &prompts, rewards, rows, &done)?;
+    let stored = params.replay.as_ref().map(|replay| {
+        let path = context.input(replay)?.join(ROLLOUTS_FILE);
+        StoredRollouts::open(&path, &prompts)
+    });
+    rollouts = rollouts.with_reference(reference.as_ref()).with_stored(stored.transpose()?)?;
     let recorded = (resumed || rollouts.replayed() > 0).then_some(recorded);
     let mut validation = None;
     if let Some(validate) = &params.validate {
@@ -107,7 +109,9 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
                         let own = &mut training.counters.own;
                         let (shown, note) = watch(params, own, evaluation);
                         metrics.extend(shown);
-                        note.into_iter().for_each(|note| context.note(note));
+                        if let Some(note) = note {
+                            context.note(note);
+                        }
                     }
                 }
                 Err(error) if error.is::<Interrupted>() => {
@@ -227,7 +231,7 @@ fn train(
     let mut metrics = Metrics::default();
     let (mut read, mut updates) = (0, 0);
     for rows in minibatches(params, prompts, &rollout.groups) {
-        let on_policy = updates == 0;
+        let on_policy = rollout.on_policy && updates == 0;
         model.zero_gradients();
         let sums = backward(params, model, reference, &rows, on_policy)?;
         metrics.merge(&sums.metrics(&params.axes, on_policy));

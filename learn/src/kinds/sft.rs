@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use anyhow::{Context as _, ensure};
-use pipe::pipeline::stage::{Interrupted, StageContext};
+use anyhow::{Context as _, bail, ensure};
+use pipe::pipeline::stage::{Interrupted, Stage as _, StageContext};
 use pipe::stages::sft::Sft;
 use pipe::stages::tokens::TokensFolder;
+use pipe::stages::training::Validate;
 use pipe::telemetry::Metrics;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use tch::Kind;
 
 use crate::batch::{Batch, Row};
@@ -19,7 +21,7 @@ use crate::optimizer::learning_rate;
 use crate::order::Order;
 use crate::prompts::Prompts;
 use crate::session::{Session, rate, states};
-use crate::training::Training;
+use crate::training::{Published, Terms, Training};
 use crate::validate::Validation;
 use crate::{device, memory, preflight};
 
@@ -33,22 +35,44 @@ struct Own {
 /// Runs the stage.
 pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
     // Open.
-    let folder = context.input(&params.model)?.to_owned();
     let device = device::open(&context.resources)?;
-    let model = Transformer::load_to_train(&folder, device, params.lora.as_ref(), params.seed)?;
+    let free = memory::free(device);
+    let terms = terms(params, context)?;
+    let (folder, model, from) = match (&params.model, &params.continue_from) {
+        (Some(model), None) => {
+            let folder = context.input(model)?.to_owned();
+            let model = Transformer::load_to_train(&folder, device, params.lora.as_ref(), params.seed)?;
+            (folder, model, None)
+        }
+        (None, Some(from)) => {
+            let folder = context.input(from)?.to_owned();
+            let from = Published::open(&folder)?;
+            from.check(&terms, params.steps, &[VALIDATE])?;
+            let model = from.model(&folder, device, params.lora.as_ref(), params.seed)?;
+            (folder, model, Some(from))
+        }
+        _ => bail!("a training begins either at a `model` or where another ended (`continue`)"),
+    };
     let tokens = TokensFolder::open(context.input(&params.data)?)?;
     preflight::tokenizers(&folder, Codec::open(&folder)?.digest(), &tokens)?;
     let rows = tokens.split(&params.split)?;
-    context.note(format!("training: {}", preflight::rows(&tokens, &rows, model.config())?));
+    context.note(format!("training: {}", preflight::rows(&tokens, &rows, model.config(), &folder)?));
     let mut order = Order::new("sft.order", params.seed, rows);
     let micro = params.micro_batch_size as usize;
     let shapes = memory::micro_batches(&tokens, &mut order, params.steps, params.batch_size, micro);
-    let (parameters, best) = (model.weights().flat().numel() as u64, params.validate.is_some());
-    let forecast = memory::Forecast::new(model.config(), parameters, best, shapes);
-    context.note(forecast.check(memory::free(model.device()))?);
+    let forecast = memory::Forecast::new(&model, params.validate.is_some(), shapes);
+    context.note(forecast.check(free)?);
 
     // Resume.
-    let (mut training, resumed) = Training::<Own>::resume(model, &params.optimizer, &states(&context.work))?;
+    let (mut training, resumed) =
+        Training::<Own>::resume(model, &params.optimizer, &states(&context.work), from.as_ref())?;
+    if let Some(from) = from.as_ref().filter(|from| training.counters.step == from.steps()) {
+        context.note(format!("goes on behind step {} of another training", from.steps()));
+        if training.counters.best.is_some() && *from.term(VALIDATE) != terms[VALIDATE] {
+            context.note("the best weights so far are forgotten, because another validation chose them");
+            training.forget_best();
+        }
+    }
     training.counters.occurred.watch(&folder)?;
     let recorded = training.counters.step - u64::from(training.counters.unrecorded.is_some());
     let recorded = resumed.then_some(recorded);
@@ -95,8 +119,30 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
     }
 
     // Finish.
-    training.audit(&folder, context)?;
+    if from.is_none() {
+        training.audit(&folder, context)?;
+    }
+    training.publish_state(&context.output("state"), &folder, &terms)?;
     training.publish(&context.output("last"), &context.output("best"), &folder)
+}
+
+/// The name of the term by which the best weights are chosen.
+const VALIDATE: &str = "validate";
+
+/// What a stage that goes on from this one must agree with: what decides which rows a step takes, and what `best` means.
+fn terms(params: &Sft, context: &StageContext) -> anyhow::Result<Terms> {
+    let data = context.inputs.get(&params.data.reference).map(|data| data.digest.clone());
+    // How often it is made does not change what a validation finds.
+    let validate = params.validate.as_ref().map(|validate| Validate { every: 1, ..validate.clone() });
+    Ok(Terms::from([
+        ("kind".to_owned(), json!(Sft::KIND)),
+        ("data".to_owned(), json!(data)),
+        ("split".to_owned(), json!(params.split)),
+        ("seed".to_owned(), json!(params.seed)),
+        ("batch_size".to_owned(), json!(params.batch_size)),
+        ("lora".to_owned(), json!(params.lora)),
+        (VALIDATE.to_owned(), serde_json::to_value(validate)?),
+    ]))
 }
 
 /// One optimizer step over the next `batch_size` rows; gives its metrics.

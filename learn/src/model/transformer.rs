@@ -4,6 +4,7 @@
 //! no mask is needed. The weight of each norm is multiplied into the projections behind it (a product over a small
 //! matrix instead of over every token), which is the same sum in another order. It knows nothing of losses or text.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -17,6 +18,9 @@ use crate::model::lora::{Adapter, Adapters};
 use crate::model::rope::{Rotation, Turn, paired};
 use crate::model::weights::Weights;
 use crate::model::{ModelConfig, folder, new_tokens};
+
+/// Before the names of frozen weights in a training state.
+const BASE: &str = "base.";
 
 /// A decoder with its weights.
 #[derive(Debug)]
@@ -158,6 +162,29 @@ impl Transformer {
         let tied = config.tie_word_embeddings.then_some(("lm_head.weight", "model.embed_tokens.weight"));
         folder::read(folder, &weights, tied)?;
         Ok(Self::of(config, weights, None, device))
+    }
+
+    /// The model of a folder's configuration for a training state to fill: what is trained is 0 or fresh, and where there
+    /// are adapters the frozen weights are those of `tensors` named `base.*`.
+    pub fn empty(
+        folder: &Path,
+        device: Device,
+        lora: Option<(&Lora, u64)>,
+        tensors: &BTreeMap<String, Tensor>,
+    ) -> Result<Self> {
+        let config = ModelConfig::read(folder)?;
+        let Some((lora, seed)) = lora else {
+            let weights = Weights::zeros(plan(&config), device);
+            return Ok(Self::of(config, weights, None, device));
+        };
+        let base = Weights::frozen(plan(&config), device);
+        base.fill(BASE, base.flat(), tensors)?;
+        Self::of(config, base, None, device).adapt(lora, seed)
+    }
+
+    /// What a training state must hold beside what is trained: the frozen weights below adapters.
+    pub fn frozen(&self) -> Vec<(String, Tensor)> {
+        if self.adapters.is_some() { self.base.named(BASE, self.base.flat()) } else { Vec::new() }
     }
 
     /// A model whose weights are all 0.
@@ -341,20 +368,24 @@ impl Transformer {
     /// Writes a Hugging Face folder: the weights in fp32 with adapters merged, and configuration, tokenizer and generation files as they stand
     /// in `companions`, the folder that the model came from. The same weights give the same bytes.
     pub fn save(&self, folder: &Path, companions: &Path) -> Result<()> {
-        fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
-        copy_companions(companions, folder)?;
-        let from = companions.join("config.json");
-        let text = fs::read_to_string(&from).with_context(|| format!("cannot read `{}`", from.display()))?;
-        let mut config: Value =
-            serde_json::from_str(&text).with_context(|| format!("`{}` is no JSON", from.display()))?;
-        // Older and newer programs call the type of the stored weights by these two names.
-        let field = if config["dtype"].is_null() { "torch_dtype" } else { "dtype" };
-        config[field] = json!("float32");
-        let to = folder.join("config.json");
-        let text = serde_json::to_string_pretty(&config).context("a configuration is plain data")?;
-        fs::write(&to, text + "\n").with_context(|| format!("cannot write `{}`", to.display()))?;
+        save_companions(companions, folder)?;
         folder::write(&folder.join(folder::WEIGHTS_FILE), self.merged())
     }
+}
+
+/// Writes what stands beside the weights of a folder of fp32: configuration, tokenizer and generation files of `companions`.
+pub fn save_companions(companions: &Path, folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot make `{}`", folder.display()))?;
+    copy_companions(companions, folder)?;
+    let from = companions.join("config.json");
+    let text = fs::read_to_string(&from).with_context(|| format!("cannot read `{}`", from.display()))?;
+    let mut config: Value = serde_json::from_str(&text).with_context(|| format!("`{}` is no JSON", from.display()))?;
+    // Older and newer programs call the type of the stored weights by these two names.
+    let field = if config["dtype"].is_null() { "torch_dtype" } else { "dtype" };
+    config[field] = json!("float32");
+    let to = folder.join("config.json");
+    let text = serde_json::to_string_pretty(&config).context("a configuration is plain data")?;
+    fs::write(&to, text + "\n").with_context(|| format!("cannot write `{}`", to.display()))
 }
 
 /// Copies what stands beside the weights: every file of `from` but weights and configuration.

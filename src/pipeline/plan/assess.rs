@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::pipeline::plan::reason::{InputNow, Now, Reason};
 use crate::pipeline::plan::{Edge, Node, NodeName, PlanError, State, key};
+use crate::pipeline::stage::Continues;
 use crate::pipeline::store::{Digest, KeyParts, Lookup, Store, StoreError};
 
 /// Gives every node its key, state and reasons.
@@ -56,6 +57,7 @@ pub(super) fn assess(nodes: &mut [Node], params: &[Value], store: Option<&Store>
             let damage = if let Lookup::Damaged { what } = lookup { Some(what) } else { None };
             judge(&now, damage, saved, key.is_some(), last.of(&node.names)?.as_ref())
         };
+        node.hint = node.spec.kind.continues.and_then(|continues| continuing(continues, &node.spec.name, &reasons));
         node.reasons = reasons.iter().map(ToString::to_string).collect();
         (node.key, node.state) = (key, state);
     }
@@ -91,6 +93,19 @@ fn judge(
         _ => State::Run,
     };
     (state, reasons)
+}
+
+/// How a stage of a kind that can go on would save what was done before, where nothing but the number of steps grew.
+fn continuing(continues: Continues, stage: &str, reasons: &[Reason]) -> Option<String> {
+    let Continues { field, grows } = continues;
+    let [Reason::Parameter { path, old: Some(old), new: Some(new) }] = reasons else { return None };
+    let (done, wanted) = (old.as_u64()?, new.as_u64()?);
+    (path == grows && done < wanted).then(|| {
+        format!(
+            "`{stage}` has done {done} of these {wanted} {grows} before; leave `{grows} = {done}` there and add a stage with \
+             `{field} = \"{stage}\"` and `{grows} = {wanted}` to go on from them"
+        )
+    })
 }
 
 /// What is left of the last recorded run of a name.

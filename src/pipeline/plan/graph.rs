@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::pipeline::plan::PlanError;
 use crate::pipeline::spec::{StageSpec, Trial};
-use crate::pipeline::stage::{ArtifactType, Output, references};
+use crate::pipeline::stage::{ArtifactType, Output, meant, references};
 
 /// A stage with its place in the trial's graph.
 pub(super) struct Placed<'a> {
@@ -51,23 +51,29 @@ pub(super) fn order(trial: &Trial) -> Result<Vec<Placed<'_>>, PlanError> {
     for (at, (name, spec)) in trial.stages.iter().enumerate() {
         let params = spec.stage.params();
         let mut edges = Vec::new();
-        for (reference, _) in references(&params) {
+        for (reference, wants) in references(&params) {
             let (stage, output) = match reference.split_once('.') {
                 Some((stage, output)) => (stage, Some(output)),
                 None => (reference.as_str(), None),
             };
             let found = trial.stages.get_key_value(stage).and_then(|(from, _)| {
                 let (from_at, outputs) = &index[from.as_str()];
-                let output = match output {
-                    Some(output) => outputs.iter().find(|known| known.name == output),
-                    None => outputs.first(),
-                };
-                output.map(|output| (from.as_str(), *from_at, output.clone()))
+                // A type that does not fit was refused when the file was read.
+                let output = meant(outputs, output, wants).or_else(|first| first.ok_or(())).ok()?;
+                Some((from.as_str(), *from_at, output.clone()))
             });
             let Some((from, from_at, output)) = found else {
                 let problem = format!("`{reference}` names no output of a stage");
                 return Err(PlanError::stage(spec, problem));
             };
+            let known = edges.iter().find(|edge: &&NamedEdge<'_>| edge.reference == reference);
+            if known.is_some_and(|edge| edge.output != output.name) {
+                let problem = format!("`{reference}` means two outputs here; write `{reference}.{}`", output.name);
+                return Err(PlanError::stage(spec, problem));
+            }
+            if known.is_some() {
+                continue;
+            }
             graph.add_edge(NodeIndex::new(last - from_at), NodeIndex::new(last - at), ());
             edges.push(NamedEdge { reference, from, output: output.name, artifact: output.artifact });
         }

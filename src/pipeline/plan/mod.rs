@@ -4,6 +4,9 @@ mod assess;
 mod graph;
 pub mod key;
 pub mod reason;
+mod same;
+
+pub use same::SameArms;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -76,6 +79,8 @@ pub struct Node {
     pub state: State,
     /// Why, shortest first; for people.
     pub reasons: Vec<String>,
+    /// What would save the user a part of the run.
+    pub hint: Option<String>,
     /// The result, where it is cached.
     pub result: Option<Arc<Manifest>>,
 }
@@ -245,6 +250,7 @@ impl Merge<'_> {
             files,
             state: State::Run,
             reasons: Vec::new(),
+            hint: None,
             result: None,
         });
         self.params.push(params);

@@ -11,7 +11,7 @@ use crate::pipeline::spec::StageSpec;
 use crate::pipeline::spec::diagnostic::{Mistake, Report, did_you_mean, expected};
 use crate::pipeline::spec::tree::Entry;
 use crate::pipeline::spec::walk::{Edge, with_article};
-use crate::pipeline::stage::Output;
+use crate::pipeline::stage::{Output, meant};
 
 /// A stage that was walked.
 pub(super) struct Checked {
@@ -81,19 +81,18 @@ fn takes(wants: &str, output: &Output) -> bool {
 
 /// What is wrong with an edge to `producer`, as far as that can be told.
 fn mismatch(producer: &Checked, output: Option<&str>, consumer: &str, edge: &Edge) -> Option<Mistake> {
-    let first = producer.outputs.first()?;
+    producer.outputs.first()?;
     let name = &producer.name;
     let (field, wants) = (&edge.field, &edge.wants);
-    let found = match output {
-        None => first,
-        Some(output) => {
-            let Some(found) = producer.outputs.iter().find(|known| known.name == output) else {
-                let names = || producer.outputs.iter().map(|output| output.name.as_str());
-                let message = format!("stage `{name}` has no output `{output}` for `{field}` of stage `{consumer}`");
-                let mistake = Mistake::at(edge.span, message).label(expected(names()));
-                return Some(mistake.hint(did_you_mean(output, names())).via(edge.via));
-            };
-            found
+    let wanted = serde_json::from_value(serde_json::Value::String(wants.clone())).ok();
+    let found = match (meant(&producer.outputs, output, wanted), output) {
+        (Ok(found) | Err(Some(found)), _) => found,
+        (Err(None), output) => {
+            let output = output.unwrap_or_default();
+            let names = || producer.outputs.iter().map(|output| output.name.as_str());
+            let message = format!("stage `{name}` has no output `{output}` for `{field}` of stage `{consumer}`");
+            let mistake = Mistake::at(edge.span, message).label(expected(names()));
+            return Some(mistake.hint(did_you_mean(output, names())).via(edge.via));
         }
     };
     if takes(wants, found) {

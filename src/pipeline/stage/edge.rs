@@ -24,6 +24,8 @@ pub enum ArtifactType {
     Tokens,
     /// A Hugging Face model folder.
     Checkpoint,
+    /// The final state of a training: weights, moments and counters, and all that the model is opened with.
+    TrainingState,
     /// Every completion that a training stage sampled, with its rewards.
     Rollouts,
     /// One row an evaluated example, and the metrics over them.
@@ -39,6 +41,7 @@ impl fmt::Display for ArtifactType {
             Self::Tokenizer => "tokenizer",
             Self::Tokens => "tokens",
             Self::Checkpoint => "checkpoint",
+            Self::TrainingState => "training_state",
             Self::Rollouts => "rollouts",
             Self::Evaluation => "evaluation",
             Self::Files => "files",
@@ -70,11 +73,17 @@ artifacts! {
     Tokens = Some(ArtifactType::Tokens);
     /// Marks an input of type [`ArtifactType::Checkpoint`].
     Checkpoint = Some(ArtifactType::Checkpoint);
+    /// Marks an input of type [`ArtifactType::TrainingState`].
+    TrainingState = Some(ArtifactType::TrainingState);
+    /// Marks an input of type [`ArtifactType::Rollouts`].
+    Rollouts = Some(ArtifactType::Rollouts);
     /// Marks an input that takes an artifact of any type.
     Any = None;
 }
 
-/// An edge of the graph: the name of a stage of the same pipeline, or `stage.output` for an output that is not its first.
+/// An edge of the graph: the name of a stage of the same pipeline, or `stage.output` for one of its outputs.
+///
+/// A stage alone means its first output, or, where that is of another type than is wanted, its only one of that type.
 ///
 /// It reads from a string and writes `{"$input": reference, "wants": type}`, so that one walk over a serialised stage
 /// finds every edge with its type.

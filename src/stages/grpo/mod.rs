@@ -9,7 +9,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::pipeline::stage::{ArtifactType, Checkpoint, Input, Output, Part, Place, Problem, Stage, Tokens, Upstream};
+use crate::pipeline::stage::{
+    ArtifactType, Checkpoint, Input, Output, Part, Place, Problem, Rollouts, Stage, Tokens, Upstream,
+};
 use crate::rewards::{OnError, RewardSpec};
 pub use crate::stages::grpo::axes::{Axes, DynamicSampling};
 use crate::stages::sampling::Filters;
@@ -88,6 +90,10 @@ pub struct Grpo {
     /// The alarm over validations: reward up while solved goes down, or reward of unsolved instances up. It stops nothing.
     #[serde(default, skip_serializing_if = "Alarm::is_default")]
     pub alarm: Alarm,
+    /// Train on stored completions instead of sampling: the output `rollouts` of another `grpo` stage on the same prompts, step
+    /// by step. Rewards, advantages and losses are those of this stage.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replay: Option<Input<Rollouts>>,
     /// Decides the order of prompts and every sampled token.
     #[serde(default)]
     pub seed: u64,
@@ -156,6 +162,10 @@ impl Stage for Grpo {
             crate::stages::training::check(&self.split, self.micro_batch_size, rows, self.validate.as_ref());
         problems.extend(self.axes.check());
         problems.extend(self.filters.check("", self.temperature));
+        if self.replay.is_some() && self.filters.narrows() {
+            let message = "stored completions do not tell which tokens a filter had left";
+            problems.push(Problem::new("replay", message).hint("leave out `top_k`, `top_p` and `min_p`"));
+        }
         if self.rewards.is_empty() {
             let problem = Problem::new("rewards", "no reward is given");
             problems
@@ -183,9 +193,9 @@ impl Stage for Grpo {
         problems
     }
 
-    fn normal_form(&self) -> Value {
+    fn normal_form(&self) -> Option<Value> {
         let normal = Self { axes: self.axes.normal_form(self.updates_per_step), ..self.clone() };
-        serde_json::to_value(normal).expect("a stage's parameters are plain data")
+        Some(serde_json::to_value(normal).expect("a stage's parameters are plain data"))
     }
 }
 

@@ -182,7 +182,7 @@ fn an_episode_that_outgrows_the_models_positions_is_cut_off_and_counted() {
     }
 }
 
-fn grpo() -> Value {
+pub(super) fn grpo() -> Value {
     json!({
         "model": "policy", "prompts": "tokens", "steps": 3, "prompts_per_step": 4, "group_size": 4,
         "generation_chunk": 2, "max_new_tokens": 16, "micro_batch_size": 5, "learning_rate": 1e-3,

@@ -1,9 +1,12 @@
 //! Tests of the loops, end to end on tiny mazes: same run same bytes, stopped anywhere; laws of rollouts; refusals.
 
 mod adapters;
+mod continuing;
 mod episodes;
 mod new_tokens;
 mod policy;
+mod replayed;
+mod supervised;
 
 use std::time::Duration;
 
@@ -12,7 +15,7 @@ use pipe::stages::table::{self, Column};
 use pipe::stages::tokens::TokensFolder;
 use serde_json::{Value, json};
 
-use super::testing::{End, FLOW, Flow, Job};
+use super::testing::{End, FLOW, Flow, Job, digest};
 use crate::order::Order;
 
 fn sft() -> Value {

@@ -1,0 +1,75 @@
+//! Traps of supervised training, end to end: what is reported, what is padded, what an epoch covers.
+
+use tch::{Device, no_grad};
+
+use super::*;
+use crate::batch::{Batch, Row};
+use crate::loss::token_logprobs;
+use crate::model::Transformer;
+use crate::sandbox;
+
+fn first_line(micro_batch_size: u64) -> Value {
+    let mut params = sft();
+    params["steps"] = json!(1);
+    params["micro_batch_size"] = json!(micro_batch_size);
+    let job = Job::new(&FLOW, "sft", params);
+    job.run(&[]).unwrap();
+    job.metrics().remove(0)
+}
+
+/// Minus the log-probability of each target of a row that is alone in its batch.
+fn losses(model: &Transformer, ids: &[i64], mask: &[u8]) -> Vec<f64> {
+    let batch = Batch::new(&[Row { ids, mask }], 0, Device::Cpu).unwrap();
+    let logits = no_grad(|| model.logits(&batch.select(&model.hidden(&batch.ids))));
+    let logprobs = token_logprobs(&logits, &batch.targets, 1.0);
+    Vec::<f32>::try_from(logprobs).unwrap().into_iter().map(|logprob| -f64::from(logprob)).collect()
+}
+
+#[test]
+fn the_reported_loss_is_the_mean_over_all_targets_of_the_batch_whatever_the_micro_batch() {
+    let model = Transformer::load(FLOW.path("base"), Device::Cpu).unwrap();
+    let tokens = TokensFolder::open(FLOW.path("tokens")).unwrap();
+    let drawn = Order::new("sft.order", 3, tokens.split("train").unwrap()).take(0, 6);
+    let mut each = Vec::new();
+    for row in drawn {
+        let ids: Vec<i64> = tokens.row_ids(row).iter().map(|id| i64::from(*id)).collect();
+        each.extend(losses(&model, &ids, tokens.row_mask(row)));
+    }
+    let wanted = each.iter().sum::<f64>() / each.len() as f64;
+    for size in [0, 1, 4, 5] {
+        let line = first_line(size);
+        let loss = line["loss"].as_f64().unwrap();
+        assert!((loss - wanted).abs() < 1e-5, "micro-batches of {size}: {loss} against {wanted}");
+    }
+}
+
+#[test]
+fn padding_with_the_end_of_sequence_takes_no_target_away_and_adds_none() {
+    let (_folder, model) = sandbox::model(&json!({}));
+    let end = sandbox::END;
+    let (short, long) = ([1, 5, end], [1, 7, 8, 9, 4, end]);
+    let rows = [Row { ids: &short, mask: &[0, 1, 1] }, Row { ids: &long, mask: &[0, 0, 0, 1, 1, 1] }];
+    let gradient = |pad: i64| {
+        let batch = Batch::new(&rows, pad, Device::Cpu).unwrap();
+        assert_eq!(Vec::<i64>::try_from(&batch.targets).unwrap(), [5, end, 9, 4, end], "both ends are learnt");
+        model.zero_gradients();
+        let logits = model.logits(&batch.select(&model.hidden(&batch.ids)));
+        crate::loss::supervised_loss(&token_logprobs(&logits, &batch.targets, 1.0), 5.0).backward();
+        model.weights().gradient().copy()
+    };
+    assert!(sandbox::relative(&gradient(end), &gradient(0)) < 1e-6);
+}
+
+#[test]
+fn the_steps_of_an_epoch_take_every_row_once_the_tail_too() {
+    let tokens = TokensFolder::open(FLOW.path("tokens")).unwrap();
+    let rows = tokens.split("train").unwrap();
+    // 48 rows in batches of 7: six whole batches and six rows more, which the next batch begins with.
+    let mut order = Order::new("sft.order", 3, rows.clone());
+    let mut drawn: Vec<usize> = (0..14).flat_map(|step| order.take(step * 7, 7)).collect();
+    drawn.truncate(2 * rows.len());
+    for epoch in drawn.chunks_mut(rows.len()) {
+        epoch.sort_unstable();
+        assert_eq!(epoch, rows);
+    }
+}
