@@ -42,7 +42,7 @@ struct Chunk {
 pub fn run(params: &Evaluate, context: &mut StageContext) -> anyhow::Result<()> {
     // Open.
     let folder = context.input(&params.model)?.to_owned();
-    let model = Transformer::load(&folder, device::open(&context.resources)?)?;
+    let model = Transformer::load_frozen(&folder, device::open(&context.resources)?)?;
     let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?)?;
     let mut rows = prompts.tokens.split(&params.split)?;
     if params.samples > 0 {

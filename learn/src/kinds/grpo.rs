@@ -14,6 +14,7 @@ use pipe::stages::grpo::Grpo;
 use pipe::stages::grpo::axes::Truncation;
 use pipe::stages::tokens::TokensFolder;
 use pipe::statistics::alarm::{Cause, Evaluation, Rule, assess};
+use pipe::tasks::Finish;
 use pipe::telemetry::Metrics;
 use serde::{Deserialize, Serialize};
 use tch::Device;
@@ -194,7 +195,7 @@ fn step(
     metrics.merge(&trained.with_context(|| format!("at step {}", step + 1))?);
     let samples = rollout.groups.iter().flat_map(|group| &group.samples);
     let generated = samples.map(|sample| sample.trajectory.length() as u64);
-    for (group, sample) in rollout.groups.iter().filter(|group| group.kept).flat_map(ScoredGroup::learnt_from) {
+    for (group, sample) in rollout.groups.iter().filter(|group| group.kept).flat_map(learnt_from) {
         let prompt = prompts.prompt(group.row);
         let mask = [vec![0; prompt.len()], sample.trajectory.mask()].concat();
         training.counters.occurred.note(&[prompt.as_slice(), &sample.trajectory.ids].concat(), &mask);
@@ -207,6 +208,14 @@ fn step(
     metrics.total("updates/steps_without", own.without_update as f64);
     training.counters.step += 1;
     Ok(metrics.values())
+}
+
+/// The samples of a group that surely have a gradient: whole ones with an advantage that is not 0.
+fn learnt_from(group: &ScoredGroup) -> impl Iterator<Item = (&ScoredGroup, &Sample)> {
+    let learnt = |sample: &&Sample| {
+        sample.advantages.iter().any(|advantage| *advantage != 0.0) && sample.trajectory.finish() != Finish::Length
+    };
+    group.samples.iter().filter(learnt).map(move |sample| (group, sample))
 }
 
 /// The updates of a step.
