@@ -173,14 +173,16 @@ pub fn penalties(params: &Grpo, reference: &Transformer, rows: &[PolicyRow<'_>])
 /// temperature 1 or above; below, the temperature divides the logits' own error too.
 pub const PARITY: f64 = 1e-4;
 
-/// The largest absolute difference between the sampler's log-probabilities of a row and those of `model`.
-pub fn mismatch(params: &Grpo, model: &Transformer, row: &PolicyRow<'_>) -> Result<f64> {
-    if row.targets() == 0 {
-        return Ok(0.0);
+/// The largest absolute difference between the sampler's log-probabilities of `rows` and those of `model`.
+pub fn mismatch(params: &Grpo, model: &Transformer, rows: &[PolicyRow<'_>]) -> Result<f64> {
+    let mut most = 0f64;
+    for places in by_length(rows).chunks(micro_batch(params.micro_batch_size, rows.len())) {
+        let chosen: Vec<&PolicyRow<'_>> = places.iter().map(|&place| &rows[place]).collect();
+        let new = no_grad(|| Forward::new(params, model, &chosen).map(|forward| forward.new_logprobs()))?;
+        let old: Vec<f32> = chosen.iter().flat_map(|row| row.old.iter().copied()).collect();
+        most = most.max((new - Tensor::from_slice(&old).to_device(model.device())).abs().max().double_value(&[]));
     }
-    let new = no_grad(|| Forward::new(params, model, &[row]).map(|forward| forward.new_logprobs()))?;
-    let old = Tensor::from_slice(row.old).to_device(model.device());
-    Ok((new - old).abs().max().double_value(&[]))
+    Ok(most)
 }
 
 /// A forward pass over some rows.

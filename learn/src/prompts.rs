@@ -36,6 +36,8 @@ pub struct Prompts {
     pub codec: Codec,
     /// What wrote the rows, where a chat template did; it writes what the environment says later, too.
     template: Option<ChatTemplate>,
+    /// What ends a turn in the rows; `None` where no row has a target.
+    end: Option<i64>,
     measures: Vec<String>,
 }
 
@@ -55,7 +57,9 @@ impl Prompts {
         let names: BTreeSet<String> = task.measures().iter().map(|measure| measure.name.clone().into_owned()).collect();
         let folder = tokens.path.join(TOKENIZER_FOLDER);
         let template = if tokens.chat { ChatTemplate::open(&folder)? } else { None };
-        Ok(Self { tokens, task, codec, template, measures: names.into_iter().collect() })
+        let ended = (0..tokens.rows.len()).find(|&row| tokens.row_mask(row).last() == Some(&1));
+        let end = ended.and_then(|row| tokens.row_ids(row).last()).map(|id| i64::from(*id));
+        Ok(Self { tokens, task, codec, template, end, measures: names.into_iter().collect() })
     }
 
     /// The names of the task's measurements, sorted.
@@ -83,6 +87,12 @@ impl Prompts {
     /// What a completion says, without the end of the sequence.
     pub fn text(&self, completion: &Completion) -> anyhow::Result<String> {
         self.codec.decode(&completion.ids[..completion.ids.len() - completion.unsaid])
+    }
+
+    /// What must stand between a reply that ends with the id `last` and what the environment says: the end of a turn, where
+    /// a stop text or another of the model's ends ended the reply and rows have that one.
+    pub fn closing(&self, last: Option<i64>) -> Option<i64> {
+        self.end.filter(|end| last != Some(*end))
     }
 
     /// The ids of what the environment says between two replies; a chat template frames it as it did in the rows.

@@ -127,10 +127,10 @@ fn said(prompts: &Prompts, one: &Trajectory) -> Said {
     }
 }
 
-/// What a demonstration of a row says and earns; of a task without one, an empty reply.
+/// What a demonstration of a row says and earns.
 fn demonstration(prompts: &Prompts, row: usize) -> anyhow::Result<Said> {
     let instance = prompts.instance(row)?;
-    let replies = prompts.task.demonstrate(instance, 0).unwrap_or_else(|_| vec![String::new()]);
+    let replies = prompts.task.demonstrate(instance, 0)?;
     let (turns, verdict) = replay(prompts.task.as_ref(), Start { instance, seed: 0 }, &replies, Finish::Stop)?;
     let verdict = prompts.named(&prompts.values(verdict)?);
     let read = turns.iter().map(|turn| turn.observation.as_str());

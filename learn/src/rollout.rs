@@ -142,6 +142,21 @@ impl<'a> Rollouts<'a> {
         if let Some(stored) = &stored {
             let (there, asked) = (stored.steps(), self.params.steps);
             anyhow::ensure!(there >= asked, "the stored rollouts have {there} steps, but `steps` is {asked}");
+            for group in (0..asked).flat_map(|step| stored.groups(step)) {
+                let (samples, wanted) = (group.trajectories.len() as u64, self.params.group_size);
+                anyhow::ensure!(
+                    samples == wanted,
+                    "the stored groups have {samples} samples, but `group_size` is {wanted}"
+                );
+                let row = &self.prompts.tokens.rows[group.row];
+                anyhow::ensure!(
+                    row.split == self.params.split,
+                    "the stored completion of `{}` is of the split `{}`, but `split` is `{}`",
+                    row.instance,
+                    row.split,
+                    self.params.split
+                );
+            }
         }
         Ok(Self { stored, ..self })
     }
@@ -211,13 +226,16 @@ impl<'a> Rollouts<'a> {
                 context.tell(StageEvent::Metrics { values: BTreeMap::from([("rollout/groups".to_owned(), along)]) });
             }
             rounds += 1;
-            if let Some(forecast) = forecast(&groups).filter(|_| step == 0 && rounds == 1) {
-                context.note(forecast?);
+            if step == 0 && rounds == 1 && self.params.axes.compares_groups() {
+                context.note(forecast(&groups));
             }
             let kept = groups.iter().filter(|group: &&ScoredGroup| group.kept).count() as u64;
             missing = self.params.prompts_per_step - kept;
         }
         *drawn = next;
+        if step == 0 && self.params.axes.compares_groups() {
+            refuse_silence(&groups)?;
+        }
         set_advantages(&self.params.axes.advantage, self.rewards.weights(), &mut groups)?;
         Ok(Rollout { groups, rounds, on_policy: true, tokens_per_second: rate(generated, began) })
     }
@@ -238,8 +256,14 @@ impl<'a> Rollouts<'a> {
             done
         } else {
             context.stop_if_interrupted()?;
+            let rounds: Vec<u64> = groups.iter().map(|group| group.round).collect();
             let played = groups.iter().map(|group| group.trajectories.clone()).collect();
-            let groups = self.score(at.round, &rows, played)?;
+            let mut groups = self.score(at.round, &rows, played)?;
+            groups.iter_mut().zip(rounds).for_each(|(group, round)| group.round = round);
+            // Under other rewards more groups may be informative than a step trains on: the first of them are kept.
+            for surplus in groups.iter_mut().filter(|group| group.kept).skip(self.params.prompts_per_step as usize) {
+                surplus.kept = false;
+            }
             let done = Chunk { at, groups };
             self.journal.append(&done)?;
             done
@@ -247,13 +271,15 @@ impl<'a> Rollouts<'a> {
         let mut groups = done.groups;
         *drawn += groups.len() as u64;
         set_advantages(&self.params.axes.advantage, self.rewards.weights(), &mut groups)?;
-        let first = groups.iter().find_map(|group| Some((group.row, group.samples.first()?)));
-        let mut on_policy = true;
-        if let Some((row, sample)) = first {
-            let row = policy_row(self.params, &self.prompts.prompt(row), sample, false);
-            on_policy = mismatch(self.params, model, &row)? <= PARITY / self.params.temperature.min(1.0);
+        let mut rows = Vec::new();
+        for group in &groups {
+            let prompt = self.prompts.prompt(group.row);
+            rows.extend(group.samples.iter().map(|sample| policy_row(self.params, &prompt, sample, false)));
         }
-        Ok(Rollout { groups, rounds: 1, on_policy, tokens_per_second: None })
+        // Asked of every row: one that is nearly sure of itself says little of the others.
+        let on_policy = mismatch(self.params, model, &rows)? <= PARITY / self.params.temperature.min(1.0);
+        let rounds = groups.iter().map(|group| group.round + 1).max().unwrap_or(0);
+        Ok(Rollout { groups, rounds, on_policy, tokens_per_second: None })
     }
 
     fn generate(
@@ -282,6 +308,7 @@ impl<'a> Rollouts<'a> {
         let episodes: Vec<(usize, &Trajectory)> =
             rows.iter().zip(&played).flat_map(|(&row, played)| played.iter().map(move |one| (row, one))).collect();
         let mut scored = self.rewards.score(self.prompts, &episodes)?.into_iter();
+        let weights = self.rewards.weights();
         let groups = rows.iter().zip(played).map(|(&row, played)| {
             let samples = played.into_iter().zip(scored.by_ref()).map(|(trajectory, scored)| {
                 let Scored { outcomes, total } = scored;
@@ -290,7 +317,8 @@ impl<'a> Rollouts<'a> {
             let samples: Vec<Sample> = samples.collect();
             let mut counted = samples.iter().filter(|sample| sample.total.is_some());
             let first = counted.next();
-            let all_equal = first.is_none_or(|first| counted.all(|sample| sample.rewards == first.rewards));
+            // A reward of weight 0 is looked at, and learnt from no more than a clock is.
+            let all_equal = first.is_none_or(|first| counted.all(|sample| earns_like(sample, first, weights)));
             let kept = first.is_some() && !(all_equal && self.params.axes.dynamic_sampling.enabled);
             ScoredGroup { row, round, all_equal, kept, samples }
         });
@@ -320,6 +348,11 @@ impl<'a> Rollouts<'a> {
             for sample in &group.samples {
                 if let Some(total) = sample.total {
                     metrics.mean("reward", total, 1.0);
+                    if !sample.penalties.is_empty() {
+                        let penalty = sample.penalties.iter().sum::<f64>();
+                        metrics.mean("reward/kl_penalty", penalty, 1.0);
+                        metrics.mean("reward/optimised", total - penalty, 1.0);
+                    }
                 }
                 let abstained = sample.rewards.iter().filter(|outcome| **outcome == Outcome::Abstain).count();
                 let errors = sample.rewards.iter().filter(|outcome| outcome.error().is_some()).count();
@@ -355,24 +388,34 @@ impl<'a> Rollouts<'a> {
     }
 }
 
-/// What the first round of a run says of those to come: how many groups carry a gradient. A round in which everything was
-/// cut off and nothing differs is an error; `None` where there are no groups.
-fn forecast(groups: &[ScoredGroup]) -> Option<anyhow::Result<String>> {
-    let all = groups.len();
-    if all == 0 {
-        return None;
-    }
-    let mixed = groups.iter().filter(|group| !group.all_equal).count();
-    let mut played = groups.iter().flat_map(|group| &group.samples).map(|sample| &sample.trajectory);
-    if mixed == 0 && played.all(|one| one.finish() == Finish::Length) {
-        return Some(Err(anyhow::anyhow!(
-            "every completion of the first {all} groups was cut off at `max_new_tokens` and all rewards are equal: there is \
-             nothing to learn from; raise `max_new_tokens`, or begin with a model that ends its answers"
-        )));
-    }
-    let share = 100.0 * mixed as f64 / all as f64;
+/// What the first round of a run says of those to come: how many groups carry a gradient.
+fn forecast(groups: &[ScoredGroup]) -> String {
+    let (all, mixed) = (groups.len(), groups.iter().filter(|group| !group.all_equal).count());
+    let share = 100.0 * mixed as f64 / all.max(1) as f64;
     let hint = if mixed == 0 { "; without one no step can learn: look at rewards, model and temperature" } else { "" };
-    Some(Ok(format!("{mixed} of the first {all} groups carry a gradient ({share:.0} %){hint}")))
+    format!("{mixed} of the first {all} groups carry a gradient ({share:.0} %){hint}")
+}
+
+/// Groups of a first step below which chance alone may silence all.
+const TELLING: usize = 8;
+
+/// Refuses a run whose first step has nothing but completions that were cut off, without a difference in any group.
+fn refuse_silence(groups: &[ScoredGroup]) -> anyhow::Result<()> {
+    let mut played = groups.iter().flat_map(|group| &group.samples).map(|sample| &sample.trajectory);
+    let silent = groups.iter().all(|group| group.all_equal) && played.all(|one| one.finish() == Finish::Length);
+    anyhow::ensure!(
+        groups.len() < TELLING || !silent,
+        "every completion of the first {} groups was cut off at `max_new_tokens`, and no group has a difference: there is \
+         nothing to learn from; raise `max_new_tokens`, or begin with a model that ends its answers",
+        groups.len()
+    );
+    Ok(())
+}
+
+/// Whether two samples have the same outcome of every reward that weighs something.
+fn earns_like(one: &Sample, other: &Sample, weights: &[f64]) -> bool {
+    let pairs = one.rewards.iter().zip(&other.rewards).zip(weights);
+    pairs.filter(|(_, weight)| **weight != 0.0).all(|((one, other), _)| one == other)
 }
 
 /// Refuses a chunk that was read back and is not the one that is due.

@@ -228,7 +228,8 @@ impl<'a> Playing<'a> {
             if !turn.terminated && !trajectory.truncated {
                 let most = self.prompts.task.max_turns();
                 ensure!(trajectory.turns.len() < most, "the task goes on after its {most} turns");
-                let ids = self.prompts.observation(&turn.observation)?;
+                let mut ids: Vec<i64> = self.prompts.closing(completion.ids.last().copied()).into_iter().collect();
+                ids.extend(self.prompts.observation(&turn.observation)?);
                 next.push((episode, Observation { text: turn.observation, ids }));
             }
         }

@@ -212,7 +212,7 @@ pub mod versions {
     /// The supervised loss.
     pub const LOSS: u32 = 1;
     /// Advantages and the policy-gradient loss.
-    pub const POLICY: u32 = 1;
+    pub const POLICY: u32 = 2;
 }
 
 /// Every task and format as parts of a key: which of them judges completions stands in the tokens, not in parameters.

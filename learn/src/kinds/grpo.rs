@@ -14,7 +14,6 @@ use pipe::stages::grpo::Grpo;
 use pipe::stages::grpo::axes::Truncation;
 use pipe::stages::tokens::TokensFolder;
 use pipe::statistics::alarm::{Cause, Evaluation, Rule, assess};
-use pipe::tasks::Finish;
 use pipe::telemetry::Metrics;
 use serde::{Deserialize, Serialize};
 use tch::Device;
@@ -82,6 +81,10 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     if let Some(validate) = &params.validate {
         let (model, limit) = (&training.model, params.max_new_tokens);
         validation = Some(Validation::open(validate, &prompts, model, limit, params.seed, recorded, context)?);
+        let (made, window) = (params.steps.div_ceil(validate.every), params.alarm.window);
+        if made < window {
+            context.note(format!("{made} validations are too few for the alarm, which looks at {window} together"));
+        }
     }
     let mut session = Session::open(context, params, params.steps, recorded)?;
 
@@ -151,7 +154,11 @@ fn watch(params: &Grpo, own: &mut Own, evaluation: Evaluation) -> (BTreeMap<Stri
     let fired = assess(&own.validations, &rule).and_then(|finding| Some((finding, finding.cause?)));
     own.alarms += u64::from(fired.is_some());
     let metrics = [("alarm", f64::from(u8::from(fired.is_some()))), ("alarms", own.alarms as f64)];
-    let metrics = metrics.map(|(name, value)| (name.to_owned(), value)).into();
+    let mut metrics: BTreeMap<String, f64> = metrics.map(|(name, value)| (name.to_owned(), value)).into();
+    if own.validations.len() < rule.window {
+        // Nothing was looked at yet, and silence would say that something was.
+        metrics.clear();
+    }
     let note = fired.filter(|_| own.alarms == 1).map(|(finding, cause)| {
         let what = match cause {
             Cause::RewardUpSolvedDown => "the reward rises while the task is solved less",
@@ -213,7 +220,7 @@ fn step(
 /// The samples of a group that surely have a gradient: whole ones with an advantage that is not 0.
 fn learnt_from(group: &ScoredGroup) -> impl Iterator<Item = (&ScoredGroup, &Sample)> {
     let learnt = |sample: &&Sample| {
-        sample.advantages.iter().any(|advantage| *advantage != 0.0) && sample.trajectory.finish() != Finish::Length
+        sample.advantages.iter().any(|advantage| *advantage != 0.0) && !sample.trajectory.is_cut_off()
     };
     group.samples.iter().filter(learnt).map(move |sample| (group, sample))
 }
@@ -321,7 +328,7 @@ mod tests {
         for at in 0..10 {
             let (metrics, note) = watch(&params, &mut own, course(at, at.saturating_sub(4)));
             notes.extend(note);
-            fired.push(metrics["alarm"] > 0.0);
+            fired.push(metrics.get("alarm").is_some_and(|alarm| *alarm > 0.0));
             assert!(own.validations.len() <= 5);
         }
         let first = fired.iter().position(|fired| *fired).unwrap();

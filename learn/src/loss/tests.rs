@@ -251,7 +251,7 @@ fn the_gradient_of_every_preset_and_term_is_that_of_finite_differences() {
         let ours = small.gradient(&axes, false);
         // CISPO's weight is no function of the logits: it is held where it is.
         let held = if axes.clip.rule == ClipRule::Cispo {
-            let ratios = (token_logprobs(&small.logits, &small.targets, 0.8) - &small.old).exp().clamp_max(6.0);
+            let ratios = (token_logprobs(&small.logits, &small.targets, 0.8) - &small.old).exp().clamp_max(5.0);
             Some(ratios * &small.advantages * doubles(&WEIGHTS) / 4.0)
         } else {
             None

@@ -25,7 +25,7 @@ impl Rollouts<'_> {
         columns.extend([("sample", Integer), ("prompt", Text), ("completion", Text), ("turns", Text)]);
         columns.extend([("ids", Integers), ("logprobs", Numbers), ("finish", Text), ("truncated", Flag)]);
         columns.extend(rewards.iter().map(|name| (name.as_str(), Number)));
-        columns.extend([("total", Number), ("reward_errors", Text), ("advantages", Numbers)]);
+        columns.extend([("total", Number), ("reward_errors", Text), ("penalties", Numbers), ("advantages", Numbers)]);
         columns.extend(self.prompts.measures().iter().map(|name| (name.as_str(), Number)));
         columns.push(("kept", Flag));
         distinct(&columns)?;
@@ -76,6 +76,7 @@ impl Rollouts<'_> {
         columns.extend((0..names.len()).map(|reward| number(&|sample| sample.rewards[reward].value())));
         columns.push(number(&|sample| sample.total));
         columns.push(Column::Text(rows.iter().map(|(_, _, sample)| errors(names, &sample.rewards)).collect()));
+        columns.push(Column::Numbers(rows.iter().map(|(_, _, sample)| sample.penalties.clone()).collect()));
         columns.push(Column::Numbers(rows.iter().map(|(_, _, sample)| sample.advantages.clone()).collect()));
         columns.extend(
             (0..self.prompts.measures().len()).map(|at| number(&|sample| Some(sample.trajectory.measurements[at]))),

@@ -97,7 +97,7 @@ pub enum Centre {
 pub enum Scale {
     /// The standard deviation of its group plus `epsilon` (GRPO).
     GroupStd,
-    /// The standard deviation of the centred rewards of the batch plus `epsilon` (REINFORCE++, Lite PPO).
+    /// The standard deviation of the centred rewards of the batch plus `epsilon` (REINFORCE++).
     BatchStd,
     /// The mean of its group plus `epsilon`, for rewards that are nowhere negative (MaxRL).
     Mean,
@@ -242,6 +242,11 @@ impl Axes {
     /// entropy term.
     pub fn covers_dropped(&self) -> bool {
         (self.kl.beta > 0.0 && self.kl.place == KlPlace::Loss) || self.entropy.coefficient != 0.0
+    }
+
+    /// Whether a sample learns from its own group alone: a group without a difference then has no gradient at all.
+    pub fn compares_groups(&self) -> bool {
+        matches!(self.advantage.centre, Centre::GroupMean | Centre::LeaveOneOut) && !self.covers_dropped()
     }
 
     /// The pairs that mean nothing, each with the reason.

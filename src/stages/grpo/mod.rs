@@ -122,6 +122,26 @@ impl Grpo {
         1e-4
     }
 
+    /// Whether stored completions were drawn from the distribution that this stage would draw from.
+    fn check_replay(&self, upstream: &Upstream<'_>) -> Vec<Problem> {
+        let Some(replay) = &self.replay else { return Vec::new() };
+        let mut problems = Vec::new();
+        let name = replay.reference.split('.').next().unwrap_or_default();
+        let other = upstream.stages.get(name).and_then(|params| serde_json::from_value::<Self>(params.clone()).ok());
+        if self.filters.narrows() || other.as_ref().is_some_and(|other| other.filters.narrows()) {
+            let message = "stored completions do not tell which tokens a filter had left";
+            problems
+                .push(Problem::new("replay", message).hint("leave out `top_k`, `top_p` and `min_p` in both stages"));
+        }
+        if let Some(other) = other.filter(|other| other.temperature.to_bits() != self.temperature.to_bits()) {
+            let message =
+                format!("`{name}` sampled at the temperature {}, not at {}", other.temperature, self.temperature);
+            problems
+                .push(Problem::new("temperature", message).hint("stored log-probabilities are of their temperature"));
+        }
+        problems
+    }
+
     /// Tokens that a sequence counts for under the reduction `constant`.
     pub fn reduction_tokens(&self) -> u64 {
         self.axes.reduction_tokens.unwrap_or(self.max_new_tokens)
@@ -162,10 +182,7 @@ impl Stage for Grpo {
             crate::stages::training::check(&self.split, self.micro_batch_size, rows, self.validate.as_ref());
         problems.extend(self.axes.check());
         problems.extend(self.filters.check("", self.temperature));
-        if self.replay.is_some() && self.filters.narrows() {
-            let message = "stored completions do not tell which tokens a filter had left";
-            problems.push(Problem::new("replay", message).hint("leave out `top_k`, `top_p` and `min_p`"));
-        }
+        problems.extend(self.check_replay(upstream));
         if self.rewards.is_empty() {
             let problem = Problem::new("rewards", "no reward is given");
             problems
@@ -194,7 +211,9 @@ impl Stage for Grpo {
     }
 
     fn normal_form(&self) -> Option<Value> {
-        let normal = Self { axes: self.axes.normal_form(self.updates_per_step), ..self.clone() };
+        // Stored completions are another policy's, so the ratio moves from the first update on.
+        let updates = if self.replay.is_some() { u64::MAX } else { self.updates_per_step };
+        let normal = Self { axes: self.axes.normal_form(updates), ..self.clone() };
         Some(serde_json::to_value(normal).expect("a stage's parameters are plain data"))
     }
 }
@@ -235,6 +254,37 @@ mod tests {
         assert_eq!(found, wanted);
         let malformed = json!({"close": {"kind": "expression", "expression": "1 +"}});
         assert_eq!(problems(&malformed, "solved")[0].path, "rewards.close.expression");
+    }
+
+    #[test]
+    fn stored_completions_of_another_distribution_are_refused_and_make_no_arms_equal() {
+        let file = |extra: &Value| {
+            let mut file = json!({
+                "model": "sft", "prompts": "tokens", "steps": 1, "max_new_tokens": 8, "rewards": {"r": {"kind": "correct"}},
+            });
+            file.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+            serde_json::from_value::<Grpo>(file).unwrap()
+        };
+        let problems = |source: &Value, own: &Value| -> Vec<String> {
+            let stages = [("other".to_owned(), serde_json::to_value(file(source)).unwrap())].into();
+            let mut own = own.clone();
+            own["replay"] = json!("other.rollouts");
+            let found = Stage::check(&file(&own), &Upstream { stages: &stages });
+            found.into_iter().map(|problem| problem.path).collect()
+        };
+        assert_eq!(problems(&json!({}), &json!({})), Vec::<String>::new());
+        assert_eq!(problems(&json!({"top_p": 0.9}), &json!({})), ["replay"]);
+        assert_eq!(problems(&json!({}), &json!({"top_k": 3})), ["replay"]);
+        assert_eq!(problems(&json!({"temperature": 0.7}), &json!({})), ["temperature"]);
+        let normal = |extra: Value| Stage::normal_form(&file(&extra));
+        let (grpo, gspo) =
+            (json!({"preset": "dapo", "clip": {"high": 0.3}}), json!({"preset": "dapo", "clip": {"high": 0.4}}));
+        assert_eq!(normal(grpo.clone()), normal(gspo.clone()));
+        let replayed = |mut extra: Value| {
+            extra["replay"] = json!("other.rollouts");
+            normal(extra)
+        };
+        assert_ne!(replayed(grpo), replayed(gspo));
     }
 
     #[test]

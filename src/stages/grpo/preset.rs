@@ -21,7 +21,7 @@ pub enum Preset {
     Dapo,
     /// GSPO (Zheng et al. 2025, 2507.18071): one ratio a sequence, clip 3e-4 and 4e-4, mean over sequences, no KL.
     Gspo,
-    /// CISPO (MiniMax-M1 2025, 2506.13585): weights cut off at 1 + 5 (the bound of ScaleRL, 2510.13786), token mean, no KL.
+    /// CISPO (MiniMax-M1 2025, 2506.13585): weights cut off at 1 + 4 (the bound 5 of ScaleRL, 2510.13786), token mean, no KL.
     Cispo,
     /// RLOO (Ahmadian et al. 2024, 2402.14740): REINFORCE on whole sequences, leave-one-out baseline, KL 0.03 in the reward.
     Rloo,
@@ -37,7 +37,7 @@ fn clip(rule: ClipRule) -> Clip {
         ClipRule::Symmetric => (Some(0.2), None, None),
         ClipRule::Higher => (Some(0.2), Some(0.28), None),
         ClipRule::Dual => (Some(0.2), Some(0.28), Some(3.0)),
-        ClipRule::Cispo => (None, Some(5.0), None),
+        ClipRule::Cispo => (None, Some(4.0), None),
         ClipRule::None => (None, None, None),
     };
     Clip { rule, low, high, bound }

@@ -170,6 +170,27 @@ fn the_same_chunk_gives_the_same_trajectories_and_episodes_do_not_matter_to_each
 }
 
 #[test]
+fn a_reply_that_a_stop_text_ended_is_closed_before_the_environment_speaks() {
+    let Played { model, prompts, requests, .. } = played();
+    let end = model.config().eos_token_id[0];
+    let stopped = Sampling { stop: vec![prompts.codec.encode("}").unwrap()], ..sampling() };
+    let played = play(&model, &prompts, &requests, &stopped, &NEVER, &mut |_| {}).unwrap();
+    let mut closed = 0;
+    for one in played.iter().flatten() {
+        for pair in one.turns.windows(2) {
+            let read = &one.ids[pair[0].end..pair[1].begin];
+            let own = one.ids[pair[0].end - 1] == end;
+            assert_eq!(read[0] == end, !own, "rows have one end between a reply and what follows");
+            assert_eq!(read[usize::from(!own)..], prompts.observation(&pair[1].observation).unwrap()[..]);
+            closed += usize::from(!own);
+        }
+        let marked = one.mask().iter().map(|mask| usize::from(*mask)).sum::<usize>();
+        assert_eq!(marked, one.length(), "the end that was put there is no target");
+    }
+    assert!(closed > 5, "no reply went on behind a stop text: {closed}");
+}
+
+#[test]
 fn an_episode_that_outgrows_the_models_positions_is_cut_off_and_counted() {
     let Played { model, prompts, requests, .. } = played();
     let prompt = requests.iter().map(|request| prompts.prompt(request.row).len()).max().unwrap();

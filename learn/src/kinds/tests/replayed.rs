@@ -51,6 +51,54 @@ fn other_rewards_over_the_same_completions_train_another_policy() {
         panic!("no numbers")
     };
     assert!(total.iter().zip(&steps).all(|(total, steps)| total.unwrap() == -steps.unwrap()));
+    // One update a step, whatever was stored; once the two policies have parted, the ratio says so.
+    let mut parted = 0;
+    for line in other.metrics() {
+        assert!(line["updates/made"].as_f64().unwrap() <= 1.0);
+        let ratio = line["policy/ratio_max"].as_f64().unwrap_or(1.0);
+        parted += usize::from(line["step"].as_u64().unwrap() > 1 && (ratio - 1.0).abs() > 1e-4);
+    }
+    assert!(parted > 0, "no step was off policy");
+}
+
+#[test]
+fn more_informative_groups_than_a_step_has_are_left_out_in_the_order_of_prompts() {
+    let sampled = Job::new(&FLOW, "grpo", grpo());
+    sampled.run(&[]).unwrap();
+    let flow = FLOW.with("stored", &sampled.out().join("rollouts"), ArtifactType::Rollouts);
+    let mut params = grpo();
+    params["replay"] = json!("stored");
+    params["prompts_per_step"] = json!(2);
+    let fewer = Job::new(&flow, "grpo", params.clone());
+    fewer.run(&[]).unwrap();
+    let kept = table::read(&fewer.out().join("rollouts/rollouts.parquet"), &["step", "kept"]).unwrap();
+    let [Column::Integer(step), Column::Flag(kept)] = &kept[..] else { panic!("no columns") };
+    for at in 0..4 {
+        let groups = step.iter().zip(kept).filter(|(step, kept)| **step == Some(at) && **kept).count() / 4;
+        assert!(groups <= 2, "step {at} keeps {groups} groups");
+    }
+    assert!(fewer.metrics().iter().all(|line| line["updates/made"].as_f64().unwrap() <= 1.0));
+    // Other samples a group and another split are refused.
+    let refuse = |field: &str, value: Value, says: &str| {
+        let mut params = params.clone();
+        params[field] = value;
+        let error = format!("{:#}", Job::new(&flow, "grpo", params).run(&[]).unwrap_err());
+        assert!(error.contains(says), "{error}");
+    };
+    refuse("group_size", json!(3), "`group_size` is 3");
+    refuse("split", json!("train"), "`split` is `train`");
+}
+
+#[test]
+fn a_reward_of_weight_zero_is_looked_at_and_makes_no_group_informative() {
+    let mut params = grpo();
+    params["rewards"] = json!({"correct": {"kind": "correct"}});
+    let alone = Job::new(&FLOW, "grpo", params.clone());
+    alone.run(&[]).unwrap();
+    params["rewards"]["length"] = json!({"kind": "expression", "expression": "steps + valid_moves", "weight": 0.0});
+    let watched = Job::new(&FLOW, "grpo", params);
+    watched.run(&[]).unwrap();
+    assert_eq!(weights(&watched), weights(&alone));
 }
 
 #[test]
