@@ -6,16 +6,19 @@
 //! makes no update, and is counted.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context as _, ensure};
-use pipe::pipeline::stage::{Interrupted, StageContext};
+use anyhow::{Context as _, bail, ensure};
+use pipe::pipeline::stage::{Interrupted, Stage as _, StageContext};
 use pipe::stages::grpo::Grpo;
 use pipe::stages::grpo::axes::Truncation;
 use pipe::stages::tokens::TokensFolder;
+use pipe::stages::training::Validate;
 use pipe::statistics::alarm::{Cause, Evaluation, Rule, assess};
 use pipe::telemetry::Metrics;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use tch::Device;
 
 use crate::credit::policy_row;
@@ -28,7 +31,7 @@ use crate::replay::StoredRollouts;
 use crate::rewards::Rewards;
 use crate::rollout::{Done, ROLLOUTS_FILE, Rollout, Rollouts, Sample, ScoredGroup};
 use crate::session::{Session, rate, states};
-use crate::training::Training;
+use crate::training::{Published, Terms, Training, VALIDATE};
 use crate::validate::Validation;
 use crate::{device, preflight};
 
@@ -52,11 +55,8 @@ struct Own {
 /// Runs the stage.
 pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     // Open.
-    let folder = context.input(&params.model)?.to_owned();
-    let device = device::open(&context.resources)?;
-    let model = Transformer::load_to_train(&folder, device, params.lora.as_ref(), params.seed)?;
-    // The weights that the stage starts from; they never move, and their digest is that of the input.
-    let reference = params.axes.needs_reference().then(|| Transformer::load_frozen(&folder, device)).transpose()?;
+    let terms = terms(params, context)?;
+    let Start { folder, model, reference, from } = start(params, &terms, context)?;
     let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?)?;
     let rows = prompts.tokens.split(&params.split)?;
     let checked = preflight::prompts(&prompts.tokens, &rows, model.config(), params.max_new_tokens)?;
@@ -64,7 +64,14 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
 
     // Resume.
     let states = states(&context.work);
-    let (mut training, resumed) = Training::<Own>::resume(model, &params.optimizer, &states, None)?;
+    let (mut training, resumed) = Training::<Own>::resume(model, &params.optimizer, &states, from.as_ref())?;
+    if let Some(from) = &from
+        && training.goes_on(from, &terms, context)
+        && [VALIDATE, REWARDS].iter().any(|name| *from.term(name) != terms[*name])
+    {
+        // The alarm compares validations of the same rows by the same rewards.
+        training.counters.own.validations.clear();
+    }
     training.counters.occurred.watch(&folder)?;
     let recorded = training.counters.step - u64::from(training.counters.unrecorded.is_some());
     let journal = states.join("rollouts.jsonl");
@@ -134,8 +141,68 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
 
     // Finish.
     rollouts.publish(&context.output("rollouts").join(ROLLOUTS_FILE))?;
-    training.audit(&folder, context)?;
+    if from.is_none() {
+        training.audit(&folder, context)?;
+    }
+    // Who goes on from here has a journal of its own.
+    training.counters.own.journal = 0;
+    training.publish_state(&context.output("state"), &folder, &terms, reference.as_ref())?;
     training.publish(&context.output("last"), &context.output("best"), &folder)
+}
+
+/// The name of the term that says what a reward of a validation is.
+const REWARDS: &str = "rewards";
+
+/// What a stage that goes on from this one must agree with: what decides which prompts a step takes and how many updates it
+/// makes; and what the validations so far mean.
+fn terms(params: &Grpo, context: &StageContext) -> anyhow::Result<Terms> {
+    let prompts = context.inputs.get(&params.prompts.reference).map(|prompts| prompts.digest.clone());
+    // How often it is made does not change what a validation finds.
+    let validate = params.validate.as_ref().map(|validate| Validate { every: 1, ..validate.clone() });
+    Ok(Terms::from([
+        ("kind".to_owned(), json!(Grpo::KIND)),
+        ("prompts".to_owned(), json!(prompts)),
+        ("split".to_owned(), json!(params.split)),
+        ("seed".to_owned(), json!(params.seed)),
+        ("prompts_per_step".to_owned(), json!(params.prompts_per_step)),
+        ("group_size".to_owned(), json!(params.group_size)),
+        ("updates_per_step".to_owned(), json!(params.updates_per_step)),
+        ("lora".to_owned(), json!(params.lora)),
+        (VALIDATE.to_owned(), json!([validate, params.max_new_tokens])),
+        (REWARDS.to_owned(), json!([params.rewards, params.on_error])),
+    ]))
+}
+
+/// What a training begins with.
+struct Start {
+    /// The model's folder: its configuration and its tokenizer.
+    folder: PathBuf,
+    model: Transformer,
+    /// The weights that the training, or the first of those in a row, began with; they never move.
+    reference: Option<Transformer>,
+    from: Option<Published>,
+}
+
+fn start(params: &Grpo, terms: &Terms, context: &StageContext) -> anyhow::Result<Start> {
+    let device = device::open(&context.resources)?;
+    let has_reference = params.axes.needs_reference();
+    match (&params.model, &params.continue_from) {
+        (Some(model), None) => {
+            let folder = context.input(model)?.to_owned();
+            let model = Transformer::load_to_train(&folder, device, params.lora.as_ref(), params.seed)?;
+            let reference = has_reference.then(|| Transformer::load_frozen(&folder, device)).transpose()?;
+            Ok(Start { folder, model, reference, from: None })
+        }
+        (None, Some(from)) => {
+            let folder = context.input(from)?.to_owned();
+            let from = Published::open(&folder)?;
+            from.check(terms, params.steps, &[VALIDATE, REWARDS])?;
+            let model = from.model(&folder, device, params.lora.as_ref(), params.seed)?;
+            let reference = has_reference.then(|| from.reference(&folder, device)).transpose()?;
+            Ok(Start { folder, model, reference, from: Some(from) })
+        }
+        _ => bail!("a training begins either at a `model` or where another ended (`continue`)"),
+    }
 }
 
 /// Shows the alarm a validation; gives `alarm` (1 where it fires) and `alarms` (their count), and what to tell of the first.
@@ -291,8 +358,6 @@ fn minibatches<'a>(params: &Grpo, prompts: &Prompts, groups: &'a [ScoredGroup]) 
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]

@@ -21,7 +21,7 @@ use crate::optimizer::learning_rate;
 use crate::order::Order;
 use crate::prompts::Prompts;
 use crate::session::{Session, rate, states};
-use crate::training::{Published, Terms, Training};
+use crate::training::{Published, Terms, Training, VALIDATE};
 use crate::validate::Validation;
 use crate::{device, memory, preflight};
 
@@ -66,12 +66,8 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
     // Resume.
     let (mut training, resumed) =
         Training::<Own>::resume(model, &params.optimizer, &states(&context.work), from.as_ref())?;
-    if let Some(from) = from.as_ref().filter(|from| training.counters.step == from.steps()) {
-        context.note(format!("goes on behind step {} of another training", from.steps()));
-        if training.counters.best.is_some() && *from.term(VALIDATE) != terms[VALIDATE] {
-            context.note("the best weights so far are forgotten, because another validation chose them");
-            training.forget_best();
-        }
+    if let Some(from) = &from {
+        training.goes_on(from, &terms, context);
     }
     training.counters.occurred.watch(&folder)?;
     let recorded = training.counters.step - u64::from(training.counters.unrecorded.is_some());
@@ -122,12 +118,9 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
     if from.is_none() {
         training.audit(&folder, context)?;
     }
-    training.publish_state(&context.output("state"), &folder, &terms)?;
+    training.publish_state(&context.output("state"), &folder, &terms, None)?;
     training.publish(&context.output("last"), &context.output("best"), &folder)
 }
-
-/// The name of the term by which the best weights are chosen.
-const VALIDATE: &str = "validate";
 
 /// What a stage that goes on from this one must agree with: what decides which rows a step takes, and what `best` means.
 fn terms(params: &Sft, context: &StageContext) -> anyhow::Result<Terms> {
