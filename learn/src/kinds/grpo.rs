@@ -23,6 +23,7 @@ use tch::Device;
 
 use crate::credit::policy_row;
 use crate::loss::PolicySums;
+use crate::memory::{Forecast, Generation, Shape};
 use crate::model::Transformer;
 use crate::optimizer::learning_rate;
 use crate::policy::{PARITY, PolicyRow, backward};
@@ -33,7 +34,7 @@ use crate::rollout::{Done, ROLLOUTS_FILE, Rollout, Rollouts, Sample, ScoredGroup
 use crate::session::{Session, rate, states};
 use crate::training::{Published, Terms, Training, VALIDATE};
 use crate::validate::Validation;
-use crate::{device, preflight};
+use crate::{device, memory, preflight};
 
 /// What the loop counts besides its steps.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -55,12 +56,13 @@ struct Own {
 /// Runs the stage.
 pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     // Open.
-    let terms = terms(params, context)?;
+    let (terms, free) = (terms(params, context)?, memory::free(device::open(&context.resources)?));
     let Start { folder, model, reference, from } = start(params, &terms, context)?;
     let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?)?;
     let rows = prompts.tokens.split(&params.split)?;
     let checked = preflight::prompts(&prompts.tokens, &rows, model.config(), params.max_new_tokens)?;
     context.note(format!("rollouts: {checked}"));
+    let mut forecast = forecast(params, &prompts, &rows, &model, reference.as_ref());
 
     // Resume.
     let states = states(&context.work);
@@ -87,8 +89,11 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     let mut validation = None;
     if let Some(validate) = &params.validate {
         let (model, limit) = (&training.model, params.max_new_tokens);
-        validation = Some(Validation::open(validate, &prompts, model, limit, params.seed, recorded, context)?);
+        let opened = Validation::open(validate, &prompts, model, limit, params.seed, recorded, context)?;
+        forecast = forecast.generating(opened.forecast(model, &prompts));
+        validation = Some(opened);
     }
+    context.note(forecast.check(free)?);
     let mut session = Session::open(context, params, params.steps, recorded)?;
 
     // Loop.
@@ -171,6 +176,31 @@ fn terms(params: &Grpo, context: &StageContext) -> anyhow::Result<Terms> {
         (VALIDATE.to_owned(), json!([validate, params.max_new_tokens])),
         (REWARDS.to_owned(), json!([params.rewards, params.on_error])),
     ]))
+}
+
+/// What the stage needs in memory, validation aside, if every completion becomes as long as it may.
+fn forecast(
+    params: &Grpo,
+    prompts: &Prompts,
+    rows: &[usize],
+    model: &Transformer,
+    reference: Option<&Transformer>,
+) -> Forecast {
+    let (group, limit, config) = (params.group_size, params.max_new_tokens, model.config());
+    let all = params.prompts_per_step / params.updates_per_step * group;
+    let micro = if params.micro_batch_size == 0 { all } else { params.micro_batch_size.min(all) };
+    let prompt = rows.iter().map(|&row| prompts.tokens.prompt_ids(row).len() as u64).max().unwrap_or(0);
+    let room = (config.max_position_embeddings as u64).saturating_sub(prompt);
+    let written = limit.saturating_mul(prompts.task.max_turns() as u64).min(room);
+    let shape = Shape { rows: micro, length: prompt + written, targets: micro * written };
+    let forecast = Forecast::training(model, params.validate.is_some(), memory::POLICY, std::iter::once(shape))
+        .beside(model, reference);
+    if params.replay.is_some() {
+        return forecast;
+    }
+    let at_once = params.generation_chunk.min(params.prompts_per_step);
+    let chunks = memory::turns(prompts, rows, config, at_once, group, limit);
+    forecast.generating(Generation::new("rollouts", "`generation_chunk` or `max_new_tokens`", model, chunks))
 }
 
 /// What a training begins with.

@@ -16,6 +16,7 @@ use tch::Kind;
 use crate::batch::{Batch, Row};
 use crate::codec::Codec;
 use crate::loss::{supervised_loss, token_logprobs};
+use crate::memory::Forecast;
 use crate::model::Transformer;
 use crate::optimizer::learning_rate;
 use crate::order::Order;
@@ -60,8 +61,7 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
     let mut order = Order::new("sft.order", params.seed, rows);
     let micro = params.micro_batch_size as usize;
     let shapes = memory::micro_batches(&tokens, &mut order, params.steps, params.batch_size, micro);
-    let forecast = memory::Forecast::new(&model, params.validate.is_some(), shapes);
-    context.note(forecast.check(free)?);
+    let mut forecast = Forecast::training(&model, params.validate.is_some(), memory::SUPERVISED, shapes);
 
     // Resume.
     let (mut training, resumed) =
@@ -78,8 +78,10 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
         let positions = training.model.config().max_position_embeddings as u64;
         let limit = completion_limit(&tokens, &params.split, &validate.split, positions)?;
         let opened = Validation::open(validate, &prompts, &training.model, limit, params.seed, recorded, context)?;
+        forecast = forecast.generating(opened.forecast(&training.model, &prompts));
         validation = Some((opened, prompts));
     }
+    context.note(forecast.check(free)?);
     let mut session = Session::open(context, params, params.steps, recorded)?;
 
     // Loop.
