@@ -66,16 +66,6 @@ pub struct ScoredGroup {
     pub samples: Vec<Sample>,
 }
 
-impl ScoredGroup {
-    /// The samples that surely have a gradient, each with its group: whole ones with an advantage that is not 0.
-    pub(crate) fn learnt_from(&self) -> impl Iterator<Item = (&Self, &Sample)> {
-        let learnt = |sample: &&Sample| {
-            sample.advantages.iter().any(|advantage| *advantage != 0.0) && sample.trajectory.finish() != Finish::Length
-        };
-        self.samples.iter().filter(learnt).map(move |sample| (self, sample))
-    }
-}
-
 /// A line of the journal: one generation chunk.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Chunk {

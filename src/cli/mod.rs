@@ -5,6 +5,7 @@
 //! Nothing here computes a result.
 
 pub mod arms;
+pub mod audit;
 pub mod check;
 pub mod comparison;
 pub mod failure;
@@ -12,6 +13,7 @@ pub mod pace;
 pub mod plan;
 pub mod progress;
 pub mod render;
+pub mod rescore;
 pub mod results;
 pub mod run;
 pub mod schema;
@@ -74,8 +76,10 @@ pub struct Global {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
+    Audit(audit::Args),
     Check(check::Args),
     Plan(plan::Args),
+    Rescore(rescore::Args),
     Run(run::Args),
     Schema(schema::Args),
     Score(score::Args),
@@ -122,8 +126,10 @@ pub fn main() -> ExitCode {
 
 fn dispatch(command: &Command, session: &Session) -> Result<(), Failure> {
     match command {
+        Command::Audit(args) => audit::run(args, session),
         Command::Check(args) => check::run(args, session),
         Command::Plan(args) => plan::run(args, session),
+        Command::Rescore(args) => rescore::run(args, session),
         Command::Run(args) => run::run(args, session),
         Command::Schema(args) => schema::run(args, session),
         Command::Score(args) => score::run(args, session),

@@ -46,10 +46,34 @@ impl<'a> Target<'a> {
     }
 }
 
-/// With `--json`, `{recipe, key, digest, path, kind, params, inputs, seconds, attempts, metrics}`.
-pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
-    let target = Target::parse(&args.target).ok_or_else(|| {
-        Failure::wrong(format!("`{}` names no result", args.target))
+/// A stage's result in the store.
+pub struct Found<'a> {
+    target: Target<'a>,
+    recipe: Digest,
+    store: Store,
+    manifest: Arc<Manifest>,
+}
+
+/// A result and the store that holds its objects.
+#[derive(Clone, Copy)]
+pub struct StageObjects<'a> {
+    /// The store.
+    pub store: &'a Store,
+    /// The record.
+    pub manifest: &'a Manifest,
+}
+
+impl Found<'_> {
+    /// The result with its store.
+    pub fn result(&self) -> StageObjects<'_> {
+        StageObjects { store: &self.store, manifest: &self.manifest }
+    }
+}
+
+/// Looks up `EXPERIMENT[/TRIAL]/STAGE[.OUTPUT]` as it last ran, or `FILE.toml[/TRIAL]/STAGE[.OUTPUT]` as the file is now.
+pub fn find<'a>(text: &'a str, sets: &[String], session: &Session) -> Result<Found<'a>, Failure> {
+    let target = Target::parse(text).ok_or_else(|| {
+        Failure::wrong(format!("`{text}` names no result"))
             .hint("it reads `EXPERIMENT/STAGE`, `EXPERIMENT/TRIAL/STAGE` or `FILE.toml/STAGE`")
     })?;
     let Some(store) = session.existing_store()? else {
@@ -57,15 +81,21 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
             .hint("`pipe run` makes it; `--store DIR` or PIPE_STORE names another"));
     };
     let (recipe, key) =
-        if target.is_file { planned(&target, args, session, &store)? } else { recorded(&target, &store)? };
+        if target.is_file { planned(&target, text, sets, session, &store)? } else { recorded(&target, &store)? };
     let manifest = match store.lookup(&key).map_err(failed)? {
         Lookup::Hit(manifest) => manifest,
-        Lookup::Miss => return Err(no_result(&args.target, "its result is no longer in the store")),
+        Lookup::Miss => return Err(no_result(text, "its result is no longer in the store")),
         Lookup::Damaged { what } => {
-            return Err(Failure::failed(format!("the result of `{}` is damaged: {what}", args.target))
+            return Err(Failure::failed(format!("the result of `{text}` is damaged: {what}"))
                 .hint("`pipe verify --repair` puts it aside and the next run makes it again"));
         }
     };
+    Ok(Found { target, recipe, store, manifest })
+}
+
+/// With `--json`, `{recipe, key, digest, path, kind, params, inputs, seconds, attempts, metrics}`.
+pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
+    let Found { target, recipe, store, manifest } = find(&args.target, &args.sets, session)?;
     let output = output(&target, &manifest)?;
     let path = absolute(&store.object(&output.digest))?;
     if session.ui.is_json() {
@@ -99,8 +129,14 @@ fn absolute(path: &Path) -> Result<PathBuf, Failure> {
 }
 
 /// Recipe and key as the file is now.
-fn planned(target: &Target<'_>, args: &Args, session: &Session, store: &Store) -> Result<(Digest, Digest), Failure> {
-    let experiments = session.read(&[PathBuf::from(target.experiment)], &args.sets)?;
+fn planned(
+    target: &Target<'_>,
+    text: &str,
+    sets: &[String],
+    session: &Session,
+    store: &Store,
+) -> Result<(Digest, Digest), Failure> {
+    let experiments = session.read(&[PathBuf::from(target.experiment)], sets)?;
     let plan = session.plan(&experiments, Some(store))?;
     let trials: Vec<_> =
         plan.trials.iter().filter(|trial| target.trial.is_none_or(|wanted| wanted == trial.trial)).collect();
@@ -115,7 +151,7 @@ fn planned(target: &Target<'_>, args: &Args, session: &Session, store: &Store) -
         }
         1 => {
             let node = &plan.nodes[*nodes.first().expect("there is one")];
-            let key = node.key.clone().ok_or_else(|| no_result(&args.target, "its inputs have not run"))?;
+            let key = node.key.clone().ok_or_else(|| no_result(text, "its inputs have not run"))?;
             Ok((node.recipe.clone(), key))
         }
         _ => Err(ambiguous(target.stage, trials.iter().map(|trial| trial.trial.as_str()))),

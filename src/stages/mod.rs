@@ -7,6 +7,7 @@ pub mod evaluate;
 pub mod grpo;
 mod hub;
 pub mod model;
+pub mod samples;
 pub mod sampling;
 pub mod sft;
 pub mod synthesize;

@@ -5,6 +5,7 @@
 //! [`seeds`] claims about a recipe, [`family`] the correction for many tests, [`power`] what a sample can show.
 
 pub mod alarm;
+pub mod components;
 pub mod family;
 pub mod mean;
 pub mod paired;

@@ -6,6 +6,7 @@
 
 pub mod maze;
 pub mod number_line;
+pub mod probes;
 pub mod program;
 mod spec;
 

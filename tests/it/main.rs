@@ -7,5 +7,6 @@ mod continuing;
 mod engine;
 mod generated;
 mod learning;
+mod rewards;
 mod sandbox;
 mod traps;

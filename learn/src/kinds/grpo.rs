@@ -16,6 +16,7 @@ use pipe::stages::grpo::axes::Truncation;
 use pipe::stages::tokens::TokensFolder;
 use pipe::stages::training::Validate;
 use pipe::statistics::alarm::{Cause, Evaluation, Rule, assess};
+use pipe::tasks::Finish;
 use pipe::telemetry::Metrics;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -56,7 +57,7 @@ struct Own {
 /// Runs the stage.
 pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     // Open.
-    let (terms, free) = (terms(params, context)?, memory::free(device::open(&context.resources)?));
+    let (terms, free) = (terms(params, context), memory::free(device::open(&context.resources)?));
     let Start { folder, model, reference, from } = start(params, &terms, context)?;
     let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?)?;
     let rows = prompts.tokens.split(&params.split)?;
@@ -160,11 +161,11 @@ const REWARDS: &str = "rewards";
 
 /// What a stage that goes on from this one must agree with: what decides which prompts a step takes and how many updates it
 /// makes; and what the validations so far mean.
-fn terms(params: &Grpo, context: &StageContext) -> anyhow::Result<Terms> {
+fn terms(params: &Grpo, context: &StageContext) -> Terms {
     let prompts = context.inputs.get(&params.prompts.reference).map(|prompts| prompts.digest.clone());
     // How often it is made does not change what a validation finds.
     let validate = params.validate.as_ref().map(|validate| Validate { every: 1, ..validate.clone() });
-    Ok(Terms::from([
+    Terms::from([
         ("kind".to_owned(), json!(Grpo::KIND)),
         ("prompts".to_owned(), json!(prompts)),
         ("split".to_owned(), json!(params.split)),
@@ -175,7 +176,7 @@ fn terms(params: &Grpo, context: &StageContext) -> anyhow::Result<Terms> {
         ("lora".to_owned(), json!(params.lora)),
         (VALIDATE.to_owned(), json!([validate, params.max_new_tokens])),
         (REWARDS.to_owned(), json!([params.rewards, params.on_error])),
-    ]))
+    ])
 }
 
 /// What the stage needs in memory, validation aside, if every completion becomes as long as it may.
@@ -291,7 +292,7 @@ fn step(
     metrics.merge(&trained.with_context(|| format!("at step {}", step + 1))?);
     let samples = rollout.groups.iter().flat_map(|group| &group.samples);
     let generated = samples.map(|sample| sample.trajectory.length() as u64);
-    for (group, sample) in rollout.groups.iter().filter(|group| group.kept).flat_map(ScoredGroup::learnt_from) {
+    for (group, sample) in rollout.groups.iter().filter(|group| group.kept).flat_map(learnt_from) {
         let prompt = prompts.prompt(group.row);
         let mask = [vec![0; prompt.len()], sample.trajectory.mask()].concat();
         training.counters.occurred.note(&[prompt.as_slice(), &sample.trajectory.ids].concat(), &mask);
@@ -304,6 +305,14 @@ fn step(
     metrics.total("updates/steps_without", own.without_update as f64);
     training.counters.step += 1;
     Ok(metrics.values())
+}
+
+/// The samples of a group that surely have a gradient: whole ones with an advantage that is not 0.
+fn learnt_from(group: &ScoredGroup) -> impl Iterator<Item = (&ScoredGroup, &Sample)> {
+    let learnt = |sample: &&Sample| {
+        sample.advantages.iter().any(|advantage| *advantage != 0.0) && sample.trajectory.finish() != Finish::Length
+    };
+    group.samples.iter().filter(learnt).map(move |sample| (group, sample))
 }
 
 /// The updates of a step.

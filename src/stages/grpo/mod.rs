@@ -136,7 +136,7 @@ impl Grpo {
     }
 
     /// Whether the training to go on from has kept the weights to which a KL is measured.
-    fn check_reference(&self, upstream: &Upstream<'_>) -> Option<Problem> {
+    fn check_reference(&self, upstream: Upstream<'_>) -> Option<Problem> {
         let from = self.continue_from.as_ref().filter(|_| self.axes.needs_reference())?;
         let stage = from.reference.split('.').next()?;
         let before: Self = serde_json::from_value(upstream.stages.get(stage)?.clone()).ok()?;
@@ -187,7 +187,7 @@ impl Stage for Grpo {
         let mut problems =
             crate::stages::training::check(&self.split, self.micro_batch_size, rows, self.validate.as_ref());
         problems.extend(check_start(self.model.is_some(), self.continue_from.is_some()));
-        problems.extend(self.check_reference(upstream));
+        problems.extend(self.check_reference(*upstream));
         problems.extend(self.axes.check());
         problems.extend(self.filters.check("", self.temperature));
         if self.replay.is_some() && self.filters.narrows() {
