@@ -1,8 +1,11 @@
-//! What a training step needs in memory, before the first one is made; and what is free.
+//! What a stage needs in memory, before its first step; and what is free.
 //!
 //! The forecast counts the tensors that live at the widest instant of a step: weights, gradients and moments throughout;
-//! what the backward pass needs of the widest micro-batch; logits of the positions with a target alone. It is not exact: a
-//! test holds it to the measured peak within a factor of 1.5. It never changes a result: what does not fit is an error.
+//! what the backward pass needs of the widest micro-batch; logits of the positions with a target alone; or what a chunk of
+//! generation needs. It is not exact: tests hold it to the measured peak within a factor of 1.5. It never changes a result:
+//! what does not fit is an error.
+
+pub mod generation;
 
 use std::path::Path;
 
@@ -10,6 +13,7 @@ use anyhow::ensure;
 use pipe::stages::tokens::TokensFolder;
 use tch::Device;
 
+pub use crate::memory::generation::{Generation, turns};
 use crate::model::{ModelConfig, Transformer};
 use crate::order::Order;
 
@@ -29,10 +33,19 @@ pub struct Shape {
     pub targets: u64,
 }
 
-/// Bytes that training keeps and needs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Tables of the whole vocabulary at every target that a supervised loss needs at one time: logits, their log-softmax and
+/// its gradient.
+pub const SUPERVISED: u64 = 3;
+/// The same of a policy loss: logits as they are and divided by the temperature, their log-softmax, and the four of their
+/// entropy.
+pub const POLICY: u64 = 7;
+
+/// Bytes that a stage keeps and needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Forecast {
-    /// Weights, gradients, moments and the best weights.
+    /// `training` or `evaluation`.
+    what: &'static str,
+    /// Weights, gradients, moments, the best weights and the reference.
     pub fixed: u64,
     /// Activations and logits of the widest micro-batch, and what an optimizer step computes.
     pub step: u64,
@@ -40,46 +53,93 @@ pub struct Forecast {
     pub saving: u64,
     /// That micro-batch.
     pub widest: Shape,
+    /// What generation needs.
+    generations: Vec<Generation>,
 }
 
 impl Forecast {
-    /// Of training a model on micro-batches of these shapes; `best` if the best weights are kept.
-    pub fn new(model: &Transformer, best: bool, shapes: impl Iterator<Item = Shape>) -> Self {
-        let bytes = |shape: &Shape| activations(model.config(), *shape);
+    /// Of training a model on micro-batches of these shapes; `best` if the best weights are kept, and `tables` at each
+    /// target.
+    pub fn training(model: &Transformer, best: bool, tables: u64, shapes: impl Iterator<Item = Shape>) -> Self {
+        let bytes = |shape: &Shape| activations(model.config(), *shape, tables);
         let widest = shapes.max_by_key(bytes).unwrap_or_default();
         let (trained, all) = (model.weights().flat().numel() as u64, model.base().flat().numel() as u64);
         let frozen = if model.frozen().is_empty() { 0 } else { ELEMENT * all };
         let (copy, best) = (ELEMENT * trained, u64::from(best));
         // A state has weights and moments, and at the end the frozen weights, laid out one by one and then in one piece.
         let saving = 2 * (3 + best) * copy + 2 * frozen;
-        Self { fixed: (4 + best) * copy + frozen, step: 2 * copy + bytes(&widest), saving, widest }
+        let (fixed, step) = ((4 + best) * copy + frozen, 2 * copy + bytes(&widest));
+        Self { what: "training", fixed, step, saving, widest, generations: Vec::new() }
+    }
+
+    /// Of a model that is not trained.
+    pub fn evaluation(model: &Transformer) -> Self {
+        let fixed = ELEMENT * model.base().flat().numel() as u64;
+        let generations = Vec::new();
+        Self { what: "evaluation", fixed, step: 0, saving: 0, widest: Shape::default(), generations }
+    }
+
+    /// With another model beside it, which is saved with the state unless the model has adapters.
+    #[must_use]
+    pub fn beside(mut self, model: &Transformer, reference: Option<&Transformer>) -> Self {
+        let copy = reference.map_or(0, |reference| ELEMENT * reference.base().flat().numel() as u64);
+        self.fixed += copy;
+        self.saving += if model.frozen().is_empty() { 2 * copy } else { 0 };
+        self
+    }
+
+    /// With generation between steps.
+    #[must_use]
+    pub fn generating(mut self, generation: Option<Generation>) -> Self {
+        self.generations.extend(generation);
+        self
     }
 
     /// All bytes at the widest instant.
     pub fn total(&self) -> u64 {
-        self.fixed + self.step.max(self.saving)
+        let generation = self.generations.iter().map(|generation| generation.bytes).max().unwrap_or(0);
+        self.fixed + self.step.max(self.saving).max(generation)
     }
 
     /// Refuses what does not fit into `free` bytes and says what to lower; gives one sentence otherwise.
     pub fn check(&self, free: Option<u64>) -> anyhow::Result<String> {
-        let Shape { rows, length, targets } = self.widest;
-        let Some(free) = free else { return Ok(format!("training needs about {}", shown(self.total()))) };
+        let needs = format!("{} needs about {}", self.what, shown(self.total()));
+        let Some(free) = free else { return Ok(needs) };
         ensure!(
             self.total() <= free,
-            "training needs about {}, but {} are free: {} for weights, gradients and moments, {} for a step with the widest \
-             micro-batch ({rows} rows of {length} tokens, {targets} targets), {} to save a state; {}",
-            shown(self.total()),
+            "{needs}, but {} are free: {}; {}",
             shown(free),
-            shown(self.fixed),
-            shown(self.step),
-            shown(self.saving),
-            if self.fixed + self.saving > free {
-                "the model is too large for this machine"
-            } else {
-                "lower `micro_batch_size`"
-            }
+            self.parts().join(", "),
+            self.remedy(free)
         );
-        Ok(format!("training needs about {} of {}", shown(self.total()), shown(free)))
+        Ok(format!("{needs} of {}", shown(free)))
+    }
+
+    /// What the bytes are for.
+    fn parts(&self) -> Vec<String> {
+        let mut parts = vec![format!("{} for weights", shown(self.fixed))];
+        if self.step > 0 {
+            let Shape { rows, length, targets } = self.widest;
+            parts[0] += ", gradients and moments";
+            parts.push(format!(
+                "{} for a step with the widest micro-batch ({rows} rows of {length} tokens, {targets} targets)",
+                shown(self.step)
+            ));
+            parts.push(format!("{} to save a state", shown(self.saving)));
+        }
+        parts.extend(self.generations.iter().map(|one| format!("{} {}", shown(one.bytes), one.shown())));
+        parts
+    }
+
+    /// What makes it fit into `free` bytes.
+    fn remedy(&self, free: u64) -> String {
+        if self.fixed + self.saving > free {
+            return "the model is too large for this machine".to_owned();
+        }
+        let step = (self.step, "`micro_batch_size`");
+        let generations = self.generations.iter().map(|one| (one.bytes, one.lower));
+        let wide = std::iter::once(step).chain(generations).filter(|(bytes, _)| self.fixed + bytes > free);
+        format!("lower {}", wide.map(|(_, lower)| lower).collect::<Vec<_>>().join(" and "))
     }
 }
 
@@ -87,9 +147,9 @@ impl Forecast {
 ///
 /// Per token and layer: the residual stream and its norms (5 hidden), queries, keys and values before and after rotation
 /// with the attention's output (4 of all heads, 3 of the key and value heads), and the feed-forward's gate, its SiLU, up
-/// and their product (4 inner). Per target: logits, their log-softmax and its gradient (3 vocabulary). The gradients of
-/// one layer come on top, and each projection's weight times its norm, which the backward pass keeps.
-fn activations(config: &ModelConfig, shape: Shape) -> u64 {
+/// and their product (4 inner). Per target: the `tables` of its loss over the vocabulary. The gradients of one layer come on
+/// top, and each projection's weight times its norm, which the backward pass keeps.
+fn activations(config: &ModelConfig, shape: Shape, tables: u64) -> u64 {
     let size = |value: i64| value as u64;
     let (hidden, inner, layers) =
         (size(config.hidden_size), size(config.intermediate_size), size(config.num_hidden_layers));
@@ -100,7 +160,7 @@ fn activations(config: &ModelConfig, shape: Shape) -> u64 {
     let backward = 3 * inner + 2 * hidden;
     let folded = layers * hidden * (2 * (queries + 2 * keys) + 2 * inner) + 2 * size(config.vocab_size) * hidden;
     let tokens = shape.rows * shape.length;
-    let head = shape.targets * (3 * size(config.vocab_size) + 3 * hidden);
+    let head = shape.targets * (tables * size(config.vocab_size) + 3 * hidden);
     ELEMENT * (tokens * (layers * layer + backward) + head + folded)
 }
 
@@ -175,19 +235,19 @@ mod tests {
     use std::process::Command;
 
     use serde_json::json;
-    use tch::{Kind, Tensor};
+    use tch::{Kind, Tensor, no_grad};
 
     use super::*;
     use crate::batch::{Batch, Row};
-    use crate::loss::{supervised_loss, token_logprobs};
+    use crate::loss::{entropy, supervised_loss, token_logprobs};
     use crate::optimizer::AdamW;
     use crate::training_state::{self, State};
 
     /// Set in the process that is measured: which of the cases it is.
-    const CASE: &str = "PIPE_MEMORY_CASE";
+    pub(super) const CASE: &str = "PIPE_MEMORY_CASE";
 
-    /// A configuration, and a micro-batch.
-    fn cases() -> Vec<(ModelConfig, Shape)> {
+    /// A configuration, a micro-batch, and the tables of the loss.
+    fn cases() -> Vec<(ModelConfig, Shape, u64)> {
         let config = |hidden: i64, layers: i64, shared: i64, vocabulary: i64| {
             ModelConfig::parse(json!({
                 "model_type": "qwen2", "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 3 * hidden,
@@ -198,18 +258,19 @@ mod tests {
         };
         let shape = |rows, length, targets| Shape { rows, length, targets };
         vec![
-            (config(64, 4, 4, 200), shape(32, 128, 32 * 60)),
-            (config(64, 2, 1, 8_000), shape(32, 64, 32 * 60)),
-            (config(256, 3, 2, 1_000), shape(2, 64, 64)),
+            (config(64, 4, 4, 200), shape(32, 128, 32 * 60), SUPERVISED),
+            (config(64, 2, 1, 8_000), shape(32, 64, 32 * 60), SUPERVISED),
+            (config(256, 3, 2, 1_000), shape(2, 64, 64), SUPERVISED),
+            (config(64, 2, 1, 8_000), shape(32, 64, 32 * 60), POLICY),
         ]
     }
 
-    fn status(name: &str) -> u64 {
+    pub(super) fn status(name: &str) -> u64 {
         1024 * field(&read("/proc/self/status").unwrap(), name).unwrap()
     }
 
     /// Two whole steps and a save: how far the peak lies above what the process held before, and the forecast.
-    fn measure(config: ModelConfig, shape: Shape) -> (u64, u64) {
+    fn measure(config: ModelConfig, shape: Shape, tables: u64) -> (u64, u64) {
         let _ =
             Tensor::ones([8, 8], (Kind::Float, Device::Cpu)).matmul(&Tensor::ones([8, 8], (Kind::Float, Device::Cpu)));
         let before = status("VmRSS:");
@@ -223,7 +284,11 @@ mod tests {
             let batch = Batch::new(&rows, 0, Device::Cpu).unwrap();
             model.zero_gradients();
             let logits = model.logits(&batch.select(&model.hidden(&batch.ids)));
-            supervised_loss(&token_logprobs(&logits, &batch.targets, 1.0), shape.targets as f64).backward();
+            let temperature = if tables == POLICY { 0.8 } else { 1.0 };
+            let new = token_logprobs(&logits, &batch.targets, temperature);
+            let spread = (tables == POLICY).then(|| no_grad(|| entropy(&logits, temperature)));
+            supervised_loss(&new, shape.targets as f64).backward();
+            drop(spread);
             optimizer.step(model.weights(), 1e-3).unwrap();
         }
         let mut state = State::new(1, &json!({})).unwrap();
@@ -231,14 +296,14 @@ mod tests {
         state.tensors.extend(optimizer.state(model.weights()));
         training_state::save(tempfile::tempdir().unwrap().path(), &state).unwrap();
         let peak = status("VmHWM:") - before;
-        (peak, Forecast::new(&model, false, std::iter::once(shape)).total())
+        (peak, Forecast::training(&model, false, tables, std::iter::once(shape)).total())
     }
 
     #[test]
     fn the_forecast_is_the_measured_peak_within_a_factor_of_one_and_a_half() {
         if let Ok(case) = std::env::var(CASE) {
-            let (config, shape) = cases().swap_remove(case.parse().unwrap());
-            let (peak, forecast) = measure(config, shape);
+            let (config, shape, tables) = cases().swap_remove(case.parse().unwrap());
+            let (peak, forecast) = measure(config, shape, tables);
             assert!(
                 forecast as f64 <= 1.5 * peak as f64 && peak as f64 <= 1.5 * forecast as f64,
                 "case {case}: {} forecast, {} measured",
@@ -260,9 +325,9 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused_with_what_to_lower() {
-        let (config, shape) = cases().swap_remove(0);
+        let (config, shape, _) = cases().swap_remove(0);
         let model = Transformer::zeros(config, Device::Cpu);
-        let forecast = Forecast::new(&model, false, [Shape::default(), shape].into_iter());
+        let forecast = Forecast::training(&model, false, SUPERVISED, [Shape::default(), shape].into_iter());
         let copy = 4 * model.weights().flat().numel() as u64;
         assert_eq!((forecast.widest, forecast.fixed, forecast.saving), (shape, 4 * copy, 6 * copy));
         assert_eq!(forecast.total(), forecast.fixed + forecast.step);
@@ -272,6 +337,18 @@ mod tests {
         let error = forecast.check(Some(1 << 20)).unwrap_err().to_string();
         assert!(error.contains("1 MiB are free") && error.contains("model is too large"), "{error}");
         assert!(forecast.check(None).unwrap().starts_with("training needs about"));
+        let chunk = |rows, new| generation::Chunk { prompts: 1, rows, length: 8, new };
+        let generation = |lower, rows| Generation::new("rollouts", lower, &model, [chunk(rows, 4), chunk(rows, 9)]);
+        let wide = forecast.clone().beside(&model, Some(&model)).generating(generation("`chunk`", 1 << 20));
+        assert_eq!((wide.fixed, wide.saving), (5 * copy, 8 * copy));
+        let error = wide.check(Some(1 << 30)).unwrap_err().to_string();
+        assert!(error.contains("to generate 1048576 completions of 9 tokens behind 8 for rollouts"), "{error}");
+        assert!(error.ends_with("; lower `chunk`"), "{error}");
+        let error = wide.check(Some(wide.fixed + wide.step - 1)).unwrap_err().to_string();
+        assert!(error.ends_with("; lower `micro_batch_size` and `chunk`"), "{error}");
+        let still = Forecast::evaluation(&model).generating(generation("`chunk`", 1 << 20));
+        let error = still.check(Some(1 << 30)).unwrap_err().to_string();
+        assert!(error.starts_with("evaluation needs") && !error.contains("moments"), "{error}");
         let free = free(Device::Cpu).expect("a kernel tells");
         assert!(free > 1 << 20 && free < 1 << 50);
     }

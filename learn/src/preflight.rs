@@ -6,12 +6,13 @@ use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
+use pipe::stages::chat::ChatTemplate;
 use pipe::stages::model::{NEW_TOKENS_FILE, NewTokensFile};
-use pipe::stages::tokens::TokensFolder;
+use pipe::stages::tokens::{TOKENIZER_FOLDER, TokensFolder};
 
 use crate::model::ModelConfig;
 
-/// Refuses tokens that were made with another tokenizer than the model's.
+/// Refuses tokens that were made with another tokenizer, or written by another chat template, than the model's.
 pub fn tokenizers(model: &Path, model_digest: &str, tokens: &TokensFolder) -> anyhow::Result<()> {
     ensure!(
         model_digest == tokens.tokenizer_digest,
@@ -21,6 +22,25 @@ pub fn tokenizers(model: &Path, model_digest: &str, tokens: &TokensFolder) -> an
         tokens.path.display(),
         short(model_digest),
         short(&tokens.tokenizer_digest)
+    );
+    if tokens.chat { templates(model, &tokens.path.join(TOKENIZER_FOLDER)) } else { Ok(()) }
+}
+
+/// Refuses a model with another chat template than the one that wrote the rows: what it is asked after training would be
+/// framed otherwise than what it was taught. A model without a template takes that of the rows.
+fn templates(model: &Path, tokenizer: &Path) -> anyhow::Result<()> {
+    let (Some((own, own_path)), Some((taught, taught_path))) =
+        (ChatTemplate::source(model)?, ChatTemplate::source(tokenizer)?)
+    else {
+        return Ok(());
+    };
+    let differ = own.lines().zip(taught.lines()).take_while(|(own, taught)| own == taught).count() + 1;
+    ensure!(
+        own == taught,
+        "the chat template of the model in `{}` is not the one that wrote the rows, in `{}`: they differ from line {differ} \
+         on; make the tokens and the model from one tokenizer",
+        own_path.display(),
+        taught_path.display()
     );
     Ok(())
 }

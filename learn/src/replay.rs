@@ -95,6 +95,11 @@ impl StoredRollouts {
         self.steps.len() as u64
     }
 
+    /// The first step that is stored; a stage that goes on from another's end stores its own alone.
+    pub fn first(&self) -> u64 {
+        self.steps.iter().position(|groups| !groups.is_empty()).unwrap_or(0) as u64
+    }
+
     /// The groups of a step, in the order in which they were drawn.
     pub fn groups(&self, step: u64) -> &[StoredGroup] {
         self.steps.get(step as usize).map_or(&[], Vec::as_slice)

@@ -116,6 +116,8 @@ pub struct Rollouts<'a> {
     journal: Journal,
     replay: VecDeque<Chunk>,
     stored: Option<StoredRollouts>,
+    /// Steps that were done when it was opened.
+    done: u64,
 }
 
 impl<'a> Rollouts<'a> {
@@ -134,7 +136,8 @@ impl<'a> Rollouts<'a> {
         let sampling = Sampling::open(&params.filters, params.temperature, params.max_new_tokens, &prompts.codec)?;
         let sampling = Sampling { tells_kept: true, ..sampling };
         let replay = replay.into();
-        Ok(Self { params, prompts, reference: None, sampling, order, rewards, journal, replay, stored: None })
+        let (reference, stored) = (None, None);
+        Ok(Self { params, prompts, reference, sampling, order, rewards, journal, replay, stored, done: done.step })
     }
 
     /// With stored completions to take instead of sampling.
@@ -157,6 +160,13 @@ impl<'a> Rollouts<'a> {
                     self.params.split
                 );
             }
+            anyhow::ensure!(
+                stored.first() <= self.done,
+                "the stored rollouts begin at step {}, but this training at step {}: go on from the training that theirs \
+                 went on from, with `continue`",
+                stored.first() + 1,
+                self.done + 1
+            );
         }
         Ok(Self { stored, ..self })
     }

@@ -50,6 +50,11 @@ pub struct Counters<C> {
     pub own: C,
 }
 
+/// The name of the term by which the best weights are chosen.
+pub const VALIDATE: &str = "validate";
+/// Before the names of the weights to which a KL is measured, in a published state.
+const REFERENCE: &str = "reference.";
+
 /// The entry of a published state with what a stage that goes on from it must agree with.
 const TERMS: &str = "terms";
 
@@ -79,6 +84,17 @@ impl Published {
     /// The model whose training it is, from the folder of the artifact; [`Training::resume`] fills in what is trained.
     pub fn model(&self, folder: &Path, device: Device, lora: Option<&Lora>, seed: u64) -> anyhow::Result<Transformer> {
         Transformer::empty(folder, device, lora.map(|lora| (lora, seed)), &self.state.tensors)
+    }
+
+    /// The weights that the first of the trainings in a row began with, for a KL to be measured to; an error where none
+    /// were kept.
+    pub fn reference(&self, folder: &Path, device: Device) -> anyhow::Result<Transformer> {
+        let kept = |prefix: &&str| self.state.tensors.keys().any(|name| name.starts_with(prefix));
+        let prefix = [REFERENCE, model::BASE].into_iter().find(kept).context(
+            "this stage measures a KL to the weights that training began with, but the training to go on from has kept \
+             none: set `kl.beta` to 0, or begin anew from its weights with `model`",
+        )?;
+        Transformer::restored(folder, device, prefix, &self.state.tensors)
     }
 
     /// The value of a term.
@@ -181,15 +197,36 @@ impl<C: Default + Serialize + DeserializeOwned> Training<C> {
         Ok(())
     }
 
-    /// Forgets the best validation so far.
-    pub fn forget_best(&mut self) {
-        (self.counters.best, self.best) = (None, None);
+    /// Tells that this training goes on from `from`, where no step of its own is done yet, and forgets the best validation
+    /// so far if another validation chose it; gives whether it is at that place.
+    pub fn goes_on(&mut self, from: &Published, terms: &Terms, context: &mut StageContext) -> bool {
+        let begins = self.counters.step == from.steps();
+        if begins {
+            context.note(format!("goes on behind step {} of another training", from.steps()));
+            if self.counters.best.is_some() && *from.term(VALIDATE) != terms[VALIDATE] {
+                context.note("the best weights so far are forgotten, because another validation chose them");
+                (self.counters.best, self.best) = (None, None);
+            }
+        }
+        begins
     }
 
-    /// Writes the state to `folder` for another stage to go on from, under `terms`; `companions` is the model's folder.
-    pub fn publish_state(&mut self, folder: &Path, companions: &Path, terms: &Terms) -> anyhow::Result<()> {
+    /// Writes the state to `folder` for another stage to go on from, under `terms`; `companions` is the model's folder and
+    /// `reference` what a KL is measured to.
+    pub fn publish_state(
+        &mut self,
+        folder: &Path,
+        companions: &Path,
+        terms: &Terms,
+        reference: Option<&Transformer>,
+    ) -> anyhow::Result<()> {
         let mut state = self.state()?;
-        state.tensors.extend(self.model.frozen());
+        let frozen = self.model.frozen();
+        // Frozen weights below adapters are the reference themselves.
+        if let Some(reference) = reference.map(Transformer::weights).filter(|_| frozen.is_empty()) {
+            state.tensors.extend(reference.named(REFERENCE, reference.flat()));
+        }
+        state.tensors.extend(frozen);
         state.json[TERMS] = serde_json::to_value(terms).context("the terms of a training are plain data")?;
         training_state::save(folder, &state)?;
         model::save_companions(companions, folder)

@@ -11,6 +11,7 @@ use pipe::telemetry::{Metrics, StepLines};
 use serde_json::json;
 
 use crate::generate::Sampling;
+use crate::memory::{self, Generation};
 use crate::model::Transformer;
 use crate::preflight;
 use crate::prompts::{Prompts, Purpose};
@@ -75,6 +76,14 @@ impl Validation {
             context.note(format!("validation completions are not logged in `{}`: {error}", context.logs.display()));
         }
         Ok(Self { params: params.clone(), rows, sampling, seed, select, log })
+    }
+
+    /// What its generation needs in memory.
+    pub fn forecast(&self, model: &Transformer, prompts: &Prompts) -> Option<Generation> {
+        let at_once = self.rows.len().min(CHUNK) as u64;
+        let limit = self.sampling.max_new_tokens as u64;
+        let chunks = memory::turns(prompts, &self.rows, model.config(), at_once, 1, limit);
+        Generation::new("validation", "`validate.samples`", model, chunks)
     }
 
     /// Whether the finished step `step` of `steps` is validated: every so many, and always the last.

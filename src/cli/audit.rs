@@ -184,9 +184,18 @@ fn completions(
         return stored(&find(target, &[], session)?.result()).map(Some);
     }
     let Some(store) = store else { return Ok(None) };
+    // A stage that goes on from another starts from that one's last weights, its default output.
+    let starts = match (&params.model, &params.continue_from) {
+        (Some(model), _) => vec![model.reference.clone()],
+        (None, Some(from)) => {
+            let stage = from.reference.split('.').next().unwrap_or_default();
+            vec![stage.to_owned(), format!("{stage}.last")]
+        }
+        (None, None) => Vec::new(),
+    };
     for node in trial.stages.values().map(|node| &plan.nodes[*node]) {
         let model = node.spec.stage.params()["model"]["$input"].as_str().map(str::to_owned);
-        let fits = node.spec.kind.name == "evaluate" && model.as_deref() == Some(params.model.reference.as_str());
+        let fits = node.spec.kind.name == "evaluate" && model.is_some_and(|model| starts.contains(&model));
         if let Some(manifest) = node.result.as_ref().filter(|_| fits) {
             return stored(&StageObjects { store, manifest }).map(Some);
         }

@@ -93,15 +93,7 @@ impl ChatTemplate {
     /// list of named ones, of which `default` is taken.
     pub fn open(folder: &Path) -> anyhow::Result<Option<Self>> {
         let config = read_json(&folder.join(CONFIG_FILE))?;
-        let path = folder.join(TEMPLATE_FILE);
-        let (source, path) = if path.exists() {
-            (fs::read_to_string(&path).with_context(|| format!("reading `{}`", path.display()))?, path)
-        } else {
-            let path = folder.join(CONFIG_FILE);
-            let entry = config.get("chat_template").filter(|entry| !entry.is_null());
-            let Some(entry) = entry else { return Ok(None) };
-            (named(entry).with_context(|| format!("reading `{}`", path.display()))?, path)
-        };
+        let Some((source, path)) = Self::source(folder)? else { return Ok(None) };
         let older = read_json(&folder.join(SPECIALS_FILE))?;
         let specials = SPECIALS.iter().filter_map(|name| {
             let text = [&config, &older].into_iter().find_map(|file| content(file.get(*name)?))?;
@@ -115,6 +107,20 @@ impl ChatTemplate {
         };
         template.end_of_turn = template.find_end_of_turn(&special_tokens(folder)?)?;
         Ok(Some(template))
+    }
+
+    /// The template as it is written in a folder, and the file that it stands in; see [`ChatTemplate::open`].
+    pub fn source(folder: &Path) -> anyhow::Result<Option<(String, PathBuf)>> {
+        let path = folder.join(TEMPLATE_FILE);
+        if path.exists() {
+            let source = fs::read_to_string(&path).with_context(|| format!("reading `{}`", path.display()))?;
+            return Ok(Some((source, path)));
+        }
+        let path = folder.join(CONFIG_FILE);
+        let config = read_json(&path)?;
+        let Some(entry) = config.get("chat_template").filter(|entry| !entry.is_null()) else { return Ok(None) };
+        let source = named(entry).with_context(|| format!("reading `{}`", path.display()))?;
+        Ok(Some((source, path)))
     }
 
     /// The text of the special token that ends the model's turn.

@@ -17,12 +17,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::generate::Sampling;
 use crate::journal::Journal;
+use crate::memory::{Forecast, Generation};
 use crate::model::Transformer;
 use crate::prompts::{Prompts, Purpose};
 use crate::rollout::{distinct, finish_name, turns_column};
 use crate::session::states;
 use crate::trajectory::{Request, Trajectory, play};
-use crate::{device, preflight};
+use crate::{device, memory, preflight};
 
 /// A row each evaluated instance.
 const EXAMPLES_FILE: &str = "examples.parquet";
@@ -42,7 +43,9 @@ struct Chunk {
 pub fn run(params: &Evaluate, context: &mut StageContext) -> anyhow::Result<()> {
     // Open.
     let folder = context.input(&params.model)?.to_owned();
-    let model = Transformer::load_frozen(&folder, device::open(&context.resources)?)?;
+    let device = device::open(&context.resources)?;
+    let free = memory::free(device);
+    let model = Transformer::load_frozen(&folder, device)?;
     let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?)?;
     let mut rows = prompts.tokens.split(&params.split)?;
     if params.samples > 0 {
@@ -56,6 +59,10 @@ pub fn run(params: &Evaluate, context: &mut StageContext) -> anyhow::Result<()> 
     }
     let checked = preflight::prompts(&prompts.tokens, &rows, model.config(), params.max_new_tokens)?;
     context.note(format!("evaluation: {checked}"));
+    let at_once = params.generation_chunk.min(rows.len() as u64);
+    let chunks = memory::turns(&prompts, &rows, model.config(), at_once, 1, params.max_new_tokens);
+    let generation = Generation::new("evaluation", "`generation_chunk` or `max_new_tokens`", &model, chunks);
+    context.note(Forecast::evaluation(&model).generating(generation).check(free)?);
 
     // Resume.
     let states = states(&context.work);

@@ -6,20 +6,24 @@
 //! makes no update, and is counted.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context as _, ensure};
-use pipe::pipeline::stage::{Interrupted, StageContext};
+use anyhow::{Context as _, bail, ensure};
+use pipe::pipeline::stage::{Interrupted, Stage as _, StageContext};
 use pipe::stages::grpo::Grpo;
 use pipe::stages::grpo::axes::Truncation;
 use pipe::stages::tokens::TokensFolder;
+use pipe::stages::training::Validate;
 use pipe::statistics::alarm::{Cause, Evaluation, Rule, assess};
 use pipe::telemetry::Metrics;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use tch::Device;
 
 use crate::credit::policy_row;
 use crate::loss::PolicySums;
+use crate::memory::{Forecast, Generation, Shape};
 use crate::model::Transformer;
 use crate::optimizer::learning_rate;
 use crate::policy::{PARITY, PolicyRow, backward};
@@ -28,9 +32,9 @@ use crate::replay::StoredRollouts;
 use crate::rewards::Rewards;
 use crate::rollout::{Done, ROLLOUTS_FILE, Rollout, Rollouts, Sample, ScoredGroup};
 use crate::session::{Session, rate, states};
-use crate::training::Training;
+use crate::training::{Published, Terms, Training, VALIDATE};
 use crate::validate::Validation;
-use crate::{device, preflight};
+use crate::{device, memory, preflight};
 
 /// What the loop counts besides its steps.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -52,19 +56,24 @@ struct Own {
 /// Runs the stage.
 pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     // Open.
-    let folder = context.input(&params.model)?.to_owned();
-    let device = device::open(&context.resources)?;
-    let model = Transformer::load_to_train(&folder, device, params.lora.as_ref(), params.seed)?;
-    // The weights that the stage starts from; they never move, and their digest is that of the input.
-    let reference = params.axes.needs_reference().then(|| Transformer::load_frozen(&folder, device)).transpose()?;
+    let (terms, free) = (terms(params, context), memory::free(device::open(&context.resources)?));
+    let Start { folder, model, reference, from } = start(params, &terms, context)?;
     let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?)?;
     let rows = prompts.tokens.split(&params.split)?;
     let checked = preflight::prompts(&prompts.tokens, &rows, model.config(), params.max_new_tokens)?;
     context.note(format!("rollouts: {checked}"));
+    let mut forecast = forecast(params, &prompts, &rows, &model, reference.as_ref());
 
     // Resume.
     let states = states(&context.work);
-    let (mut training, resumed) = Training::<Own>::resume(model, &params.optimizer, &states, None)?;
+    let (mut training, resumed) = Training::<Own>::resume(model, &params.optimizer, &states, from.as_ref())?;
+    if let Some(from) = &from
+        && training.goes_on(from, &terms, context)
+        && [VALIDATE, REWARDS].iter().any(|name| *from.term(name) != terms[*name])
+    {
+        // The alarm compares validations of the same rows by the same rewards.
+        training.counters.own.validations.clear();
+    }
     training.counters.occurred.watch(&folder)?;
     let recorded = training.counters.step - u64::from(training.counters.unrecorded.is_some());
     let journal = states.join("rollouts.jsonl");
@@ -80,12 +89,15 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     let mut validation = None;
     if let Some(validate) = &params.validate {
         let (model, limit) = (&training.model, params.max_new_tokens);
-        validation = Some(Validation::open(validate, &prompts, model, limit, params.seed, recorded, context)?);
         let (made, window) = (params.steps.div_ceil(validate.every), params.alarm.window);
         if made < window {
             context.note(format!("{made} validations are too few for the alarm, which looks at {window} together"));
         }
+        let opened = Validation::open(validate, &prompts, model, limit, params.seed, recorded, context)?;
+        forecast = forecast.generating(opened.forecast(model, &prompts));
+        validation = Some(opened);
     }
+    context.note(forecast.check(free)?);
     let mut session = Session::open(context, params, params.steps, recorded)?;
 
     // Loop.
@@ -138,8 +150,93 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
 
     // Finish.
     rollouts.publish(&context.output("rollouts").join(ROLLOUTS_FILE))?;
-    training.audit(&folder, context)?;
+    if from.is_none() {
+        training.audit(&folder, context)?;
+    }
+    // Who goes on from here has a journal of its own.
+    training.counters.own.journal = 0;
+    training.publish_state(&context.output("state"), &folder, &terms, reference.as_ref())?;
     training.publish(&context.output("last"), &context.output("best"), &folder)
+}
+
+/// The name of the term that says what a reward of a validation is.
+const REWARDS: &str = "rewards";
+
+/// What a stage that goes on from this one must agree with: what decides which prompts a step takes and how many updates it
+/// makes; and what the validations so far mean.
+fn terms(params: &Grpo, context: &StageContext) -> Terms {
+    let prompts = context.inputs.get(&params.prompts.reference).map(|prompts| prompts.digest.clone());
+    // How often it is made does not change what a validation finds.
+    let validate = params.validate.as_ref().map(|validate| Validate { every: 1, ..validate.clone() });
+    Terms::from([
+        ("kind".to_owned(), json!(Grpo::KIND)),
+        ("prompts".to_owned(), json!(prompts)),
+        ("split".to_owned(), json!(params.split)),
+        ("seed".to_owned(), json!(params.seed)),
+        ("prompts_per_step".to_owned(), json!(params.prompts_per_step)),
+        ("group_size".to_owned(), json!(params.group_size)),
+        ("updates_per_step".to_owned(), json!(params.updates_per_step)),
+        ("lora".to_owned(), json!(params.lora)),
+        (VALIDATE.to_owned(), json!([validate, params.max_new_tokens])),
+        (REWARDS.to_owned(), json!([params.rewards, params.on_error])),
+    ])
+}
+
+/// What the stage needs in memory, validation aside, if every completion becomes as long as it may.
+fn forecast(
+    params: &Grpo,
+    prompts: &Prompts,
+    rows: &[usize],
+    model: &Transformer,
+    reference: Option<&Transformer>,
+) -> Forecast {
+    let (group, limit, config) = (params.group_size, params.max_new_tokens, model.config());
+    let all = params.prompts_per_step / params.updates_per_step * group;
+    let micro = if params.micro_batch_size == 0 { all } else { params.micro_batch_size.min(all) };
+    let prompt = rows.iter().map(|&row| prompts.tokens.prompt_ids(row).len() as u64).max().unwrap_or(0);
+    let room = (config.max_position_embeddings as u64).saturating_sub(prompt);
+    let written = limit.saturating_mul(prompts.task.max_turns() as u64).min(room);
+    let shape = Shape { rows: micro, length: prompt + written, targets: micro * written };
+    let forecast = Forecast::training(model, params.validate.is_some(), memory::POLICY, std::iter::once(shape))
+        .beside(model, reference);
+    if params.replay.is_some() {
+        return forecast;
+    }
+    let at_once = params.generation_chunk.min(params.prompts_per_step);
+    let chunks = memory::turns(prompts, rows, config, at_once, group, limit);
+    forecast.generating(Generation::new("rollouts", "`generation_chunk` or `max_new_tokens`", model, chunks))
+}
+
+/// What a training begins with.
+struct Start {
+    /// The model's folder: its configuration and its tokenizer.
+    folder: PathBuf,
+    model: Transformer,
+    /// The weights that the training, or the first of those in a row, began with; they never move.
+    reference: Option<Transformer>,
+    from: Option<Published>,
+}
+
+fn start(params: &Grpo, terms: &Terms, context: &StageContext) -> anyhow::Result<Start> {
+    let device = device::open(&context.resources)?;
+    let has_reference = params.axes.needs_reference();
+    match (&params.model, &params.continue_from) {
+        (Some(model), None) => {
+            let folder = context.input(model)?.to_owned();
+            let model = Transformer::load_to_train(&folder, device, params.lora.as_ref(), params.seed)?;
+            let reference = has_reference.then(|| Transformer::load_frozen(&folder, device)).transpose()?;
+            Ok(Start { folder, model, reference, from: None })
+        }
+        (None, Some(from)) => {
+            let folder = context.input(from)?.to_owned();
+            let from = Published::open(&folder)?;
+            from.check(terms, params.steps, &[VALIDATE, REWARDS])?;
+            let model = from.model(&folder, device, params.lora.as_ref(), params.seed)?;
+            let reference = has_reference.then(|| from.reference(&folder, device)).transpose()?;
+            Ok(Start { folder, model, reference, from: Some(from) })
+        }
+        _ => bail!("a training begins either at a `model` or where another ended (`continue`)"),
+    }
 }
 
 /// Shows the alarm a validation; gives `alarm` (1 where it fires) and `alarms` (their count), and what to tell of the first.
@@ -307,8 +404,6 @@ fn minibatches<'a>(params: &Grpo, prompts: &Prompts, groups: &'a [ScoredGroup]) 
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]

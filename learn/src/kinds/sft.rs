@@ -16,12 +16,13 @@ use tch::Kind;
 use crate::batch::{Batch, Row};
 use crate::codec::Codec;
 use crate::loss::{supervised_loss, token_logprobs};
+use crate::memory::Forecast;
 use crate::model::Transformer;
 use crate::optimizer::learning_rate;
 use crate::order::Order;
 use crate::prompts::Prompts;
 use crate::session::{Session, rate, states};
-use crate::training::{Published, Terms, Training};
+use crate::training::{Published, Terms, Training, VALIDATE};
 use crate::validate::Validation;
 use crate::{device, memory, preflight};
 
@@ -60,18 +61,13 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
     let mut order = Order::new("sft.order", params.seed, rows);
     let micro = params.micro_batch_size as usize;
     let shapes = memory::micro_batches(&tokens, &mut order, params.steps, params.batch_size, micro);
-    let forecast = memory::Forecast::new(&model, params.validate.is_some(), shapes);
-    context.note(forecast.check(free)?);
+    let mut forecast = Forecast::training(&model, params.validate.is_some(), memory::SUPERVISED, shapes);
 
     // Resume.
     let (mut training, resumed) =
         Training::<Own>::resume(model, &params.optimizer, &states(&context.work), from.as_ref())?;
-    if let Some(from) = from.as_ref().filter(|from| training.counters.step == from.steps()) {
-        context.note(format!("goes on behind step {} of another training", from.steps()));
-        if training.counters.best.is_some() && *from.term(VALIDATE) != terms[VALIDATE] {
-            context.note("the best weights so far are forgotten, because another validation chose them");
-            training.forget_best();
-        }
+    if let Some(from) = &from {
+        training.goes_on(from, &terms, context);
     }
     training.counters.occurred.watch(&folder)?;
     let recorded = training.counters.step - u64::from(training.counters.unrecorded.is_some());
@@ -82,8 +78,10 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
         let positions = training.model.config().max_position_embeddings as u64;
         let limit = completion_limit(&tokens, &params.split, &validate.split, positions)?;
         let opened = Validation::open(validate, &prompts, &training.model, limit, params.seed, recorded, context)?;
+        forecast = forecast.generating(opened.forecast(&training.model, &prompts));
         validation = Some((opened, prompts));
     }
+    context.note(forecast.check(free)?);
     let mut session = Session::open(context, params, params.steps, recorded)?;
 
     // Loop.
@@ -122,12 +120,9 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
     if from.is_none() {
         training.audit(&folder, context)?;
     }
-    training.publish_state(&context.output("state"), &folder, &terms)?;
+    training.publish_state(&context.output("state"), &folder, &terms, None)?;
     training.publish(&context.output("last"), &context.output("best"), &folder)
 }
-
-/// The name of the term by which the best weights are chosen.
-const VALIDATE: &str = "validate";
 
 /// What a stage that goes on from this one must agree with: what decides which rows a step takes, and what `best` means.
 fn terms(params: &Sft, context: &StageContext) -> anyhow::Result<Terms> {

@@ -15,4 +15,4 @@ pub mod transformer;
 pub mod weights;
 
 pub use config::ModelConfig;
-pub use transformer::{Transformer, save_companions};
+pub use transformer::{BASE, Transformer, save_companions};

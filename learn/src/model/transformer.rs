@@ -20,7 +20,7 @@ use crate::model::weights::Weights;
 use crate::model::{ModelConfig, folder, new_tokens};
 
 /// Before the names of frozen weights in a training state.
-const BASE: &str = "base.";
+pub const BASE: &str = "base.";
 
 /// A decoder with its weights.
 #[derive(Debug)]
@@ -172,14 +172,20 @@ impl Transformer {
         lora: Option<(&Lora, u64)>,
         tensors: &BTreeMap<String, Tensor>,
     ) -> Result<Self> {
-        let config = ModelConfig::read(folder)?;
         let Some((lora, seed)) = lora else {
+            let config = ModelConfig::read(folder)?;
             let weights = Weights::zeros(plan(&config), device);
             return Ok(Self::of(config, weights, None, device));
         };
-        let base = Weights::frozen(plan(&config), device);
-        base.fill(BASE, base.flat(), tensors)?;
-        Self::of(config, base, None, device).adapt(lora, seed)
+        Self::restored(folder, device, BASE, tensors)?.adapt(lora, seed)
+    }
+
+    /// The model of a folder's configuration with the weights of `tensors` whose names begin with `prefix`, frozen.
+    pub fn restored(folder: &Path, device: Device, prefix: &str, tensors: &BTreeMap<String, Tensor>) -> Result<Self> {
+        let config = ModelConfig::read(folder)?;
+        let weights = Weights::frozen(plan(&config), device);
+        weights.fill(prefix, weights.flat(), tensors)?;
+        Ok(Self::of(config, weights, None, device))
     }
 
     /// What a training state must hold beside what is trained: the frozen weights below adapters.

@@ -10,13 +10,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::pipeline::stage::{
-    ArtifactType, Checkpoint, Input, Output, Part, Place, Problem, Rollouts, Stage, Tokens, Upstream,
+    ArtifactType, Checkpoint, Continues, Input, Output, Part, Place, Problem, Rollouts, Stage, Tokens, TrainingState,
+    Upstream,
 };
 use crate::rewards::{OnError, RewardSpec};
 pub use crate::stages::grpo::axes::{Axes, DynamicSampling};
 use crate::stages::sampling::Filters;
 use crate::stages::training::{
-    Alarm, Lora, Optimizer, Schedule, Validate, check_select, task_of, task_parts, versions,
+    Alarm, Lora, Optimizer, Schedule, Validate, check_select, check_start, task_of, task_parts, versions,
 };
 
 /// Improve a model by its own graded attempts: groups of completions a prompt, policy-gradient loss. The loss is a point in
@@ -24,8 +25,15 @@ use crate::stages::training::{
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[schemars(extend("additionalProperties" = false))]
 pub struct Grpo {
-    /// The model to start from.
-    pub model: Input<Checkpoint>,
+    /// The model to start from; not with `continue`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<Input<Checkpoint>>,
+    /// A stage of this kind to go on from, as if it had not ended; `steps` counts its steps, too. `prompts`, `split`, `seed`,
+    /// `prompts_per_step`, `group_size`, `updates_per_step` and `lora` must be the same, and what else differs counts from here
+    /// on; the learning rate is that of a run of `steps` steps. The output `rollouts` has the completions of this stage alone.
+    /// A KL is measured to the weights that the first of the stages began with.
+    #[serde(default, rename = "continue", skip_serializing_if = "Option::is_none")]
+    pub continue_from: Option<Input<TrainingState>>,
     /// The prompts, with their task.
     pub prompts: Input<Tokens>,
     /// The split of `prompts`: instances that supervised training has not seen.
@@ -123,7 +131,7 @@ impl Grpo {
     }
 
     /// Whether stored completions were drawn from the distribution that this stage would draw from.
-    fn check_replay(&self, upstream: &Upstream<'_>) -> Vec<Problem> {
+    fn check_replay(&self, upstream: Upstream<'_>) -> Vec<Problem> {
         let Some(replay) = &self.replay else { return Vec::new() };
         let mut problems = Vec::new();
         let name = replay.reference.split('.').next().unwrap_or_default();
@@ -146,18 +154,36 @@ impl Grpo {
     pub fn reduction_tokens(&self) -> u64 {
         self.axes.reduction_tokens.unwrap_or(self.max_new_tokens)
     }
+
+    /// Whether the training to go on from has kept the weights to which a KL is measured.
+    fn check_reference(&self, upstream: Upstream<'_>) -> Option<Problem> {
+        let from = self.continue_from.as_ref().filter(|_| self.axes.needs_reference())?;
+        let stage = from.reference.split('.').next()?;
+        let before: Self = serde_json::from_value(upstream.stages.get(stage)?.clone()).ok()?;
+        // Below adapters the weights that training began with are frozen, and thereby kept.
+        (before.lora.is_none() && !before.axes.needs_reference()).then(|| {
+            let beta = self.axes.kl.beta;
+            let message = format!(
+                "`kl.beta` is {beta}, but the stage `{stage}` to go on from has none and keeps no weights to measure a KL to"
+            );
+            let hint = format!("set it to 0, give `{stage}` a `kl.beta`, or begin anew from its weights with `model`");
+            Problem::new("kl.beta", message).hint(hint)
+        })
+    }
 }
 
 impl Stage for Grpo {
     const KIND: &'static str = "grpo";
-    const VERSION: u32 = 3;
+    const VERSION: u32 = 4;
     const PLACE: Place = Place::Worker;
+    const CONTINUES: Option<Continues> = Some(Continues { field: "continue", grows: "steps" });
 
     fn outputs(&self) -> Vec<Output> {
         vec![
             Output::new("last", ArtifactType::Checkpoint),
             Output::new("best", ArtifactType::Checkpoint),
             Output::new("rollouts", ArtifactType::Rollouts),
+            Output::new("state", ArtifactType::TrainingState),
         ]
     }
 
@@ -180,9 +206,11 @@ impl Stage for Grpo {
         let rows = self.prompts_per_step * self.group_size / self.updates_per_step.max(1);
         let mut problems =
             crate::stages::training::check(&self.split, self.micro_batch_size, rows, self.validate.as_ref());
+        problems.extend(check_start(self.model.is_some(), self.continue_from.is_some()));
+        problems.extend(self.check_reference(*upstream));
         problems.extend(self.axes.check());
         problems.extend(self.filters.check("", self.temperature));
-        problems.extend(self.check_replay(upstream));
+        problems.extend(self.check_replay(*upstream));
         if self.rewards.is_empty() {
             let problem = Problem::new("rewards", "no reward is given");
             problems
@@ -324,5 +352,32 @@ mod tests {
         assert_eq!(once(json!({"preset": "gspo"})), once(json!({"preset": "grpo", "kl": {"beta": 0.0}})));
         let twice = |preset| once(json!({"preset": preset, "kl": {"beta": 0.0}, "updates_per_step": 2}));
         assert_ne!(twice("gspo"), twice("grpo"));
+    }
+
+    #[test]
+    fn a_divergence_needs_weights_that_the_training_before_has_kept() {
+        let stage = |extra: Value| -> Grpo {
+            let mut file = json!({
+                "prompts": "tokens", "steps": 2, "max_new_tokens": 8, "rewards": {"r": {"kind": "correct"}},
+            });
+            file.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+            serde_json::from_value(file).unwrap()
+        };
+        let found = |before: Value, beta: f64| {
+            let before = serde_json::to_value(stage(before)).unwrap();
+            let stages: BTreeMap<String, Value> = [("first".to_owned(), before)].into();
+            let second = stage(json!({"continue": "first.state", "kl": {"beta": beta}}));
+            Stage::check(&second, &Upstream { stages: &stages })
+        };
+        let free = || json!({"model": "sft", "kl": {"beta": 0.0}});
+        assert_eq!(found(free(), 0.0), []);
+        assert_eq!(found(json!({"model": "sft", "kl": {"beta": 0.1}}), 0.2), []);
+        assert_eq!(found(json!({"model": "sft", "kl": {"beta": 0.0}, "lora": {"rank": 2}}), 0.2), []);
+        let problem = found(free(), 0.2).remove(0);
+        assert_eq!(problem.path, "kl.beta");
+        assert!(problem.message.contains("the stage `first` to go on from has none"), "{problem:?}");
+        let begins = |extra: Value| Stage::check(&stage(extra), &Upstream { stages: &BTreeMap::new() });
+        assert_eq!(begins(json!({}))[0].path, "model");
+        assert_eq!(begins(json!({"model": "sft", "continue": "first"}))[0].path, "continue");
     }
 }

@@ -92,6 +92,28 @@ fn what_an_episode_reads_is_what_the_rows_taught_with_and_without_a_chat_templat
 }
 
 #[test]
+fn a_model_with_another_chat_template_than_the_rows_is_refused() {
+    let (_place, tokens) = framed();
+    let model = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(LINES.path("policy")).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, model.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let taught = tokens.path.join("tokenizer/chat_template.jinja");
+    let open = |template: &str| {
+        std::fs::write(model.path().join("chat_template.jinja"), template).unwrap();
+        Prompts::open(model.path(), TokensFolder::open(&tokens.path).unwrap())
+    };
+    let template = std::fs::read_to_string(&taught).unwrap();
+    assert!(open(&template).is_ok());
+    let error = format!("{:#}", open(&template.replace("': '", "'; '")).err().unwrap());
+    assert!(error.contains("is not the one that wrote the rows") && error.contains("from line 1 on"), "{error}");
+    assert!(error.contains(&*taught.to_string_lossy()) && error.contains("from one tokenizer"), "{error}");
+    // Rows that no template wrote do not care.
+    assert!(Prompts::open(model.path(), TokensFolder::open(LINES.path("tokens")).unwrap()).is_ok());
+}
+
+#[test]
 fn a_trajectory_is_what_the_environment_saw_and_the_model_read() {
     let Played { model, prompts, requests, trajectories: played } = played();
     let (mut several, mut whole) = (0, 0);

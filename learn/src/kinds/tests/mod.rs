@@ -158,6 +158,39 @@ fn what_is_logged_is_what_is_optimised() {
 }
 
 #[test]
+fn samples_of_a_group_differ_and_the_share_that_does_is_counted() {
+    let distinct = |temperature: f64| {
+        let mut params = grpo();
+        params["temperature"] = json!(temperature);
+        params["dynamic_sampling"] = json!({"enabled": false});
+        params["validate"] = Value::Null;
+        let job = Job::new(&FLOW, "grpo", params);
+        job.run(&[]).unwrap();
+        let path = job.out().join("rollouts/rollouts.parquet");
+        let Column::Integers(ids) = table::read(&path, &["ids"]).unwrap().remove(0) else { panic!("no ids") };
+        let step = numbers(&job, &["step"]).remove(0);
+        let (mut all, mut most) = (0, 0);
+        for line in job.metrics() {
+            let of_step = (0..ids.len()).filter(|row| step[*row] + 1.0 == line["step"].as_f64().unwrap());
+            let rows: Vec<&Vec<i32>> = of_step.map(|row| &ids[row]).collect();
+            let kinds = |group: &[&Vec<i32>]| group.iter().collect::<std::collections::BTreeSet<_>>().len();
+            let counts: Vec<usize> = rows.chunks(4).map(kinds).collect();
+            let count: usize = counts.iter().sum();
+            let share = line["completions/unique_share"].as_f64().unwrap();
+            assert!((share - count as f64 / rows.len() as f64).abs() < 1e-12, "{line}");
+            all += count;
+            most = most.max(counts.into_iter().max().unwrap());
+        }
+        (all as f64 / ids.len() as f64, most)
+    };
+    let (share, most) = distinct(1.0);
+    assert!(share > 0.5 && most == 4, "{share} of the completions differ, {most} in a group at most");
+    // Next to greedy, all of a group are the same: that is what a lost stream of random numbers would look like.
+    let (share, _) = distinct(1e-3);
+    assert!(share < 0.4, "{share}");
+}
+
+#[test]
 fn dynamic_sampling_takes_groups_in_the_order_of_prompts_and_refills_what_it_drops() {
     let mut params = grpo();
     params["rewards"] = json!({"correct": {"kind": "correct"}});

@@ -192,3 +192,21 @@ fn stop_texts_end_a_completion_and_are_part_of_its_text() {
     }
     assert!(stopped > 0);
 }
+
+#[test]
+fn a_batch_that_cannot_fit_is_an_error_before_the_first_step_that_says_what_to_lower() {
+    let error = |extra: Value| {
+        let job = Job::new(&FLOW, "grpo", with(&extra));
+        let error = format!("{:#}", job.run(&[]).unwrap_err());
+        let told = job.events.lock().unwrap();
+        assert!(!told.iter().any(|event| matches!(event, StageEvent::Metrics { .. })), "a step was begun");
+        error
+    };
+    let huge = json!({"prompts_per_step": 1_000_000, "generation_chunk": 1_000_000, "group_size": 1_000});
+    let generation = error(huge);
+    assert!(generation.contains("training needs about") && generation.contains("are free"), "{generation}");
+    assert!(generation.contains("to generate 1000000000 completions of 10 tokens"), "{generation}");
+    assert!(generation.ends_with("lower `generation_chunk` or `max_new_tokens`"), "{generation}");
+    let whole = json!({"prompts_per_step": 1_000_000, "group_size": 1_000, "micro_batch_size": 0});
+    assert!(error(whole).ends_with("lower `micro_batch_size`"));
+}

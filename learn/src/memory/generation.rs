@@ -1,0 +1,164 @@
+//! What generating a chunk of completions needs in memory.
+//!
+//! Every completion is taken to be as long as it may become: the cache is laid out for that at the beginning. Episodes of
+//! several turns are read anew in each turn, so that the last turn of the longest is the widest.
+
+use super::ELEMENT;
+use crate::model::{ModelConfig, Transformer};
+use crate::prompts::Prompts;
+
+/// Completions that are made at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chunk {
+    /// Different texts to read.
+    pub prompts: u64,
+    /// Completions of all of them.
+    pub rows: u64,
+    /// Tokens in the longest text.
+    pub length: u64,
+    /// Tokens in a completion, at most.
+    pub new: u64,
+}
+
+/// The bytes for the widest chunk of a kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Generation {
+    /// What the completions are for.
+    pub purpose: &'static str,
+    /// Bytes beside the weights.
+    pub bytes: u64,
+    /// That chunk.
+    pub widest: Chunk,
+    /// What makes it smaller.
+    pub lower: &'static str,
+}
+
+impl Generation {
+    /// Of the widest of `chunks`.
+    pub fn new(
+        purpose: &'static str,
+        lower: &'static str,
+        model: &Transformer,
+        chunks: impl IntoIterator<Item = Chunk>,
+    ) -> Option<Self> {
+        let measured = chunks.into_iter().map(|widest| (bytes(model, widest), widest));
+        let (bytes, widest) = measured.max_by_key(|(bytes, _)| *bytes)?;
+        Some(Self { purpose, bytes, widest, lower })
+    }
+
+    /// What is needed, in words.
+    pub fn shown(&self) -> String {
+        let Chunk { rows, length, new, .. } = self.widest;
+        format!("to generate {rows} completions of {new} tokens behind {length} for {}", self.purpose)
+    }
+}
+
+/// The first turn of `at_once` of the prompts `rows`, `samples` completions each, and the last turn where there are several.
+pub fn turns(
+    prompts: &Prompts,
+    rows: &[usize],
+    config: &ModelConfig,
+    at_once: u64,
+    samples: u64,
+    max_new_tokens: u64,
+) -> Vec<Chunk> {
+    let length = rows.iter().map(|&row| prompts.tokens.prompt_ids(row).len() as u64).max().unwrap_or(0);
+    let first = Chunk { prompts: at_once, rows: at_once * samples, length, new: max_new_tokens };
+    let room = (config.max_position_embeddings as u64).saturating_sub(max_new_tokens);
+    let before = (prompts.task.max_turns() as u64 - 1).saturating_mul(max_new_tokens);
+    let last = Chunk { prompts: first.rows, length: length.saturating_add(before).min(room), ..first };
+    if before > 0 { vec![first, last] } else { vec![first] }
+}
+
+/// Bytes at the widest instant: the weights as generation multiplies and stacks them; then the layers over the texts with
+/// their keys and values, or these copied to every completion, or one token of every completion over a full cache.
+fn bytes(model: &Transformer, chunk: Chunk) -> u64 {
+    let Chunk { prompts, rows, length, new } = chunk;
+    let config = model.config();
+    let size = |value: i64| value as u64;
+    let (hidden, inner, layers) =
+        (size(config.hidden_size), size(config.intermediate_size), size(config.num_hidden_layers));
+    let queries = size(config.num_attention_heads * config.head_dim);
+    let keys = size(config.num_key_value_heads * config.head_dim);
+    let vocabulary = size(config.vocab_size);
+    let stacked = hidden * (queries + 2 * keys + 2 * inner);
+    // What adapters change is copied, too.
+    let adapted = if model.frozen().is_empty() { 0 } else { hidden * (queries + inner) };
+    let weights = layers * (stacked + adapted) + vocabulary * hidden;
+    let cached = |rows: u64, slots: u64| 2 * layers * rows * slots * keys;
+    // A layer's values all live to its end: residuals and norms, projections before and after rotation, the feed-forward.
+    let layer = |tokens: u64| tokens * (4 * hidden + 3 * queries + 3 * keys + 4 * inner);
+    let (read, logits) = (cached(prompts, length), prompts * vocabulary);
+    let reading = read + layer(prompts * length);
+    let slots = length + new;
+    let copying = read + cached(rows, slots) + cached(rows, length) + logits + rows * vocabulary;
+    let scores = 2 * rows * size(config.num_attention_heads) * slots;
+    let writing = cached(rows, slots) + logits + 3 * rows * vocabulary + layer(rows) + scores;
+    ELEMENT * (weights + reading.max(copying).max(writing))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+    use std::sync::atomic::AtomicBool;
+
+    use serde_json::json;
+    use tch::{Device, Kind, Tensor};
+
+    use super::*;
+    use crate::generate::{Group, Sampling, generate};
+    use crate::memory::tests::{CASE, status};
+
+    fn cases() -> Vec<(ModelConfig, Chunk)> {
+        let config = |hidden: i64, layers: i64, shared: i64, vocabulary: i64| {
+            ModelConfig::parse(json!({
+                "model_type": "qwen2", "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 3 * hidden,
+                "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": shared,
+                "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "eos_token_id": 1
+            }))
+            .unwrap()
+        };
+        let chunk = |prompts, samples, length, new| Chunk { prompts, rows: prompts * samples, length, new };
+        vec![
+            (config(64, 4, 4, 200), chunk(32, 8, 64, 16)),
+            (config(64, 2, 1, 16_000), chunk(16, 16, 16, 8)),
+            (config(128, 4, 2, 500), chunk(256, 1, 128, 4)),
+        ]
+    }
+
+    /// How far the peak of a generation lies above what the process held before, and the forecast.
+    fn measure(config: ModelConfig, chunk: Chunk) -> (u64, u64) {
+        let square = Tensor::ones([8, 8], (Kind::Float, Device::Cpu));
+        let _ = square.matmul(&square);
+        let model = Transformer::zeros(config, Device::Cpu);
+        let before = status("VmRSS:");
+        // The first token of a model of zeros is every token alike.
+        let group = |at: u64| Group {
+            prompt: vec![5; chunk.length as usize],
+            samples: (0..chunk.rows / chunk.prompts).map(|sample| vec![at, sample]).collect(),
+        };
+        let groups: Vec<Group> = (0..chunk.prompts).map(group).collect();
+        generate(&model, &groups, &Sampling::new(1.0, chunk.new), &AtomicBool::new(false), &mut |_| {}).unwrap();
+        (status("VmHWM:") - before, bytes(&model, chunk))
+    }
+
+    #[test]
+    fn the_forecast_of_a_chunk_is_the_measured_peak_within_a_factor_of_one_and_a_half() {
+        if let Ok(case) = std::env::var(CASE) {
+            let (config, chunk) = cases().swap_remove(case.parse().unwrap());
+            let (peak, forecast) = measure(config, chunk);
+            let off = forecast as f64 / peak as f64;
+            assert!((1.0 / 1.5..=1.5).contains(&off), "case {case}: {forecast} bytes forecast, {peak} measured");
+            return;
+        }
+        // Each case in a process of its own, because the peak of a process never falls.
+        for case in 0..cases().len() {
+            let name = "memory::generation::tests::the_forecast_of_a_chunk_is_the_measured_peak_within_a_factor_of_one_and_a_half";
+            let mut child = Command::new(std::env::current_exe().unwrap());
+            let child = child.args(["--exact", name, "--nocapture"]).env(CASE, case.to_string()).output().unwrap();
+            let said = String::from_utf8_lossy(&child.stderr);
+            assert!(child.status.success(), "{said}");
+            assert!(String::from_utf8_lossy(&child.stdout).contains("1 passed"), "the child ran the case");
+        }
+    }
+}
