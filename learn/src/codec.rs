@@ -20,9 +20,11 @@ impl Codec {
     pub fn open(folder: &Path) -> anyhow::Result<Self> {
         let path = folder.join("tokenizer.json");
         let bytes = std::fs::read(&path).with_context(|| format!("reading `{}`", path.display()))?;
-        let tokenizer = Tokenizer::from_bytes(&bytes)
+        let mut tokenizer = Tokenizer::from_bytes(&bytes)
             .map_err(|error| anyhow!("{error}"))
             .with_context(|| format!("`{}` is no tokenizer", path.display()))?;
+        // Cutting and filling up are for the batches of whoever saved the file; a row is never cut in silence.
+        tokenizer.with_padding(None).with_truncation(None).map_err(|error| anyhow!("{error}"))?;
         fits(&tokenizer, folder)?;
         Ok(Self { tokenizer, digest: blake3::hash(&bytes).to_hex().to_string() })
     }
@@ -81,6 +83,23 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn a_text_is_neither_cut_nor_filled_up() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let tokenizer = json!({
+            "version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": {"type": "WhitespaceSplit"},
+            "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+            "padding": {"strategy": {"Fixed": 5}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0,
+                "pad_type_id": 0, "pad_token": "a"},
+            "post_processor": null, "decoder": null, "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}
+        });
+        std::fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).expect("written");
+        let codec = Codec::open(folder.path()).expect("a tokenizer");
+        for (text, ids) in [("b b b", vec![1; 3]), ("b", vec![1])] {
+            assert_eq!((codec.encode(text).expect("ids"), codec.encode_framed(text).expect("ids")), (ids.clone(), ids));
+        }
+    }
 
     #[test]
     fn a_tokenizer_with_more_ids_than_its_model_has_rows_is_refused() {

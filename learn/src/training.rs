@@ -46,6 +46,9 @@ pub struct Counters<C> {
     /// The new tokens of the model that the training has met.
     #[serde(default)]
     pub occurred: Occurred,
+    /// Those of them that it had met at the best validation.
+    #[serde(default, skip_serializing_if = "Occurred::is_empty")]
+    best_occurred: Occurred,
     /// The loop's own.
     pub own: C,
 }
@@ -185,12 +188,17 @@ impl<C: Default + Serialize + DeserializeOwned> Training<C> {
     pub fn consider(&mut self, value: f64) {
         if self.counters.best.is_none_or(|best| value > best.value) {
             self.counters.best = Some(Best { step: self.counters.step, value });
+            self.counters.best_occurred = self.counters.occurred.clone();
             self.best = Some(no_grad(|| self.model.weights().flat().copy()));
         }
     }
 
     /// Tells what became of the new tokens of the model in `folder`; a row that was used and has not moved is an error.
     pub fn audit(&self, folder: &Path, context: &mut StageContext) -> anyhow::Result<()> {
+        // Below adapters no row of a token moves, and a training that needs one to move has not begun.
+        if !self.model.frozen().is_empty() {
+            return Ok(());
+        }
         if let Some(audit) = new_tokens::audit(folder, &self.model, &self.counters.occurred)? {
             context.note(audit.to_string());
         }
@@ -206,6 +214,7 @@ impl<C: Default + Serialize + DeserializeOwned> Training<C> {
             if self.counters.best.is_some() && *from.term(VALIDATE) != terms[VALIDATE] {
                 context.note("the best weights so far are forgotten, because another validation chose them");
                 (self.counters.best, self.best) = (None, None);
+                self.counters.best_occurred = Occurred::default();
             }
         }
         begins
@@ -239,6 +248,52 @@ impl<C: Default + Serialize + DeserializeOwned> Training<C> {
             no_grad(|| self.model.weights().flat().shallow_clone().copy_(weights));
         }
         self.model.save(best, companions)?;
-        [last, best].into_iter().try_for_each(|folder| new_tokens::carry(folder, &self.counters.occurred))
+        // What the best weights had met is what was trained of them, not what came after.
+        let at_best = if self.best.is_some() { &self.counters.best_occurred } else { &self.counters.occurred };
+        new_tokens::carry(last, &self.counters.occurred)?;
+        new_tokens::carry(best, at_best)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::sandbox;
+
+    #[test]
+    fn the_best_weights_have_met_what_came_before_them_whether_stopped_or_not() {
+        let (folder, _) = sandbox::model(&json!({}));
+        let file = json!({"ids": [10, 11], "tokens": ["<up>", "<down>"], "rows": {"init": "mean", "std": 0.0}});
+        std::fs::write(folder.path().join("new_tokens.json"), file.to_string()).unwrap();
+        let optimizer: Optimizer = serde_json::from_value(json!({})).unwrap();
+        let left = |stopped: bool| {
+            let work = tempfile::tempdir().unwrap();
+            let open = || {
+                let model = Transformer::load(folder.path(), Device::Cpu).unwrap();
+                let states = work.path().join("states");
+                let (mut training, _) = Training::<u64>::resume(model, &optimizer, &states, None).unwrap();
+                training.counters.occurred.watch(folder.path()).unwrap();
+                training
+            };
+            let mut training = open();
+            training.counters.occurred.note(&[10, 5], &[0, 1]);
+            training.consider(1.0);
+            if stopped {
+                training.save().unwrap();
+                training = open();
+            }
+            training.counters.occurred.note(&[11, 5], &[0, 1]);
+            training.consider(0.5);
+            let outputs = ["last", "best"].map(|name| work.path().join(name));
+            outputs.iter().for_each(|output| std::fs::create_dir(output).unwrap());
+            training.publish(&outputs[0], &outputs[1], folder.path()).unwrap();
+            outputs.map(|output| std::fs::read_to_string(output.join("new_tokens.json")).ok())
+        };
+        let [last, best] = left(false);
+        assert_eq!(last, None);
+        assert!(best.as_ref().is_some_and(|best| best.contains("<down>") && !best.contains("<up>")), "{best:?}");
+        assert_eq!(left(true), [last, best]);
     }
 }

@@ -24,7 +24,7 @@ use tch::Device;
 use crate::credit::policy_row;
 use crate::loss::PolicySums;
 use crate::memory::{Forecast, Generation, Shape};
-use crate::model::Transformer;
+use crate::model::{Transformer, new_tokens};
 use crate::optimizer::learning_rate;
 use crate::policy::{PARITY, PolicyRow, backward};
 use crate::prompts::Prompts;
@@ -62,6 +62,11 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     let rows = prompts.tokens.split(&params.split)?;
     let checked = preflight::prompts(&prompts.tokens, &rows, model.config(), params.max_new_tokens)?;
     context.note(format!("rollouts: {checked}"));
+    if params.lora.is_some()
+        && let Some(note) = new_tokens::refuse(&folder, rows.iter().map(|&row| prompts.tokens.row_ids(row)))?
+    {
+        context.note(note);
+    }
     let mut forecast = forecast(params, &prompts, &rows, &model, reference.as_ref());
 
     // Resume.
@@ -74,7 +79,10 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
         // The alarm compares validations of the same rows by the same rewards.
         training.counters.own.validations.clear();
     }
-    training.counters.occurred.watch(&folder)?;
+    // Adapters leave the rows of tokens as they are.
+    if params.lora.is_none() {
+        training.counters.occurred.watch(&folder)?;
+    }
     let recorded = training.counters.step - u64::from(training.counters.unrecorded.is_some());
     let journal = states.join("rollouts.jsonl");
     let done = Done { journal: &journal, committed: training.counters.own.journal, step: training.counters.step };

@@ -17,7 +17,7 @@ use crate::batch::{Batch, Row};
 use crate::codec::Codec;
 use crate::loss::{supervised_loss, token_logprobs};
 use crate::memory::Forecast;
-use crate::model::Transformer;
+use crate::model::{Transformer, new_tokens};
 use crate::optimizer::learning_rate;
 use crate::order::Order;
 use crate::prompts::Prompts;
@@ -58,6 +58,11 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
     preflight::tokenizers(&folder, Codec::open(&folder)?.digest(), &tokens)?;
     let rows = tokens.split(&params.split)?;
     context.note(format!("training: {}", preflight::rows(&tokens, &rows, model.config(), &folder)?));
+    if params.lora.is_some()
+        && let Some(note) = new_tokens::refuse(&folder, rows.iter().map(|&row| tokens.row_ids(row)))?
+    {
+        context.note(note);
+    }
     let mut order = Order::new("sft.order", params.seed, rows);
     let micro = params.micro_batch_size as usize;
     let shapes = memory::micro_batches(&tokens, &mut order, params.steps, params.batch_size, micro);
@@ -69,7 +74,10 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
     if let Some(from) = &from {
         training.goes_on(from, &terms, context);
     }
-    training.counters.occurred.watch(&folder)?;
+    // Adapters leave the rows of tokens as they are.
+    if params.lora.is_none() {
+        training.counters.occurred.watch(&folder)?;
+    }
     let recorded = training.counters.step - u64::from(training.counters.unrecorded.is_some());
     let recorded = resumed.then_some(recorded);
     let mut validation = None;

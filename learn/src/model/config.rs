@@ -69,7 +69,8 @@ pub struct ModelConfig {
     /// Ends a sequence; any of them does.
     #[serde(default, deserialize_with = "ends")]
     pub eos_token_id: Vec<i64>,
-    /// Fills rows up to a common length; 0 where the folder names none, for it is never attended to nor trained on.
+    /// Fills rows up to a common length; where the folder names none, or one without a row such as -1, 0 does, for it is
+    /// never attended to nor trained on.
     #[serde(default)]
     pub pad_token_id: Option<i64>,
 }
@@ -161,7 +162,7 @@ impl ModelConfig {
 
     /// The id that fills rows up.
     pub fn padding(&self) -> i64 {
-        self.pad_token_id.unwrap_or(0)
+        self.pad_token_id.filter(|id| (0..self.vocab_size).contains(id)).unwrap_or(0)
     }
 }
 
@@ -233,6 +234,15 @@ mod tests {
         newer["eos_token_id"] = json!([3, 4]);
         let config = ModelConfig::parse(newer).expect("the newer way to say it");
         assert_eq!((config.rope.theta, config.eos_token_id), (5e5, vec![3, 4]));
+    }
+
+    #[test]
+    fn padding_has_a_row() {
+        for (named, padding) in [(json!(null), 0), (json!(9), 9), (json!(10), 0), (json!(-1), 0)] {
+            let mut raw = raw();
+            raw["pad_token_id"] = named;
+            assert_eq!(ModelConfig::parse(raw).expect("a configuration").padding(), padding);
+        }
     }
 
     #[test]

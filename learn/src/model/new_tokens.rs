@@ -42,6 +42,11 @@ impl Occurred {
         Ok(())
     }
 
+    /// Whether none has been met.
+    pub fn is_empty(&self) -> bool {
+        self.inputs.is_empty() && self.targets.is_empty()
+    }
+
     /// Notes a row that was trained on; `mask` is 1 at its targets and as long as `ids`.
     pub fn note(&mut self, ids: &[i64], mask: &[u8]) {
         if self.watched.is_empty() {
@@ -137,18 +142,31 @@ pub fn carry(folder: &Path, occurred: &Occurred) -> Result<()> {
     fs::write(&path, text + "\n").with_context(|| format!("cannot write `{}`", path.display()))
 }
 
-/// Refuses a model whose embedding stays frozen while it has new tokens.
-pub fn refuse(folder: &Path) -> Result<()> {
-    if let Some(file) = read(folder)? {
+/// Refuses a model whose embedding stays frozen while rows of `rows` have new tokens; gives one sentence on new tokens that
+/// they do not have, which may stay as they are.
+pub fn refuse<'a>(folder: &Path, rows: impl Iterator<Item = &'a [i32]>) -> Result<Option<String>> {
+    let Some(file) = read(folder)? else { return Ok(None) };
+    let new: BTreeSet<u32> = file.ids.iter().copied().collect();
+    let met: BTreeSet<u32> = rows.flatten().map(|id| *id as u32).filter(|id| new.contains(id)).collect();
+    let shown = |shown: &mut dyn Iterator<Item = &String>| {
+        let texts: Vec<&str> = shown.take(SHOWN).map(String::as_str).collect();
+        texts.join("`, `")
+    };
+    if !met.is_empty() {
+        let mut texts = file.ids.iter().zip(&file.tokens).filter(|(id, _)| met.contains(id)).map(|(_, token)| token);
         bail!(
-            "the model `{}` has {} tokens whose rows were never trained, as `{}`, and adapters leave them so: train the \
-             model without `lora` first",
-            folder.display(),
-            file.ids.len(),
-            file.tokens.first().map_or("", String::as_str)
+            "{} tokens of the rows, as `{}`, are new to the model `{}`: their rows of its tables were never trained, and \
+             adapters leave them so; train the model without `lora` first",
+            met.len(),
+            shown(&mut texts),
+            folder.display()
         );
     }
-    Ok(())
+    Ok(Some(format!(
+        "{} new tokens of the model, as `{}`, were never trained and stay so: the rows do not have them",
+        file.ids.len(),
+        shown(&mut file.tokens.iter())
+    )))
 }
 
 fn read(folder: &Path) -> Result<Option<NewTokensFile>> {
@@ -233,6 +251,18 @@ mod tests {
     }
 
     #[test]
+    fn adapters_are_refused_only_where_a_new_token_occurs() {
+        let (folder, _model) = model();
+        let asked = |rows: &[&[i32]]| refuse(folder.path(), rows.iter().copied());
+        let error = asked(&[&[1, 2], &[5, 11, 3]]).expect_err("adapters train no row").to_string();
+        assert!(error.contains("1 tokens of the rows, as `<down>`") && error.contains("without `lora`"), "{error}");
+        let note = asked(&[&[1, 2], &[5, 3]]).expect("no new token occurs").expect("a note");
+        assert!(note.contains("3 new tokens") && note.contains("`<up>`, `<down>`, `<left>`"), "{note}");
+        fs::remove_file(folder.path().join(NEW_TOKENS_FILE)).expect("removed");
+        assert_eq!(asked(&[&[11]]).expect("nothing is new"), None);
+    }
+
+    #[test]
     fn what_was_not_met_is_carried_on() {
         let (folder, model) = model();
         let mut occurred = occurred(folder.path());
@@ -240,13 +270,11 @@ mod tests {
         let mut again: Occurred = serde_json::from_str(&state).expect("its own state");
         again.watch(folder.path()).expect("new tokens");
         assert_eq!(again, occurred);
-        assert!(refuse(folder.path()).expect_err("adapters train no row").to_string().contains("without `lora`"));
         carry(folder.path(), &occurred).expect("carried");
         assert_eq!(read(folder.path()).expect("a file").expect("a token").tokens, ["<left>"]);
         occurred.note(&[12, 1], &[0, 1]);
         carry(folder.path(), &occurred).expect("carried");
         assert!(!folder.path().join(NEW_TOKENS_FILE).exists());
-        refuse(folder.path()).expect("nothing is new");
         assert_eq!(audit(folder.path(), &model, &occurred).expect("nothing to audit"), None);
         let mut nothing = Occurred::default();
         nothing.watch(folder.path()).expect("no file");

@@ -17,7 +17,7 @@ use crate::model::kv_cache::Decoder;
 use crate::model::lora::{Adapter, Adapters};
 use crate::model::rope::{Rotation, Turn, paired};
 use crate::model::weights::Weights;
-use crate::model::{ModelConfig, folder, new_tokens};
+use crate::model::{ModelConfig, folder};
 
 /// Before the names of frozen weights in a training state.
 pub const BASE: &str = "base.";
@@ -150,10 +150,7 @@ impl Transformer {
     /// The model of a folder as a training begins with it: all of it, or frozen with fresh adapters that `seed` decides.
     pub fn load_to_train(folder: &Path, device: Device, lora: Option<&Lora>, seed: u64) -> Result<Self> {
         match lora {
-            Some(lora) => {
-                new_tokens::refuse(folder)?;
-                Self::load_frozen(folder, device)?.adapt(lora, seed)
-            }
+            Some(lora) => Self::load_frozen(folder, device)?.adapt(lora, seed),
             None => Self::load(folder, device),
         }
     }

@@ -31,7 +31,15 @@ fn new_rows_are_audited_and_what_was_not_met_is_carried_on() {
             assert_eq!((&left["ids"], &left["tokens"]), (&json!([0]), &json!(["<|pad|>"])), "{kind} {output}");
         }
         params["lora"] = json!({"rank": 2});
-        let refused = format!("{:#}", Job::new(&flow, kind, params).run(&[]).unwrap_err());
+        let refused = format!("{:#}", Job::new(&flow, kind, params.clone()).run(&[]).unwrap_err());
         assert!(refused.contains("train the model without `lora` first"), "{refused}");
+        // What is left over occurs nowhere, so adapters do not miss it.
+        let left = job.out().join("last/new_tokens.json");
+        std::fs::copy(left, folder.path().join("new_tokens.json")).unwrap();
+        let job = Job::new(&flow, kind, params);
+        job.run(&[]).unwrap();
+        let told = |event: &StageEvent| matches!(event, StageEvent::Note { text } if text.contains("stay so: the rows do not have"));
+        assert!(job.events.lock().unwrap().iter().any(told), "{kind}");
+        assert!(job.out().join("best/new_tokens.json").exists(), "{kind}");
     }
 }
