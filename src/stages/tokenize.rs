@@ -24,11 +24,12 @@ use crate::pipeline::stage::{
     ArtifactType, Dataset, Input, Output, Part, Problem, Stage, StageContext, Tokenizer, Upstream,
 };
 use crate::stages::chat::ChatTemplate;
+use crate::stages::interrupted;
 use crate::stages::synthesize::pool;
 use crate::stages::table::{Column, ColumnType, TableWriter};
 use crate::stages::tokenizer::Encoder;
 use crate::stages::tokens::{ROWS_FILE, TASK_FILE, TENSORS_FILE, TOKENIZER_FOLDER, TaskFile};
-use crate::tasks::{FormatSpec, TaskSpec, open, parts};
+use crate::tasks::{FormatSpec, TaskSpec, open, open_with, parts};
 use script::{Contents, Script, Split, Writer, read_splits};
 
 /// Rows tokenized at a time.
@@ -147,7 +148,7 @@ impl Stage for Tokenize {
         let folder = context.output("tokens");
         let encoder = Encoder::open(&tokenizer_folder)?;
         let task = read_task(&dataset)?;
-        let opened = task.as_ref().map(|task| open(task, &self.format)).transpose()?;
+        let opened = task.as_ref().map(|task| open_with(task, &self.format, &context.interrupt)).transpose()?;
         let pool = pool(context)?;
         let splits = read_splits(&dataset, opened.is_some())?;
         let needed = splits.iter().any(|split| matches!(split.contents, Contents::Messages(_)));
@@ -168,8 +169,9 @@ impl Stage for Tokenize {
                 let range = first..(first + CHUNK).min(split.instances.len());
                 let encode =
                     |row| encode(split, row).with_context(|| format!("row `{}` of the data set", split.instances[row]));
-                let encoded: Vec<Encoded> =
-                    pool.install(|| range.clone().into_par_iter().map(encode).collect::<anyhow::Result<_>>())?;
+                let encoded: anyhow::Result<Vec<Encoded>> =
+                    pool.install(|| range.clone().into_par_iter().map(encode).collect());
+                let encoded = encoded.map_err(interrupted)?;
                 done += range.len() as u64;
                 let kept = encoded.into_iter().filter(|row| rows.keep(row, self.max_length, &split.name)).collect();
                 rows.write(kept, split, &mut table)?;

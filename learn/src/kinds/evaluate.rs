@@ -43,7 +43,7 @@ pub fn run(params: &Evaluate, context: &mut StageContext) -> anyhow::Result<()> 
     // Open.
     let folder = context.input(&params.model)?.to_owned();
     let model = Transformer::load_frozen(&folder, device::open(&context.resources)?)?;
-    let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?)?;
+    let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?, &context.interrupt)?;
     let mut rows = prompts.tokens.split(&params.split)?;
     if params.samples > 0 {
         let (there, asked) = (rows.len(), params.samples);

@@ -58,7 +58,7 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     let model = Transformer::load_to_train(&folder, device, params.lora.as_ref(), params.seed)?;
     // The weights that the stage starts from; they never move, and their digest is that of the input.
     let reference = params.axes.needs_reference().then(|| Transformer::load_frozen(&folder, device)).transpose()?;
-    let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?)?;
+    let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?, &context.interrupt)?;
     let rows = prompts.tokens.split(&params.split)?;
     let checked = preflight::prompts(&prompts.tokens, &rows, model.config(), params.max_new_tokens)?;
     context.note(format!("rollouts: {checked}"));
