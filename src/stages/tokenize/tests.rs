@@ -343,6 +343,27 @@ fn a_task_that_is_a_program_may_forget_every_episode() {
 }
 
 #[test]
+fn rows_without_a_demonstration_are_prompts_alone_and_counted() {
+    let half = "[str(sum)] if sum % 2 else None for sum";
+    let folder = program_inputs(|text| text.replace("[str(sum)] for sum", half));
+    for mask in ["completion", "all"] {
+        let path = run(folder.path(), mask, &json!({"format": {"kind": "plain"}, "mask": mask})).unwrap();
+        let tokens = TokensFolder::open(&path).unwrap();
+        let mut alone = 0;
+        for (row, of) in tokens.rows.iter().enumerate() {
+            let data = of.data.as_ref().unwrap();
+            let odd = (data["a"].as_u64().unwrap() + data["b"].as_u64().unwrap()) % 2 == 1;
+            assert_eq!(tokens.row_ids(row).len() > tokens.prompt_ids(row).len(), odd);
+            assert_eq!(tokens.row_mask(row).contains(&1), odd);
+            alone += u64::from(!odd);
+        }
+        assert!(alone > 0 && alone < 30);
+        let metrics: Value = serde_json::from_slice(&fs::read(path.join("metrics.json")).unwrap()).unwrap();
+        assert_eq!(metrics["rows_without_demonstration"], alone);
+    }
+}
+
+#[test]
 fn an_interrupt_while_a_program_demonstrates_is_the_stages_own() {
     let hang = "    if ask[\"call\"] == \"verdict\":\n        import time\n        time.sleep(100)\n";
     let folder = program_inputs(|text| text.replace("    if ask[\"call\"] == \"verdict\":\n", hang));
