@@ -4,6 +4,8 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context as _, bail, ensure};
 use pipe::stages::chat::ChatTemplate;
@@ -42,8 +44,9 @@ pub struct Prompts {
 }
 
 impl Prompts {
-    /// Opens `tokens` for the model in the folder `model`; refuses tokens of another tokenizer or without a task.
-    pub fn open(model: &Path, tokens: TokensFolder) -> anyhow::Result<Self> {
+    /// Opens `tokens` for the model in the folder `model`; refuses tokens of another tokenizer or without a task. The
+    /// stage's `interrupt` ends the calls of a task that is a program.
+    pub fn open(model: &Path, tokens: TokensFolder, interrupt: &Arc<AtomicBool>) -> anyhow::Result<Self> {
         let codec = Codec::open(model)?;
         preflight::tokenizers(model, codec.digest(), &tokens)?;
         let Some((task, format)) = &tokens.task else {
@@ -53,7 +56,7 @@ impl Prompts {
                 tokens.path.display()
             );
         };
-        let task = tasks::open(task, format)?;
+        let task = tasks::open_with(task, format, interrupt)?;
         let names: BTreeSet<String> = task.measures().iter().map(|measure| measure.name.clone().into_owned()).collect();
         let folder = tokens.path.join(TOKENIZER_FOLDER);
         let template = if tokens.chat { ChatTemplate::open(&folder)? } else { None };

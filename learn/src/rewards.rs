@@ -127,10 +127,13 @@ fn said(prompts: &Prompts, one: &Trajectory) -> Said {
     }
 }
 
-/// What a demonstration of a row says and earns.
+/// What a demonstration of a row says and earns; of a task without one, an empty reply.
 fn demonstration(prompts: &Prompts, row: usize) -> anyhow::Result<Said> {
     let instance = prompts.instance(row)?;
-    let replies = prompts.task.demonstrate(instance, 0)?;
+    let mut replies = prompts.task.demonstrate(instance, 0)?;
+    if replies.is_empty() {
+        replies.push(String::new());
+    }
     let (turns, verdict) = replay(prompts.task.as_ref(), Start { instance, seed: 0 }, &replies, Finish::Stop)?;
     let verdict = prompts.named(&prompts.values(verdict)?);
     let read = turns.iter().map(|turn| turn.observation.as_str());

@@ -173,7 +173,10 @@ impl Program {
                 ProgramError::Timeout { program, seconds: self.timeout.as_secs_f64(), so_far, said }
             }
             Trouble::Ended { pending } => {
-                let mut how = status.and_then(child::how).unwrap_or_else(|| "ended without an answer".to_owned());
+                let mut how = match status {
+                    Some(status) => child::how(status).unwrap_or_else(|| "ended without an answer".to_owned()),
+                    None => "closed its standard output without ending".to_owned(),
+                };
                 if pending > 0 {
                     how = format!("{how} in the middle of an answer line");
                 }

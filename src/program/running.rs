@@ -127,7 +127,7 @@ impl Running {
         Trouble::Ended { pending: self.pending.load(Ordering::Relaxed) }
     }
 
-    /// Ends the program; gives its status and what it said. With `patient` it may first end by itself.
+    /// Ends the program; gives its status, where it ended by itself, and what it said. With `patient` it may first do so.
     pub(super) fn end(mut self, patient: bool) -> (Option<ExitStatus>, String) {
         let status = self.finish(if patient { GRACE } else { Duration::ZERO });
         // A grandchild that left the group may hold the pipe, so that the end of the stream never comes.
@@ -151,13 +151,20 @@ impl Running {
         let began = Instant::now();
         // The program is left unreaped here, so that its group's number cannot be another's when it is killed.
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT | WaitIdOptions::NOHANG;
-        while !matches!(waitid(WaitId::Pid(self.group), options), Ok(Some(_))) && began.elapsed() < grace {
+        let by_itself = loop {
+            if matches!(waitid(WaitId::Pid(self.group), options), Ok(Some(_))) {
+                break true;
+            }
+            if began.elapsed() >= grace {
+                break false;
+            }
             std::thread::sleep(Duration::from_millis(2));
-        }
+        };
         signal(self.group, Signal::KILL);
         let status = self.child.wait().ok();
         unwatch(self.group);
-        status
+        // A kill of ours says nothing of the program.
+        status.filter(|_| by_itself)
     }
 }
 

@@ -43,6 +43,12 @@ fn an_early_end_is_an_error_whatever_its_status() {
 }
 
 #[test]
+fn a_program_that_is_slow_to_end_is_not_said_to_be_short_of_memory() {
+    let slow = error("read -r line; echo no such maze >&2; exec >&-; sleep 100", 10.0).to_string();
+    assert!(slow.contains("`sh` closed its standard output without ending; it said:\nno such maze"), "{slow}");
+}
+
+#[test]
 fn a_hang_ends_with_all_that_was_started() {
     let mut program = start("read -r line; echo $$; read -r line; sleep 100 & sleep 100", 0.3);
     let group: i32 = program.call(&json!(0)).unwrap();

@@ -19,7 +19,8 @@ pub mod tokenizer;
 pub mod tokens;
 pub mod training;
 
-use crate::pipeline::stage::Kind;
+use crate::pipeline::stage::{Interrupted, Kind};
+use crate::program::ProgramError;
 
 /// Every kind that a file may name.
 pub static KINDS: &[Kind] = &[
@@ -33,3 +34,11 @@ pub static KINDS: &[Kind] = &[
     Kind::of::<evaluate::Evaluate>(),
     Kind::of::<command::Command>(),
 ];
+
+/// The error of a stage: an interrupt that reached it in the call of a user's program is the stage's own.
+pub fn interrupted(error: anyhow::Error) -> anyhow::Error {
+    let is_interrupt = |cause: &(dyn std::error::Error + 'static)| {
+        cause.downcast_ref::<ProgramError>().is_some_and(|error| *error == ProgramError::Interrupted)
+    };
+    if error.chain().any(is_interrupt) { Interrupted.into() } else { error }
+}

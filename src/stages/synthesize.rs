@@ -19,8 +19,9 @@ use serde_json::{Value, json};
 
 use crate::pipeline::stage::{ArtifactType, Output, Part, Problem, Stage, StageContext, Upstream};
 use crate::random;
+use crate::stages::interrupted;
 use crate::stages::table::{Column, ColumnType, TableWriter};
-use crate::tasks::{Task, TaskSpec, open};
+use crate::tasks::{Task, TaskSpec, open, open_with};
 
 /// The columns of a data set that comes from a task.
 const COLUMNS: &[(&str, ColumnType)] = &[
@@ -140,10 +141,10 @@ impl Stage for Synthesize {
     }
 
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
-        let task = open(&self.task, &self.task.any_format())?;
+        let task = open_with(&self.task, &self.task.any_format(), &context.interrupt)?;
         let pool = pool(context)?;
         let mut drawing = Drawing::new(self);
-        pool.install(|| drawing.draw(task.as_ref(), context))?;
+        pool.install(|| drawing.draw(task.as_ref(), context)).map_err(interrupted)?;
         let folder = context.output("dataset");
         for split in &mut drawing.splits {
             if self.lengths == Lengths::Balanced {

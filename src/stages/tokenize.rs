@@ -24,11 +24,12 @@ use crate::pipeline::stage::{
     ArtifactType, Dataset, Input, Output, Part, Problem, Stage, StageContext, Tokenizer, Upstream,
 };
 use crate::stages::chat::ChatTemplate;
+use crate::stages::interrupted;
 use crate::stages::synthesize::pool;
 use crate::stages::table::{Column, ColumnType, TableWriter};
 use crate::stages::tokenizer::Encoder;
 use crate::stages::tokens::{ROWS_FILE, TASK_FILE, TENSORS_FILE, TOKENIZER_FOLDER, TaskFile};
-use crate::tasks::{FormatSpec, TaskSpec, open, parts};
+use crate::tasks::{FormatSpec, TaskSpec, open, open_with, parts};
 use script::{Contents, Script, Split, Writer, read_splits};
 
 /// Rows tokenized at a time.
@@ -147,7 +148,7 @@ impl Stage for Tokenize {
         let folder = context.output("tokens");
         let encoder = Encoder::open(&tokenizer_folder)?;
         let task = read_task(&dataset)?;
-        let opened = task.as_ref().map(|task| open(task, &self.format)).transpose()?;
+        let opened = task.as_ref().map(|task| open_with(task, &self.format, &context.interrupt)).transpose()?;
         let pool = pool(context)?;
         let splits = read_splits(&dataset, opened.is_some())?;
         let needed = splits.iter().any(|split| matches!(split.contents, Contents::Messages(_)));
@@ -168,8 +169,9 @@ impl Stage for Tokenize {
                 let range = first..(first + CHUNK).min(split.instances.len());
                 let encode =
                     |row| encode(split, row).with_context(|| format!("row `{}` of the data set", split.instances[row]));
-                let encoded: Vec<Encoded> =
-                    pool.install(|| range.clone().into_par_iter().map(encode).collect::<anyhow::Result<_>>())?;
+                let encoded: anyhow::Result<Vec<Encoded>> =
+                    pool.install(|| range.clone().into_par_iter().map(encode).collect());
+                let encoded = encoded.map_err(interrupted)?;
                 done += range.len() as u64;
                 let kept = encoded.into_iter().filter(|row| rows.keep(row, self.max_length, &split.name)).collect();
                 rows.write(kept, split, &mut table)?;
@@ -195,6 +197,8 @@ struct Encoded {
     prompt_length: i32,
     prompt: String,
     stratum: Option<String>,
+    /// The task has no demonstration: the row is its prompt alone, and nothing is learnt from it.
+    undemonstrated: bool,
     /// The row's text in one piece has other ids than its pieces have.
     retokenized: bool,
 }
@@ -221,6 +225,7 @@ impl Tokenize {
         let end = template.map_or(Ok(encoder.end), |template| end_of_turn(encoder, template))?;
         let mut ids = if template.is_some() { Vec::new() } else { encoder.begin.into_iter().collect() };
         encoder.encode(&conversation.prompt, &mut ids)?;
+        ensure!(!ids.is_empty() || !conversation.turns.is_empty(), "there is neither a prompt nor a completion");
         let mut mask = vec![0; ids.len()];
         // Nothing precedes the first token: without `bos` and prompt it stands for the prompt.
         let prompt_length = ids.len().max(1);
@@ -246,7 +251,8 @@ impl Tokenize {
             ensure!(last || ids.len() > mask.len(), "nothing is read between the turns {} and {}", turn + 1, turn + 2);
             mask.resize(ids.len(), 0);
         }
-        if self.mask == Mask::All {
+        let undemonstrated = conversation.turns.is_empty();
+        if self.mask == Mask::All && !undemonstrated {
             mask.fill(1);
         }
         mask[0] = 0;
@@ -259,7 +265,8 @@ impl Tokenize {
             None => false,
         };
         let prompt = conversation.prompt;
-        Ok(Encoded { row, ids, mask, prompt_length: prompt_length as i32, prompt, stratum, retokenized })
+        let prompt_length = prompt_length as i32;
+        Ok(Encoded { row, ids, mask, prompt_length, prompt, stratum, undemonstrated, retokenized })
     }
 
     fn report(&self, rows: &Rows, context: &mut StageContext) -> anyhow::Result<()> {
@@ -274,6 +281,13 @@ impl Tokenize {
                 Overlong::Error => bail!("{text}; raise `max_length` or set `overlong = \"drop\"`"),
                 Overlong::Drop => context.note(format!("{text}; they are left out")),
             }
+        }
+        if rows.undemonstrated > 0 {
+            context.note(format!(
+                "{} rows without a demonstration are prompts alone: they have no target, and only a stage that generates \
+                 can use them",
+                rows.undemonstrated
+            ));
         }
         if rows.retokenized > 0 {
             context.note(format!(
@@ -298,6 +312,7 @@ struct Rows {
     dropped: HashMap<String, u64>,
     longest: usize,
     longest_seen: usize,
+    undemonstrated: u64,
     retokenized: u64,
 }
 
@@ -329,6 +344,7 @@ impl Rows {
         let data = Column::Text(rows.iter().map(data).collect());
         let mut prompts = Vec::with_capacity(rows.len());
         for row in rows {
+            self.undemonstrated += u64::from(row.undemonstrated);
             self.retokenized += u64::from(row.retokenized);
             self.ids.extend(&row.ids);
             self.mask.extend(&row.mask);
@@ -365,6 +381,9 @@ impl Rows {
             ("target_tokens".to_owned(), self.mask.iter().map(|&target| u64::from(target)).sum()),
             ("longest_row".to_owned(), self.longest as u64),
         ]);
+        if self.undemonstrated > 0 {
+            metrics.insert("rows_without_demonstration".to_owned(), self.undemonstrated);
+        }
         for split in splits {
             let count = |counts: &HashMap<String, u64>| counts.get(&split.name).copied().unwrap_or(0);
             metrics.insert(format!("rows.{}", split.name), count(&self.kept));

@@ -16,7 +16,7 @@ use std::ops::Range;
 
 use serde_json::Value;
 
-pub use spec::{Algorithm, FormatSpec, SearchOrder, SearchTrace, TaskSpec, Trace, open, parts};
+pub use spec::{Algorithm, FormatSpec, SearchOrder, SearchTrace, TaskSpec, Trace, open, open_with, parts};
 
 /// Named numbers that a task measures in an episode; rewards, metrics and expressions read them.
 pub type Measurements = BTreeMap<String, f64>;
@@ -122,7 +122,8 @@ pub trait Task: Send + Sync {
     fn canonical(&self, instance: &Value) -> anyhow::Result<Vec<u8>>;
     /// Begins an episode on each instance; an error when a value is no instance of this task.
     fn begin(&self, starts: &[Start<'_>]) -> anyhow::Result<Box<dyn Episodes>>;
-    /// Replies, one a turn, that solve the instance in the format's way; `seed` decides what they draw at random.
+    /// Replies, one a turn, that solve the instance in the format's way; `seed` decides what they draw at random. None at
+    /// all where a task has no demonstration of the instance.
     ///
     /// Where the environment draws at random, it does so as in an episode that begins with the same seed.
     fn demonstrate(&self, instance: &Value, seed: u64) -> anyhow::Result<Vec<String>>;

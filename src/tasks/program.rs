@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::file::{PlacedFile, lay_out, misplaced};
-use crate::program::{Launch, Program};
+use crate::program::{Launch, Program, ProgramError};
 use crate::tasks::maze::{BEGIN, END, PAD};
 use crate::tasks::{Episodes, FormatSpec, Measure, Measurements, Reply, Start, Task, Turn};
 
@@ -89,8 +89,8 @@ impl ProgramTask {
         Ok(Self { files: self.files.iter().map(file).collect(), ..self.clone() })
     }
 
-    /// Opens the task; the program is started when it is first asked.
-    pub fn open(&self, format: &FormatSpec) -> anyhow::Result<impl Task + use<>> {
+    /// Opens the task; the program is started when it is first asked, and `interrupt` ends its calls early.
+    pub fn open(&self, format: &FormatSpec, interrupt: Option<Arc<AtomicBool>>) -> anyhow::Result<impl Task + use<>> {
         ensure!(
             matches!(format, FormatSpec::Plain {}),
             "a program writes its own text: set `format = {{ kind = \"plain\" }}`"
@@ -100,7 +100,7 @@ impl ProgramTask {
         if let Some(wrong) = misplaced(&self.files).first() {
             bail!("{}", wrong.message);
         }
-        let server = Server { task: self.clone(), program: Mutex::new(None), episodes: AtomicU64::new(0) };
+        let server = Server { task: self.clone(), interrupt, started: Mutex::new(None), episodes: AtomicU64::new(0) };
         Ok(Remote { server: Arc::new(server), measures: self.measurements() })
     }
 }
@@ -108,37 +108,67 @@ impl ProgramTask {
 /// The program, one for all episodes.
 struct Server {
     task: ProgramTask,
-    program: Mutex<Option<Program>>,
+    interrupt: Option<Arc<AtomicBool>>,
+    started: Mutex<Option<Started>>,
     /// Episodes begun so far; each has a number of its own.
     episodes: AtomicU64,
 }
 
+/// The program once it runs.
+struct Started {
+    program: Program,
+    /// Requests so far; each has its number, so that an answer can name its request.
+    requests: u64,
+    /// What was asked when the program failed, and how it did: the cause of all that fails later.
+    failed: Option<(String, ProgramError)>,
+}
+
 impl Server {
-    /// Asks for `count` answers in the field `field`.
-    fn ask<A: DeserializeOwned>(&self, request: &Value, field: &str, count: usize) -> anyhow::Result<Vec<A>> {
-        let call = || format!("asking the task's program to `{}`", request["call"].as_str().unwrap_or(CALLS));
-        let mut guard = self.program.lock().unwrap_or_else(PoisonError::into_inner);
-        let program = match &mut *guard {
-            Some(program) => program,
+    /// Asks for `count` answers in the field `field`. After an error every call ends with that error.
+    fn ask<A: DeserializeOwned>(&self, request: Value, field: &str, count: usize) -> anyhow::Result<Vec<A>> {
+        let mut guard = self.started.lock().unwrap_or_else(PoisonError::into_inner);
+        let started = match &mut *guard {
+            Some(started) => started,
             none => {
                 let ProgramTask { command, files, timeout_seconds, .. } = &self.task;
-                let timeout = Duration::from_secs(*timeout_seconds);
-                none.insert(Program::start(&Launch { command, files, timeout, interrupt: None })?)
+                let (timeout, interrupt) = (Duration::from_secs(*timeout_seconds), self.interrupt.clone());
+                let program = Program::start(&Launch { command, files, timeout, interrupt })?;
+                none.insert(Started { program, requests: 0, failed: None })
             }
         };
-        let mut answer: BTreeMap<String, Value> = program.call(request).with_context(call)?;
+        if let Some((call, error)) = &started.failed {
+            return Err(error.clone()).context(call.clone());
+        }
+        let call = format!("asking the task's program to `{}`", request["call"].as_str().unwrap_or(CALLS));
+        started.ask(request, field, count).map_err(|error| {
+            started.failed = Some((call.clone(), error.clone()));
+            anyhow::Error::from(error).context(call)
+        })
+    }
+}
+
+impl Started {
+    fn ask<A: DeserializeOwned>(
+        &mut self,
+        mut request: Value,
+        field: &str,
+        count: usize,
+    ) -> Result<Vec<A>, ProgramError> {
+        let number = self.requests;
+        self.requests += 1;
+        request["request"] = number.into();
+        let mut answer: BTreeMap<String, Value> = self.program.call(&request)?;
+        if let Some(other) = answer.remove("request").filter(|named| *named != number) {
+            return Err(self.program.refuse(format!("answered the request {other}, but {number} was asked")));
+        }
         let Some(answers) = answer.remove(field) else {
-            return Err(program.refuse(format!("answered without `{field}`"))).with_context(call);
+            return Err(self.program.refuse(format!("answered without `{field}`")));
         };
-        let answers: Vec<A> = match serde_json::from_value(answers) {
-            Ok(answers) => answers,
-            Err(error) => {
-                return Err(program.refuse(format!("answered with other `{field}`: {error}"))).with_context(call);
-            }
-        };
+        let answers: Vec<A> = serde_json::from_value(answers)
+            .map_err(|error| self.program.refuse(format!("answered with other `{field}`: {error}")))?;
         if answers.len() != count {
             let what = format!("answered with {} `{field}`, but {count} were asked for", answers.len());
-            return Err(program.refuse(what)).with_context(call);
+            return Err(self.program.refuse(what));
         }
         Ok(answers)
     }
@@ -154,7 +184,7 @@ impl Task for Remote {
     fn generate(&self, seed: u64, indices: Range<u64>) -> anyhow::Result<Vec<Value>> {
         let indices: Vec<u64> = indices.collect();
         let request = json!({"call": "generate", "seed": seed, "indices": indices});
-        self.server.ask(&request, "instances", indices.len())
+        self.server.ask(request, "instances", indices.len())
     }
 
     fn canonical(&self, instance: &Value) -> anyhow::Result<Vec<u8>> {
@@ -175,14 +205,14 @@ impl Task for Remote {
             .map(|(id, start)| json!({"id": id, "instance": start.instance, "seed": start.seed}))
             .collect();
         let request = json!({"call": "reset", "episodes": episodes});
-        let observations = self.server.ask(&request, "observations", starts.len())?;
+        let observations = self.server.ask(request, "observations", starts.len())?;
         Ok(Box::new(RemoteEpisodes { server: Arc::clone(&self.server), ids, observations }))
     }
 
     fn demonstrate(&self, instance: &Value, seed: u64) -> anyhow::Result<Vec<String>> {
         let request = json!({"call": "demonstrate", "demonstrations": [{"instance": instance, "seed": seed}]});
-        let mut replies: Vec<Vec<String>> = self.server.ask(&request, "replies", 1)?;
-        Ok(replies.remove(0))
+        let mut replies: Vec<Option<Vec<String>>> = self.server.ask(request, "replies", 1)?;
+        Ok(replies.remove(0).unwrap_or_default())
     }
 
     fn vocabulary(&self) -> Vec<String> {
@@ -256,7 +286,7 @@ impl Episodes for RemoteEpisodes {
         let said =
             |reply: &Reply<'_>| json!({"id": self.ids[reply.episode], "text": reply.text, "finish": reply.finish});
         let request = json!({"call": "step", "replies": replies.iter().map(said).collect::<Vec<_>>()});
-        let answers: Vec<Answer> = self.server.ask(&request, "turns", replies.len())?;
+        let answers: Vec<Answer> = self.server.ask(request, "turns", replies.len())?;
         let turn = |Answer { observation, terminated, truncated, measurements }| Turn {
             measurements,
             terminated,
@@ -267,7 +297,7 @@ impl Episodes for RemoteEpisodes {
     }
 
     fn verdicts(&mut self) -> anyhow::Result<Vec<Measurements>> {
-        let verdicts = self.server.ask(&json!({"call": "verdict", "ids": self.ids}), "verdicts", self.ids.len())?;
+        let verdicts = self.server.ask(json!({"call": "verdict", "ids": self.ids}), "verdicts", self.ids.len())?;
         for verdict in &verdicts {
             let verdict: &Measurements = verdict;
             for name in &self.server.task.measures {
@@ -281,7 +311,7 @@ impl Episodes for RemoteEpisodes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tasks::{Finish, TaskSpec, open, replay};
+    use crate::tasks::{Finish, TaskSpec, open, open_with, replay};
 
     /// The task that the documentation shows, in a folder of its own.
     fn sums(folder: &Path, change: impl Fn(&str) -> String) -> TaskSpec {
@@ -360,6 +390,41 @@ mod tests {
         assert!(error("{\"solved\": episodes.pop", "{\"soled\": episodes.pop").contains("without `solved`"));
         assert!(error("\"verdicts\"", "\"verdict\"").contains("without `verdicts`"));
         assert!(error("float(", "flat(").contains("NameError"));
+    }
+
+    #[test]
+    fn every_call_after_a_failure_ends_with_its_cause() {
+        let folder = tempfile::tempdir().unwrap();
+        let task = opened(folder.path(), |text| text.replace("float(", "flat("));
+        let instance = json!({"a": 1, "b": 2});
+        let start = Start { instance: &instance, seed: 0 };
+        let first = format!("{:#}", replay(&*task, start, &["3".to_owned()], Finish::Stop).unwrap_err());
+        assert!(first.contains("`step`") && first.contains("NameError"), "{first}");
+        assert_eq!(format!("{:#}", task.generate(0, 0..1).unwrap_err()), first);
+    }
+
+    #[test]
+    fn an_answer_to_another_request_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let echoing = |number: &str| {
+            let with = format!("json.dumps({{**answer(it := json.loads(line)), \"request\": {number}}})");
+            let task = opened(folder.path(), |text| text.replace("json.dumps(answer(json.loads(line)))", &with));
+            task.generate(0, 0..1)?;
+            task.generate(0, 0..1)
+        };
+        echoing("it[\"request\"]").unwrap();
+        let error = format!("{:#}", echoing("0").unwrap_err());
+        assert!(error.contains("answered the request 0, but 1 was asked"), "{error}");
+    }
+
+    #[test]
+    fn an_interrupt_ends_a_call() {
+        let folder = tempfile::tempdir().unwrap();
+        let interrupt = Arc::new(AtomicBool::new(true));
+        let spec = sums(folder.path(), |text| format!("import time\ntime.sleep(100)\n{text}"));
+        let task = open_with(&spec, &FormatSpec::Plain {}, &interrupt).unwrap();
+        let error = task.generate(0, 0..1).unwrap_err();
+        assert_eq!(error.downcast_ref::<ProgramError>(), Some(&ProgramError::Interrupted));
     }
 
     #[test]

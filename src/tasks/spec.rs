@@ -4,6 +4,8 @@
 //! each has a version: raise it when instances, texts or verdicts would come out otherwise.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -229,6 +231,15 @@ pub fn parts() -> [(&'static str, u32); 8] {
 
 /// The task written in the format; an error says which numbers are out of range.
 pub fn open(task: &TaskSpec, format: &FormatSpec) -> anyhow::Result<Box<dyn Task>> {
+    opened(task, format, None)
+}
+
+/// The same for a stage, whose `interrupt` ends the calls of a task that is a program.
+pub fn open_with(task: &TaskSpec, format: &FormatSpec, interrupt: &Arc<AtomicBool>) -> anyhow::Result<Box<dyn Task>> {
+    opened(task, format, Some(Arc::clone(interrupt)))
+}
+
+fn opened(task: &TaskSpec, format: &FormatSpec, interrupt: Option<Arc<AtomicBool>>) -> anyhow::Result<Box<dyn Task>> {
     match task {
         TaskSpec::Maze { rows, columns, algorithm } => {
             Ok(Box::new(maze::MazeTask::new(*rows, *columns, *algorithm, format)?))
@@ -236,6 +247,6 @@ pub fn open(task: &TaskSpec, format: &FormatSpec) -> anyhow::Result<Box<dyn Task
         TaskSpec::NumberLine { max_position, max_turns } => {
             Ok(Box::new(number_line::NumberLine::new(*max_position, *max_turns, format)?))
         }
-        TaskSpec::Program(program) => Ok(Box::new(program.open(format)?)),
+        TaskSpec::Program(program) => Ok(Box::new(program.open(format, interrupt)?)),
     }
 }

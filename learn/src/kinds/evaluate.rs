@@ -46,7 +46,7 @@ pub fn run(params: &Evaluate, context: &mut StageContext) -> anyhow::Result<()> 
     let device = device::open(&context.resources)?;
     let free = memory::free(device);
     let model = Transformer::load_frozen(&folder, device)?;
-    let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?)?;
+    let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?, &context.interrupt)?;
     let mut rows = prompts.tokens.split(&params.split)?;
     if params.samples > 0 {
         let (there, asked) = (rows.len(), params.samples);

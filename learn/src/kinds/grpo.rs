@@ -58,7 +58,7 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     // Open.
     let (terms, free) = (terms(params, context), memory::free(device::open(&context.resources)?));
     let Start { folder, model, reference, from } = start(params, &terms, context)?;
-    let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?)?;
+    let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?, &context.interrupt)?;
     let rows = prompts.tokens.split(&params.split)?;
     let checked = preflight::prompts(&prompts.tokens, &rows, model.config(), params.max_new_tokens)?;
     context.note(format!("rollouts: {checked}"));

@@ -15,6 +15,7 @@ use anyhow::Context as _;
 use pipe::pipeline::stage::{Stage, StageContext};
 use pipe::stages::evaluate::Evaluate;
 use pipe::stages::grpo::Grpo;
+use pipe::stages::interrupted;
 use pipe::stages::sft::Sft;
 use serde_json::Value;
 
@@ -23,9 +24,9 @@ pub type Runner = fn(&Value, &mut StageContext) -> anyhow::Result<()>;
 
 /// Every kind that the worker can run, by name.
 pub static RUNNERS: &[(&str, Runner)] = &[
-    (Sft::KIND, |params, context| sft::run(&parse(params)?, context)),
-    (Grpo::KIND, |params, context| grpo::run(&parse(params)?, context)),
-    (Evaluate::KIND, |params, context| evaluate::run(&parse(params)?, context)),
+    (Sft::KIND, |params, context| sft::run(&parse(params)?, context).map_err(interrupted)),
+    (Grpo::KIND, |params, context| grpo::run(&parse(params)?, context).map_err(interrupted)),
+    (Evaluate::KIND, |params, context| evaluate::run(&parse(params)?, context).map_err(interrupted)),
 ];
 
 fn parse<S: Stage>(params: &Value) -> anyhow::Result<S> {

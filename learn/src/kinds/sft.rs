@@ -82,7 +82,7 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
     let recorded = resumed.then_some(recorded);
     let mut validation = None;
     if let Some(validate) = &params.validate {
-        let prompts = Prompts::open(&folder, tokens.clone())?;
+        let prompts = Prompts::open(&folder, tokens.clone(), &context.interrupt)?;
         let positions = training.model.config().max_position_embeddings as u64;
         let limit = completion_limit(&tokens, &params.split, &validate.split, positions)?;
         let opened = Validation::open(validate, &prompts, &training.model, limit, params.seed, recorded, context)?;

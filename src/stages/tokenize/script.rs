@@ -14,7 +14,7 @@ use crate::random;
 use crate::stages::chat::{ChatTemplate, Conversation, Message, Turn};
 use crate::stages::dataset::MESSAGES_COLUMN;
 use crate::stages::table::{self, Column};
-use crate::tasks::{Finish, Start, Task, replay};
+use crate::tasks::{Finish, Reply, Start, Task};
 
 /// A split of the data set, as columns of equal length.
 pub(super) struct Split {
@@ -79,23 +79,30 @@ impl Writer<'_> {
         let id = u64::from_le_bytes(*id.as_bytes().first_chunk().expect("a digest has 32 bytes"));
         let seed = random::rng("tokenize.trace", &[self.seed, id]).next_u64();
         let start = Start { instance: &value, seed };
-        let shown = task.begin(&[start])?.observe()?.remove(0);
+        let mut episode = task.begin(&[start])?;
+        let shown = episode.observe()?.remove(0);
         let replies = task.demonstrate(&value, seed)?;
         let mut observations = vec![String::new(); replies.len()];
         if replies.len() > 1 {
-            let (turns, _) = replay(task, start, &replies, Finish::Stop)?;
-            let ended = turns.last().is_some_and(|turn| turn.terminated || turn.truncated);
+            let (mut played, mut ended) = (0, false);
+            for (text, observation) in replies.iter().zip(&mut observations) {
+                let turn = episode.step(&[Reply { episode: 0, text, finish: Finish::Stop }])?.remove(0);
+                played += 1;
+                ended = turn.terminated || turn.truncated;
+                if ended {
+                    break;
+                }
+                *observation = turn.observation;
+            }
             ensure!(
-                turns.len() == replies.len() && ended,
-                "the demonstration has {} replies, but the episode {} after {} turns",
+                played == replies.len() && ended,
+                "the demonstration has {} replies, but the episode {} after {played} turns",
                 replies.len(),
                 if ended { "ends" } else { "goes on" },
-                turns.len()
             );
-            for (observation, turn) in observations.iter_mut().zip(&turns[..turns.len() - 1]) {
-                observation.clone_from(&turn.observation);
-            }
         }
+        // The verdict is what tells a program of the user's that it may forget the episode.
+        episode.verdicts()?;
         let last = replies.len().saturating_sub(1);
         let mut prompt = shown;
         if let Some(template) = self.template {

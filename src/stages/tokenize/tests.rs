@@ -309,3 +309,74 @@ fn conversations_are_written_by_the_template_and_every_reply_is_learnt_with_its_
     let error = format!("{:#}", run(folder.path(), "open", &json!({})).unwrap_err());
     assert!(error.contains("`train-000000`") && error.contains("the last message has the role `user`"), "{error}");
 }
+
+/// A data set and a tokenizer of the task that the documentation shows, its program changed.
+fn program_inputs(change: impl Fn(&str) -> String) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let page = include_str!("../../../docs/programs.md");
+    let text = page.split("```python\n").nth(2).unwrap().split("```").next().unwrap();
+    let changed = change(text);
+    assert_ne!(changed, text, "nothing is changed");
+    fs::write(folder.path().join("sums.py"), changed).unwrap();
+    let words: Vec<String> = (0..10).map(|digit| digit.to_string()).chain([" + ".into(), " =".into()]).collect();
+    let task = json!({
+        "kind": "program", "command": ["python3", "sums.py"], "measures": ["solved"], "vocabulary": words,
+        "files": [{"$file": folder.path().join("sums.py"), "as": "sums.py"}], "timeout_seconds": 20
+    });
+    let mut context = context(folder.path(), &["dataset", "tokenizer"]);
+    let data: Synthesize =
+        serde_json::from_value(json!({"task": task, "splits": {"train": 30}, "unique": false})).unwrap();
+    data.run(&mut context).unwrap();
+    let plain = json!({"kind": "plain"});
+    let words: tokenizer::Tokenizer = serde_json::from_value(json!({"task": task, "format": plain})).unwrap();
+    words.run(&mut context).unwrap();
+    folder
+}
+
+#[test]
+fn a_task_that_is_a_program_may_forget_every_episode() {
+    let most =
+        "    if ask[\"call\"] == \"reset\":\n        assert len(episodes) < 10, \"too many episodes are open\"\n";
+    let folder = program_inputs(|text| text.replace("    if ask[\"call\"] == \"reset\":\n", most));
+    let path = run(folder.path(), "t", &json!({"format": {"kind": "plain"}})).unwrap();
+    assert_eq!(TokensFolder::open(&path).unwrap().rows.len(), 30);
+}
+
+#[test]
+fn rows_without_a_demonstration_are_prompts_alone_and_counted() {
+    let half = "[str(sum)] if sum % 2 else None for sum";
+    let folder = program_inputs(|text| text.replace("[str(sum)] for sum", half));
+    for mask in ["completion", "all"] {
+        let path = run(folder.path(), mask, &json!({"format": {"kind": "plain"}, "mask": mask})).unwrap();
+        let tokens = TokensFolder::open(&path).unwrap();
+        let mut alone = 0;
+        for (row, of) in tokens.rows.iter().enumerate() {
+            let data = of.data.as_ref().unwrap();
+            let odd = (data["a"].as_u64().unwrap() + data["b"].as_u64().unwrap()) % 2 == 1;
+            assert_eq!(tokens.row_ids(row).len() > tokens.prompt_ids(row).len(), odd);
+            assert_eq!(tokens.row_mask(row).contains(&1), odd);
+            alone += u64::from(!odd);
+        }
+        assert!(alone > 0 && alone < 30);
+        let metrics: Value = serde_json::from_slice(&fs::read(path.join("metrics.json")).unwrap()).unwrap();
+        assert_eq!(metrics["rows_without_demonstration"], alone);
+    }
+}
+
+#[test]
+fn an_interrupt_while_a_program_demonstrates_is_the_stages_own() {
+    let hang = "    if ask[\"call\"] == \"verdict\":\n        import time\n        time.sleep(100)\n";
+    let folder = program_inputs(|text| text.replace("    if ask[\"call\"] == \"verdict\":\n", hang));
+    let mut context = context(&folder.path().join("t"), &["tokens"]);
+    give(&mut context, "data", &folder.path().join("out/dataset"), ArtifactType::Dataset);
+    give(&mut context, "words", &folder.path().join("out/tokenizer"), ArtifactType::Tokenizer);
+    let value = json!({"dataset": "data", "tokenizer": "words", "format": {"kind": "plain"}});
+    let interrupt = std::sync::Arc::clone(&context.interrupt);
+    let ctrl_c = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(700));
+        interrupt.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    let error = serde_json::from_value::<Tokenize>(value).unwrap().run(&mut context).unwrap_err();
+    ctrl_c.join().unwrap();
+    assert!(error.is::<crate::pipeline::stage::Interrupted>(), "{error:#}");
+}

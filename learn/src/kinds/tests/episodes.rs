@@ -1,5 +1,6 @@
 //! The laws over episodes of several turns, on short number lines.
 
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use pipe::tasks::{Finish, Start, replay};
@@ -35,7 +36,7 @@ fn sampling() -> Sampling {
 fn played() -> Played {
     let folder = LINES.path("policy");
     let model = Transformer::load(folder, Device::Cpu).unwrap();
-    let prompts = Prompts::open(folder, TokensFolder::open(LINES.path("tokens")).unwrap()).unwrap();
+    let prompts = Prompts::open(folder, TokensFolder::open(LINES.path("tokens")).unwrap(), &Arc::default()).unwrap();
     let rows = prompts.tokens.split("rl").unwrap();
     let counters = |row: usize, sample: u64| vec![11, 0, row as u64, sample];
     let requests: Vec<Request> =
@@ -71,7 +72,7 @@ fn what_an_episode_reads_is_what_the_rows_taught_with_and_without_a_chat_templat
     let plain = TokensFolder::open(LINES.path("tokens")).unwrap();
     assert!(framed.chat && !plain.chat);
     for tokens in [plain, framed] {
-        let prompts = Prompts::open(LINES.path("policy"), tokens).unwrap();
+        let prompts = Prompts::open(LINES.path("policy"), tokens, &Arc::default()).unwrap();
         let mut several = 0;
         for row in 0..prompts.tokens.rows.len() {
             let ids: Vec<i64> = prompts.tokens.row_ids(row).iter().map(|id| i64::from(*id)).collect();
@@ -102,7 +103,7 @@ fn a_model_with_another_chat_template_than_the_rows_is_refused() {
     let taught = tokens.path.join("tokenizer/chat_template.jinja");
     let open = |template: &str| {
         std::fs::write(model.path().join("chat_template.jinja"), template).unwrap();
-        Prompts::open(model.path(), TokensFolder::open(&tokens.path).unwrap())
+        Prompts::open(model.path(), TokensFolder::open(&tokens.path).unwrap(), &Arc::default())
     };
     let template = std::fs::read_to_string(&taught).unwrap();
     assert!(open(&template).is_ok());
@@ -110,7 +111,7 @@ fn a_model_with_another_chat_template_than_the_rows_is_refused() {
     assert!(error.contains("is not the one that wrote the rows") && error.contains("from line 1 on"), "{error}");
     assert!(error.contains(&*taught.to_string_lossy()) && error.contains("from one tokenizer"), "{error}");
     // Rows that no template wrote do not care.
-    assert!(Prompts::open(model.path(), TokensFolder::open(LINES.path("tokens")).unwrap()).is_ok());
+    assert!(Prompts::open(model.path(), TokensFolder::open(LINES.path("tokens")).unwrap(), &Arc::default()).is_ok());
 }
 
 #[test]

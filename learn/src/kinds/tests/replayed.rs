@@ -4,6 +4,7 @@ use super::*;
 use crate::kinds::testing::LINES;
 use crate::prompts::Prompts;
 use crate::replay::StoredRollouts;
+use std::sync::Arc;
 
 /// The weights that a run ended in.
 fn weights(job: &Job<'_>) -> Vec<u8> {
@@ -105,7 +106,8 @@ fn a_reward_of_weight_zero_is_looked_at_and_makes_no_group_informative() {
 fn rollouts_of_other_prompts_are_refused_by_name() {
     let sampled = Job::new(&LINES, "grpo", episodes::grpo());
     sampled.run(&[]).unwrap();
-    let prompts = Prompts::open(FLOW.path("policy"), TokensFolder::open(FLOW.path("tokens")).unwrap()).unwrap();
+    let prompts =
+        Prompts::open(FLOW.path("policy"), TokensFolder::open(FLOW.path("tokens")).unwrap(), &Arc::default()).unwrap();
     let error = StoredRollouts::open(&sampled.out().join("rollouts/rollouts.parquet"), &prompts).unwrap_err();
     assert!(format!("{error:#}").contains("rollouts.parquet"), "{error:#}");
 }
