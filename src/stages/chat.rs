@@ -92,16 +92,8 @@ impl ChatTemplate {
     /// `chat_template.jinja` goes before the entry `chat_template` of `tokenizer_config.json`, which is a template or a
     /// list of named ones, of which `default` is taken.
     pub fn open(folder: &Path) -> anyhow::Result<Option<Self>> {
+        let Some((source, path)) = source(folder)? else { return Ok(None) };
         let config = read_json(&folder.join(CONFIG_FILE))?;
-        let path = folder.join(TEMPLATE_FILE);
-        let (source, path) = if path.exists() {
-            (fs::read_to_string(&path).with_context(|| format!("reading `{}`", path.display()))?, path)
-        } else {
-            let path = folder.join(CONFIG_FILE);
-            let entry = config.get("chat_template").filter(|entry| !entry.is_null());
-            let Some(entry) = entry else { return Ok(None) };
-            (named(entry).with_context(|| format!("reading `{}`", path.display()))?, path)
-        };
         let older = read_json(&folder.join(SPECIALS_FILE))?;
         let specials = SPECIALS.iter().filter_map(|name| {
             let text = [&config, &older].into_iter().find_map(|file| content(file.get(*name)?))?;
@@ -342,6 +334,20 @@ fn named(entry: &serde_json::Value) -> anyhow::Result<String> {
     default.and_then(|template| field(template, "template")).with_context(|| {
         format!("no template of `chat_template` is named `default`; there are `{}`", names.join("`, `"))
     })
+}
+
+/// The text of the template of a folder and the file that it stands in; `None` where there is none.
+pub(crate) fn source(folder: &Path) -> anyhow::Result<Option<(String, PathBuf)>> {
+    let path = folder.join(TEMPLATE_FILE);
+    let reading = |path: &Path| format!("reading `{}`", path.display());
+    if path.exists() {
+        return Ok(Some((fs::read_to_string(&path).with_context(|| reading(&path))?, path)));
+    }
+    let path = folder.join(CONFIG_FILE);
+    let config = read_json(&path)?;
+    let entry = config.get("chat_template").filter(|entry| !entry.is_null());
+    let Some(entry) = entry else { return Ok(None) };
+    Ok(Some((named(entry).with_context(|| reading(&path))?, path)))
 }
 
 /// The text of a special token, which is a string or an object with a `content`.
