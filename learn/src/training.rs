@@ -250,7 +250,9 @@ mod tests {
             training.counters.occurred.note(&[11, 5], &[0, 1]);
             training.consider(0.5);
             let outputs = ["last", "best"].map(|name| work.path().join(name));
-            outputs.iter().for_each(|output| std::fs::create_dir(output).unwrap());
+            for output in &outputs {
+                std::fs::create_dir(output).unwrap();
+            }
             training.publish(&outputs[0], &outputs[1], folder.path()).unwrap();
             outputs.map(|output| std::fs::read_to_string(output.join("new_tokens.json")).ok())
         };
