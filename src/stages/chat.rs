@@ -92,8 +92,8 @@ impl ChatTemplate {
     /// `chat_template.jinja` goes before the entry `chat_template` of `tokenizer_config.json`, which is a template or a
     /// list of named ones, of which `default` is taken.
     pub fn open(folder: &Path) -> anyhow::Result<Option<Self>> {
-        let config = read_json(&folder.join(CONFIG_FILE))?;
         let Some((source, path)) = Self::source(folder)? else { return Ok(None) };
+        let config = read_json(&folder.join(CONFIG_FILE))?;
         let older = read_json(&folder.join(SPECIALS_FILE))?;
         let specials = SPECIALS.iter().filter_map(|name| {
             let text = [&config, &older].into_iter().find_map(|file| content(file.get(*name)?))?;

@@ -157,16 +157,22 @@ fn copy_files(from: &Path, to: &Path, wanted: &dyn Fn(&str) -> bool) -> anyhow::
     Ok(())
 }
 
-/// The ids that end what a model writes: the tokenizer's end, and the end of a turn of its chat template.
-fn ends(folder: &Path) -> anyhow::Result<(Specials, Vec<u64>)> {
+/// The ids that end what a model writes: the tokenizer's end, and the end of a turn of its chat template; and what is wrong
+/// with that template, which no one may ever use.
+fn ends(folder: &Path) -> anyhow::Result<(Specials, Vec<u64>, Option<String>)> {
     let tokenizer = read(folder)?;
     let specials = Specials::of(folder, &tokenizer)?;
     let mut ends: Vec<u64> = specials.end.into_iter().map(u64::from).collect();
-    if let Some(template) = ChatTemplate::open(folder)? {
-        let turn = tokenizer.token_to_id(template.end_of_turn()).map(u64::from);
-        ends.extend(turn.filter(|id| !ends.contains(id)));
+    let mut wrong = None;
+    match ChatTemplate::open(folder) {
+        Ok(Some(template)) => {
+            let turn = tokenizer.token_to_id(template.end_of_turn()).map(u64::from);
+            ends.extend(turn.filter(|id| !ends.contains(id)));
+        }
+        Ok(None) => {}
+        Err(error) => wrong = Some(format!("its chat template cannot be used: {error:#}")),
     }
-    Ok((specials, ends))
+    Ok((specials, ends, wrong))
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! not made of the vocabulary is an error, and there is no unknown token to hide it behind. A folder's tokenizer keeps all
 //! its ids and reads the added tokens as wholes wherever they stand in a text.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
@@ -14,6 +15,7 @@ use serde_json::{Value, json};
 use tokenizers::decoders::fuse::Fuse;
 use tokenizers::models::wordlevel::WordLevel;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::tokenizer::{AddedToken, SplitDelimiterBehavior, Tokenizer as HuggingFaceTokenizer};
 
 use crate::file::{Source, SourceFile};
@@ -51,7 +53,8 @@ pub struct Tokenizer {
     /// A folder with a `tokenizer.json`, or a repository of the Hugging Face hub as `organisation/name@commit`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<Source>,
-    /// Tokens to add to the tokenizer in `from`, in the order of their ids; those that it has keep their ids.
+    /// Tokens to add to the tokenizer in `from`, in the order of their ids; those that it has keep their ids. A token that
+    /// the chat template writes, as `<|im_end|>`, becomes a special one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub added_tokens: Vec<String>,
     /// A chat template in Jinja, in place of the one that the folder has.
@@ -61,7 +64,7 @@ pub struct Tokenizer {
 
 impl Stage for Tokenizer {
     const KIND: &'static str = "tokenizer";
-    const VERSION: u32 = 1;
+    const VERSION: u32 = 2;
 
     fn outputs(&self) -> Vec<Output> {
         vec![Output::new("tokenizer", ArtifactType::Tokenizer)]
@@ -96,13 +99,16 @@ impl Stage for Tokenizer {
 
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
         let folder = context.output("tokenizer");
+        let mut template = None;
+        if let Some(file) = &self.chat_template {
+            let reading = || format!("reading `{}`", file.path.display());
+            template = Some((fs::read_to_string(&file.path).with_context(reading)?, reading));
+        }
         match &self.from {
-            Some(source) => self.import(source, &folder, context)?,
+            Some(source) => self.import(source, template.as_ref().map(|(text, _)| text.as_str()), &folder, context)?,
             None => self.make(&folder)?,
         }
-        let Some(template) = &self.chat_template else { return Ok(()) };
-        let reading = || format!("reading `{}`", template.path.display());
-        let text = fs::read_to_string(&template.path).with_context(reading)?;
+        let Some((text, reading)) = template else { return Ok(()) };
         write(&folder, TEMPLATE_FILE, &text)?;
         // One place for the template: an entry of the configuration would be another.
         let mut config = read_json(&folder.join(CONFIG_FILE))?;
@@ -125,7 +131,15 @@ impl Tokenizer {
     }
 
     /// The tokenizer of a folder, with the tokens that are asked for added behind its own.
-    fn import(&self, source: &Source, folder: &Path, context: &mut StageContext) -> anyhow::Result<()> {
+    ///
+    /// `template` is the chat template that takes the place of the folder's.
+    fn import(
+        &self,
+        source: &Source,
+        template: Option<&str>,
+        folder: &Path,
+        context: &mut StageContext,
+    ) -> anyhow::Result<()> {
         let companion = |name: &str| name == TOKENIZER_FILE || COMPANIONS.contains(&name);
         let from = hub::folder(source, &context.work, &companion)?;
         for name in std::iter::once(&TOKENIZER_FILE).chain(COMPANIONS) {
@@ -156,9 +170,21 @@ impl Tokenizer {
         if tokens.is_empty() {
             return Ok(());
         }
+        let template = match template {
+            Some(template) => template.to_owned(),
+            None => ChatTemplate::source(folder)?.map_or_else(String::new, |(template, _)| template),
+        };
+        // What a template writes around words is a sign of the conversation, by which a turn can end; a word is not.
+        let is_sign = |token: &String| !token.starts_with(char::is_alphanumeric) && template.contains(token.as_str());
+        let special = |token: &String| {
+            [PAD, BEGIN, END].contains(&token.as_str()) || (self.added_tokens.contains(token) && is_sign(token))
+        };
         let before = tokenizer.get_vocab_size(true);
-        let special = |token: &String| [PAD, BEGIN, END].contains(&token.as_str());
-        let added = tokens.iter().map(|token| AddedToken::from(token.clone(), special(token)).normalized(false));
+        // Tokens that were added before keep how they are read.
+        let had: BTreeSet<String> =
+            tokenizer.get_added_tokens_decoder().into_values().map(|token| token.content).collect();
+        let added = tokens.iter().filter(|token| !had.contains(*token));
+        let added = added.map(|token| AddedToken::from(token.clone(), special(token)).normalized(false));
         tokenizer.add_tokens(added).map_err(|error| anyhow!("{error}")).context("adding tokens")?;
         let new = tokenizer.get_vocab_size(true) - before;
         context.note(format!("{new} tokens added to {before}, {} were there", tokens.len() - new));
@@ -180,12 +206,16 @@ fn text(tokenizer: &HuggingFaceTokenizer) -> anyhow::Result<String> {
     tokenizer.to_string(true).map_err(|error| anyhow!("{error}")).context("writing the tokenizer")
 }
 
-/// Reads `tokenizer.json` in a folder.
+/// Reads `tokenizer.json` in a folder, without the limits that it may set: they are for the batches of whoever saved it,
+/// and rows are neither cut nor filled up in silence.
 pub(crate) fn read(folder: &Path) -> anyhow::Result<HuggingFaceTokenizer> {
     let path = folder.join(TOKENIZER_FILE);
     let reading = || format!("reading `{}`", path.display());
     let bytes = fs::read(&path).with_context(reading)?;
-    HuggingFaceTokenizer::from_bytes(&bytes).map_err(|error| anyhow!("{error}")).with_context(reading)
+    let wrong = |error: tokenizers::Error| anyhow!("{error}");
+    let mut tokenizer = HuggingFaceTokenizer::from_bytes(&bytes).map_err(wrong).with_context(reading)?;
+    tokenizer.with_padding(None).with_truncation(None).map_err(wrong).with_context(reading)?;
+    Ok(tokenizer)
 }
 
 /// The ids by which sequences are framed, as a tokenizer's folder names them.
@@ -221,7 +251,7 @@ fn config() -> Value {
         "bos_token": BEGIN,
         "eos_token": END,
         "pad_token": PAD,
-        "add_bos_token": false,
+        "add_bos_token": true,
         "add_eos_token": false,
         "clean_up_tokenization_spaces": false,
         "padding_side": "left",
@@ -242,13 +272,20 @@ fn build(vocabulary: &[String], pieces: &str) -> anyhow::Result<HuggingFaceToken
     tokenizer.with_decoder(Some(Fuse::default()));
     let specials = [PAD, BEGIN, END].map(|token| AddedToken::from(token, true));
     tokenizer.add_special_tokens(specials).map_err(wrong)?;
+    // Rows begin with it, so a text that someone else turns into ids must, too.
+    let begin = tokenizer.token_to_id(BEGIN).with_context(|| format!("the vocabulary lacks `{BEGIN}`"))?;
+    let mut framed = TemplateProcessing::builder();
+    framed.try_single(format!("{BEGIN} $A")).map_err(|error| anyhow!("{error}"))?;
+    framed.try_pair(format!("{BEGIN} $A $B:1")).map_err(|error| anyhow!("{error}"))?;
+    framed.special_tokens(vec![(BEGIN.to_owned(), begin)]);
+    tokenizer.with_post_processor(Some(framed.build().map_err(|error| anyhow!("{error}"))?));
     Ok(tokenizer)
 }
 
 /// A tokenizer read from its folder, with the ids that rows are framed with.
 pub(crate) struct Encoder {
     tokenizer: HuggingFaceTokenizer,
-    /// The id that begins a row, where the tokenizer names one.
+    /// The id that begins a row, where the tokenizer puts one before a text.
     pub(crate) begin: Option<i32>,
     /// The id that ends a row.
     pub(crate) end: i32,
@@ -267,7 +304,11 @@ impl Encoder {
             let folder = folder.display();
             format!("the tokenizer `{folder}` names no `eos_token`: rows need an end, name it in `{CONFIG_FILE}`")
         })?;
-        let begin = specials.begin.map(|id| id as i32);
+        // A name alone is no beginning: many models name a `bos_token` that their texts never had.
+        let framed = tokenizer.encode_fast("", true).map_err(|error| anyhow!("{error}"));
+        let framed = framed.with_context(|| format!("reading an empty text with `{}`", path.display()))?;
+        let begin = framed.get_ids().first().copied();
+        let begin = begin.filter(|id| *id != end || specials.begin == Some(end)).map(|id| id as i32);
         Ok(Self { begin, end: end as i32, digest: blake3::hash(&bytes).to_hex().to_string(), tokenizer })
     }
 
@@ -384,16 +425,102 @@ mod tests {
     }
 
     #[test]
+    fn a_text_begins_as_the_rows_do_for_everyone() {
+        let folder = run(&json!({"kind": "compact"}));
+        let tokenizer = read(&folder.path().join("out/tokenizer")).unwrap();
+        let tokens = |framed: bool| tokenizer.encode("<|up|>", framed).unwrap().get_tokens().to_vec();
+        assert_eq!(
+            (tokens(true), tokens(false)),
+            (vec![BEGIN.to_owned(), "<|up|>".to_owned()], vec!["<|up|>".to_owned()])
+        );
+        assert_eq!(read_json(&folder.path().join("out/tokenizer").join(CONFIG_FILE)).unwrap()["add_bos_token"], true);
+    }
+
+    /// Changes the file of a folder's tokenizer.
+    fn change(folder: &Path, by: impl FnOnce(&mut Value)) {
+        let text = fs::read_to_string(folder.join(TOKENIZER_FILE)).unwrap();
+        let mut file: Value = serde_json::from_str(&text).unwrap();
+        by(&mut file);
+        write(folder, TOKENIZER_FILE, &pretty(&file)).unwrap();
+    }
+
+    #[test]
+    fn a_row_is_neither_cut_nor_filled_up() {
+        let source = run(&json!({"kind": "compact"}));
+        let source = source.path().join("out/tokenizer");
+        change(&source, |file| {
+            file["truncation"] =
+                json!({"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0});
+            file["padding"] = json!({"strategy": {"Fixed": 5}, "direction": "Right", "pad_to_multiple_of": null,
+                "pad_id": 0, "pad_type_id": 0, "pad_token": PAD});
+        });
+        let grown = imported(json!({"from": source, "added_tokens": ["<new>"]})).unwrap();
+        let written = read_json(&grown.path().join("out/tokenizer").join(TOKENIZER_FILE)).unwrap();
+        assert_eq!((&written["truncation"], &written["padding"]), (&Value::Null, &Value::Null));
+        for folder in [source, grown.path().join("out/tokenizer")] {
+            let encoder = Encoder::open(&folder).unwrap();
+            for text in ["<|up|><|up|><|up|><|up|>", "<|up|>"] {
+                let mut ids = Vec::new();
+                encoder.encode(text, &mut ids).unwrap();
+                assert_eq!(encoder.decode(&ids), text);
+            }
+        }
+    }
+
+    #[test]
+    fn an_added_token_can_end_the_turns_of_a_template_and_old_ones_stay_as_they_were() {
+        let source = run(&json!({"kind": "compact"}));
+        let source = source.path().join("out/tokenizer");
+        change(&source, |file| {
+            let old = json!({"id": 900, "content": "<old>", "single_word": false, "lstrip": true, "rstrip": true,
+                "normalized": true, "special": true});
+            file["model"]["vocab"]["<old>"] = json!(900);
+            file["added_tokens"].as_array_mut().unwrap().push(old);
+        });
+        let template = source.join("chatml.jinja");
+        let text = "{% for message in messages %}{{ '<|im_start|>' + message.role + message.content + '<|im_end|>' }}\
+            {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}";
+        fs::write(&template, text).unwrap();
+        let added = ["<|im_start|>", "<|im_end|>", "<old>", "<|act|>", "assistant"];
+        let folder = imported(json!({"from": source, "chat_template": template, "added_tokens": added})).unwrap();
+        let folder = folder.path().join("out/tokenizer");
+        assert_eq!(ChatTemplate::open(&folder).unwrap().unwrap().end_of_turn(), "<|im_end|>");
+        let file = read_json(&folder.join(TOKENIZER_FILE)).unwrap();
+        let entry = |token: &str| {
+            let entries = file["added_tokens"].as_array().unwrap();
+            entries.iter().find(|entry| entry["content"] == token).unwrap_or_else(|| panic!("{token}")).clone()
+        };
+        let special = |token: &str| entry(token)["special"].as_bool().unwrap();
+        assert_eq!(added.map(special), [true, true, true, false, false]);
+        assert_eq!(["lstrip", "rstrip", "normalized"].map(|flag| entry("<old>")[flag] == true), [true; 3]);
+    }
+
+    #[test]
     fn a_row_is_framed_as_the_folder_says() {
         let source = run(&json!({"kind": "compact"}));
         let folder = source.path().join("out/tokenizer");
         fs::remove_file(folder.join(SPECIALS_FILE)).unwrap();
+        let begins = |with: Option<&str>| {
+            let with = with.map(|token| {
+                json!({"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": token, "type_id": 0}},
+                    {"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}},
+                    {"Sequence": {"id": "B", "type_id": 0}}],
+                    "special_tokens": {token: {"id": token, "ids": [if token == END { 2 } else { 1 }], "tokens": [token]}}})
+            });
+            change(&folder, |file| file["post_processor"] = with.unwrap_or_default());
+        };
         let framed = |config: Value| {
             write(&folder, CONFIG_FILE, &pretty(&config)).unwrap();
             Encoder::open(&folder).map(|encoder| (encoder.begin, encoder.end)).map_err(|error| format!("{error:#}"))
         };
-        assert_eq!(framed(json!({"bos_token": null, "eos_token": {"content": "<|pad|>"}})), Ok((None, 0)));
+        assert_eq!(framed(json!({"bos_token": null, "eos_token": {"content": "<|pad|>"}})), Ok((Some(1), 0)));
+        begins(Some(END));
         assert_eq!(framed(json!({"bos_token": "<|eos|>", "eos_token": "<|bos|>"})), Ok((Some(2), 1)));
+        // One token for both, or an end behind the text.
+        assert_eq!(framed(json!({"bos_token": "<|eos|>", "eos_token": "<|eos|>"})), Ok((Some(2), 2)));
+        assert_eq!(framed(json!({"bos_token": "<|bos|>", "eos_token": "<|eos|>"})), Ok((None, 2)));
+        begins(None);
+        assert_eq!(framed(json!({"bos_token": "<|bos|>", "eos_token": "<|eos|>"})), Ok((None, 2)));
         assert!(framed(json!({"bos_token": "<|bos|>"})).unwrap_err().contains("names no `eos_token`"));
         assert!(framed(json!({"eos_token": "</s>"})).unwrap_err().contains("has no `</s>`, its `eos_token`"));
     }

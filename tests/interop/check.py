@@ -122,8 +122,9 @@ def check_greedy_choices(store: Path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     worst, tokens = 0.0, 0
     for row in rows.itertuples():
-        prompt = [tokenizer.bos_token_id, *tokenizer(row.prompt)["input_ids"]]
-        answer = tokenizer(row.completion.removesuffix("<|eos|>"))["input_ids"]
+        prompt = tokenizer(row.prompt)["input_ids"]
+        assert prompt[0] == tokenizer.bos_token_id != prompt[1], "a text does not begin as rows do"
+        answer = tokenizer(row.completion.removesuffix("<|eos|>"), add_special_tokens=False)["input_ids"]
         answer += [tokenizer.eos_token_id] if row.finish == "stop" else []
         assert "".join(tokenizer.convert_ids_to_tokens(prompt[1:])) == row.prompt, "the prompt is not read as written"
         with torch.no_grad():

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
@@ -104,7 +105,7 @@ impl Import<'_> {
         let tied = config["tie_word_embeddings"].as_bool().unwrap_or(false);
         let ids = frame(folder, &mut config)?;
         write_json(&folder.join("config.json"), &config)?;
-        copy_weights(self.from, folder, growth.as_ref(), tied)?;
+        copy_weights(self.from, folder, rows as usize, growth.as_ref(), tied)?;
         if let Some(file) = &new {
             write_json(&folder.join(NEW_TOKENS_FILE), &serde_json::to_value(file).context("plain data")?)?;
         }
@@ -195,7 +196,7 @@ fn refuse_overflow(vocabulary: &HashMap<String, u32>, rows: usize, folder: &Path
 fn frame(folder: &Path, config: &mut Value) -> anyhow::Result<String> {
     let path = folder.join("generation_config.json");
     let mut generation = if path.exists() { read_json(&path)? } else { json!({}) };
-    let (specials, mut all) = ends(folder)?;
+    let (specials, mut all, wrong) = ends(folder)?;
     for file in [&*config, &generation] {
         let more = match &file["eos_token_id"] {
             Value::Array(ids) => ids.iter().filter_map(Value::as_u64).collect(),
@@ -221,16 +222,19 @@ fn frame(folder: &Path, config: &mut Value) -> anyhow::Result<String> {
         }
     }
     write_json(&path, &generation)?;
-    Ok(if all.is_empty() {
+    let wrong = wrong.map_or_else(String::new, |wrong| format!("; {wrong}"));
+    let ids = if all.is_empty() {
         "no token ends a sequence, so completions will all run to their limit".to_owned()
     } else {
         let all: Vec<String> = all.iter().map(u64::to_string).collect();
         format!("sequences end with the ids {}", all.join(", "))
-    })
+    };
+    Ok(ids + &wrong)
 }
 
 /// Copies the weights, file by file, with the rows of `growth` written; a copy of a tied projection is left out then.
-fn copy_weights(from: &Path, to: &Path, growth: Option<&Growth>, tied: bool) -> anyhow::Result<()> {
+/// Tables of other than `rows` rows are refused.
+fn copy_weights(from: &Path, to: &Path, rows: usize, growth: Option<&Growth>, tied: bool) -> anyhow::Result<()> {
     let single = from.join("model.safetensors");
     let mut index = None;
     let names: BTreeSet<String> = if single.exists() {
@@ -257,6 +261,15 @@ fn copy_weights(from: &Path, to: &Path, growth: Option<&Growth>, tied: bool) -> 
             Some((index, _)) => format!("cannot read the shard `{name}` that `{}` names", index.display()),
             None => format!("cannot read `{}`", path.display()),
         };
+        let header = header(&path).with_context(reading)?;
+        for table in [EMBEDDING, HEAD] {
+            let Some(shape) = header.get(table).map(|entry| &entry["shape"]) else { continue };
+            ensure!(
+                shape[0].as_u64() == Some(rows as u64),
+                "the weight `{table}` of `{}` has the shape {shape}, but `vocab_size` of `config.json` is {rows}",
+                path.display()
+            );
+        }
         let Some(growth) = growth else {
             fs::copy(&path, to.join(name)).with_context(reading)?;
             continue;
@@ -283,6 +296,16 @@ fn copy_weights(from: &Path, to: &Path, growth: Option<&Growth>, tied: bool) -> 
         }
     }
     write_json(&to.join(INDEX_FILE), &index)
+}
+
+/// What a safetensors file says of its tensors, without reading them.
+fn header(path: &Path) -> anyhow::Result<Value> {
+    let mut file = fs::File::open(path)?;
+    let mut length = [0; 8];
+    file.read_exact(&mut length).context("no whole safetensors file")?;
+    let mut text = Vec::new();
+    file.take(u64::from_le_bytes(length)).read_to_end(&mut text)?;
+    serde_json::from_slice(&text).context("no whole safetensors file")
 }
 
 /// A safetensors file with the rows of `growth` written into the tables that it holds; `None` where it holds none.

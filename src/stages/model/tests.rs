@@ -220,3 +220,34 @@ fn a_model_has_one_beginning() {
     let fields = serde_json::to_value(&stage).unwrap();
     assert_eq!(fields.as_object().unwrap().keys().collect::<Vec<_>>(), ["architecture", "seed", "tokenizer"]);
 }
+
+#[test]
+fn tables_have_as_many_rows_as_the_configuration_says() {
+    for (tied, shards, rows, weight) in
+        [(true, false, 7, "model.embed_tokens.weight"), (false, true, 9, "model.embed_tokens.weight")]
+    {
+        let source = source(tied, Dtype::F32, shards);
+        let mut config = json_of(&source.path().join("config.json"));
+        config["vocab_size"] = json!(rows);
+        std::fs::write(source.path().join("config.json"), config.to_string()).unwrap();
+        let words = tempfile::tempdir().unwrap();
+        tokenizer(words.path(), &[TOKENS, &["c"]].concat());
+        let grown = json!({"from": source.path(), "tokenizer": "words", "new_tokens": {"init": "mean"}});
+        for (params, given) in [(json!({"from": source.path()}), None), (grown, Some(words.path()))] {
+            let error = format!("{:#}", run(&params, given).unwrap_err());
+            let says = [format!("`{weight}`"), "one.safetensors".to_owned(), format!("`config.json` is {rows}")];
+            let says = says.map(|says| if shards { says } else { says.replace("one.", "model.") });
+            assert!(says.iter().all(|says| error.contains(says)), "{error}");
+        }
+    }
+}
+
+#[test]
+fn a_chat_template_that_cannot_be_used_stops_no_import() {
+    let source = source(true, Dtype::F32, false);
+    std::fs::write(source.path().join("chat_template.jinja"), "{% for %}").unwrap();
+    let (_folder, out) = run(&json!({"from": source.path()}), None).unwrap();
+    assert_eq!(json_of(&out.join("config.json"))["eos_token_id"], json!([2, 4]));
+    let (_, ends, wrong) = ends(&out).unwrap();
+    assert!(ends == [2] && wrong.is_some_and(|wrong| wrong.contains("chat template cannot be used")), "{ends:?}");
+}
