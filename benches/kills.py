@@ -167,6 +167,7 @@ def main():
             subprocess.run(["chmod", "-R", "u+w", str(torn)], check=False)
             shutil.rmtree(torn)
             runs += 1
+            print(f"run {runs}: {sum(done.values())} kills so far, every digest equal", flush=True)
         subprocess.run(["chmod", "-R", "u+w", str(folder)], check=False)
     print(f"{runs} runs, {sum(done.values())} kills ({', '.join(f'{n} {k}' for n, k in done.items())}): every digest equal")
 
