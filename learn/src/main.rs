@@ -34,9 +34,9 @@ fn main() -> anyhow::Result<ExitCode> {
     if arguments.peek().is_some_and(|mode| mode == "score") {
         return Ok(match run_score(&Score::parse_from(arguments)) {
             Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                let _ = writeln!(std::io::stderr(), "error: {error:#}");
-                ExitCode::from(2)
+            Err(failed) => {
+                let _ = writeln!(std::io::stderr(), "error: {:#}", failed.error);
+                ExitCode::from(failed.code)
             }
         });
     }
@@ -44,8 +44,22 @@ fn main() -> anyhow::Result<ExitCode> {
     serve(&Program { runners: RUNNERS, prepare, set_threads }).map(ExitCode::from)
 }
 
+/// Why nothing was scored.
+struct Failed {
+    error: anyhow::Error,
+    /// 2 where the rows or the model are wrong, 1 where the machine is.
+    code: u8,
+}
+
+impl From<anyhow::Error> for Failed {
+    fn from(error: anyhow::Error) -> Self {
+        Self { error, code: 1 }
+    }
+}
+
 /// Scores the rows of a file. Nothing is written before all of it is computed.
-fn run_score(asked: &Score) -> anyhow::Result<()> {
+fn run_score(asked: &Score) -> Result<(), Failed> {
+    let input = |error| Failed { error, code: 2 };
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let device = match asked.device.as_str() {
         "auto" if tch::Cuda::is_available() => "cuda:0",
@@ -53,12 +67,13 @@ fn run_score(asked: &Score) -> anyhow::Result<()> {
         other => other,
     };
     let device = device::open(&Resources { device: device.to_owned(), threads, save_every: Duration::from_secs(60) })?;
-    let rows = score::read_rows(&asked.rows, &asked.model, &ModelConfig::read(&asked.model)?)?;
-    let model = Transformer::load_frozen(&asked.model, device)?;
+    let config = ModelConfig::read(&asked.model).map_err(input)?;
+    let rows = score::read_rows(&asked.rows, &asked.model, &config).map_err(input)?;
+    let model = Transformer::load_frozen(&asked.model, device).map_err(input)?;
     let scores = score::score(&model, &rows, asked.batch_size)
         .with_context(|| format!("scoring the rows of `{}`", asked.rows.display()))?;
     let Some(output) = &asked.output else {
-        return score::write_rows(&rows, &scores, &mut std::io::stdout().lock());
+        return Ok(score::write_rows(&rows, &scores, &mut std::io::stdout().lock())?);
     };
     // Beside its place first, so that a file that is there is whole.
     let writing = || format!("cannot write `{}`", output.display());
@@ -68,7 +83,8 @@ fn run_score(asked: &Score) -> anyhow::Result<()> {
     // A temporary file is its owner's alone; a result is for whoever may read the folder.
     let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o644);
     file.as_file().set_permissions(permissions).with_context(writing)?;
-    file.persist(output).with_context(writing).map(drop)
+    file.persist(output).with_context(writing)?;
+    Ok(())
 }
 
 /// Notes which build computes, and refuses a device that is not there.

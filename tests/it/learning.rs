@@ -174,6 +174,12 @@ fn scores_are_those_of_transformers_and_bad_rows_are_located() {
     assert_eq!((ended.code, ended.stdout.as_str()), (Some(2), ""));
     assert!(ended.stderr.starts_with("error: the row has the token id 16"), "{}", ended.stderr);
     assert!(ended.stderr.contains("--> rows.jsonl:2"), "{}", ended.stderr);
+    let code = |arguments: &[&str]| sandbox.pipe(&[&["score"], arguments].concat()).code;
+    assert_eq!(code(&["no-folder", "rows.jsonl", "--device", "cpu"]), Some(2));
+    // What is right and cannot be done here is another matter.
+    sandbox.write("rows.jsonl", "{\"ids\": [1, 2]}\n");
+    assert_eq!(code(&[model, "rows.jsonl", "--device", "cpu", "--output", "no-folder/scores.jsonl"]), Some(1));
+    assert_eq!(code(&[model, "rows.jsonl", "--device", "cuda:99"]), Some(1));
 }
 
 #[test]
