@@ -58,7 +58,7 @@ pub struct ScoredGroup {
     pub row: usize,
     /// The round that generated it.
     pub round: u64,
-    /// Every sample has exactly the same reward components: there is nothing to learn from.
+    /// Every sample has the same outcome of each reward that weighs something: there is nothing to learn from.
     pub all_equal: bool,
     /// Whether the step trains on it.
     pub kept: bool,
@@ -250,7 +250,7 @@ impl<'a> Rollouts<'a> {
         Ok(Rollout { groups, rounds, on_policy: true, tokens_per_second: rate(generated, began) })
     }
 
-    /// The stored rollout of `step`: every group that was generated for it, in one round, scored anew.
+    /// The stored rollout of `step`: every group that was generated for it, scored anew, in one chunk.
     fn collect_stored(
         &mut self,
         model: &Transformer,
