@@ -22,6 +22,7 @@ pub mod show;
 pub mod table;
 pub mod ui;
 pub mod verify;
+pub mod why;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -86,6 +87,7 @@ enum Command {
     Show(show::Args),
     Table(table::Args),
     Verify(verify::Args),
+    Why(why::Args),
 }
 
 /// What a command is given besides its arguments.
@@ -136,6 +138,7 @@ fn dispatch(command: &Command, session: &Session) -> Result<(), Failure> {
         Command::Show(args) => show::run(args, session),
         Command::Table(args) => table::run(args, session),
         Command::Verify(args) => verify::run(args, session),
+        Command::Why(args) => why::run(args, session),
     }
 }
 

@@ -74,7 +74,11 @@ fn text(plan: &Plan, color: bool, width: Option<u16>) -> String {
             if !swept {
                 row.remove(1);
             }
-            row.extend([state_name(node.state).to_owned(), key, node.reasons.first().cloned().unwrap_or_default()]);
+            row.extend([
+                state_name(node.state).to_owned(),
+                key,
+                node.reasons.first().map(ToString::to_string).unwrap_or_default(),
+            ]);
             rows.push(row);
         }
     }
@@ -87,7 +91,7 @@ fn text(plan: &Plan, color: bool, width: Option<u16>) -> String {
 }
 
 /// The word for a state, as in the JSON.
-fn state_name(state: State) -> &'static str {
+pub(super) fn state_name(state: State) -> &'static str {
     match state {
         State::Cached => "cached",
         State::Run => "run",

@@ -10,7 +10,7 @@ use std::io::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow};
@@ -20,7 +20,7 @@ use serde_json::Value;
 use crate::pipeline::plan::NodeName;
 use crate::pipeline::stage::{ArtifactType, InputArtifact, Interrupted, Output, Resources, StageContext, StageEvent};
 use crate::pipeline::store::{
-    Attempts, Digest, DraftOutput, KeyLock, KeyParts, Lookup, Manifest, ManifestDraft, Store, StoreError,
+    Attempts, Digest, DraftOutput, KeyLock, KeyParts, Lookup, Manifest, ManifestDraft, Reached, Store, StoreError,
     link_tensorboard,
 };
 
@@ -158,6 +158,7 @@ pub fn attempt(
     let _log = crate::telemetry::logging::thread_to_file(&log).map_err(AttemptError::Failed)?;
     let (kind, threads, device) = (&request.kind, attempts.threads, &request.device);
     tracing::info!(%kind, attempt = attempts.attempts, threads, %device, "begins");
+    let reached = Arc::new(Mutex::new(attempts.reached.clone()));
     let mut context = StageContext {
         inputs,
         out: out.clone(),
@@ -169,7 +170,7 @@ pub fn attempt(
             save_every: Duration::try_from_secs_f64(request.save_every_seconds).unwrap_or(Duration::from_secs(60)),
         },
         interrupt,
-        events: watched(store, request, &attempts, began, events),
+        events: watched(store, request, &attempts, Arc::clone(&reached), began, events),
     };
     let ran = catch_unwind(AssertUnwindSafe(|| run(&mut context)))
         .unwrap_or_else(|panic| Err(anyhow!("the stage panicked: {}", panic_text(panic.as_ref()))));
@@ -177,7 +178,8 @@ pub fn attempt(
         show_curves(store, name, &request.key);
     }
     let seconds = attempts.seconds + began.elapsed().as_secs_f64();
-    let ended = Attempts { seconds, ..attempts.clone() };
+    let reached = reached.lock().map(|reached| reached.clone()).unwrap_or_default();
+    let ended = Attempts { seconds, reached, ..attempts.clone() };
     let finished = ran.and_then(|()| finish(store, request, &out, &mut context));
     drop(context);
     match finished {
@@ -321,7 +323,10 @@ fn begin(
         }
     }
     let attempts = earlier.attempts + 1;
-    Ok(Attempts { attempts, threads, device: request.device.clone(), seconds: earlier.seconds, numerics })
+    // How far an earlier attempt came counts as long as its saved work does.
+    let reached = earlier.reached.filter(|_| resumes);
+    let (device, seconds) = (request.device.clone(), earlier.seconds);
+    Ok(Attempts { attempts, threads, device, seconds, numerics, reached, error: None })
 }
 
 /// The name in [`Manifest::numerics`] of what changed between attempts.
@@ -359,6 +364,7 @@ fn watched(
     store: &Store,
     request: &Request,
     attempts: &Attempts,
+    reached: Arc<Mutex<Option<Reached>>>,
     began: Instant,
     mut events: Box<dyn FnMut(StageEvent) + Send>,
 ) -> Box<dyn FnMut(StageEvent) + Send> {
@@ -370,7 +376,12 @@ fn watched(
         match &event {
             StageEvent::Note { text } => tracing::info!("{text}"),
             StageEvent::Resumed { done } => tracing::info!("goes on from {done}"),
-            StageEvent::Progress { .. } | StageEvent::Metrics { .. } => {}
+            StageEvent::Progress { done, total, unit } => {
+                if let Ok(mut reached) = reached.lock() {
+                    *reached = Some(Reached { done: *done, total: *total, unit: unit.clone() });
+                }
+            }
+            StageEvent::Metrics { .. } => {}
         }
         if !linked && curves.is_dir() {
             linked = true;
@@ -383,6 +394,7 @@ fn watched(
         if noted.elapsed() >= NOTE_SECONDS {
             noted = Instant::now();
             attempts.seconds = earlier + began.elapsed().as_secs_f64();
+            attempts.reached = reached.lock().map(|reached| reached.clone()).unwrap_or_default();
             if let Err(error) = attempts.save(&work) {
                 tracing::debug!(%error, "the seconds so far are not written down");
             }
@@ -455,6 +467,8 @@ fn draft_outputs(request: &Request, out: &Path) -> Vec<DraftOutput> {
 
 /// Keeps what a failed attempt left, and its reason at the end of its log.
 fn fail(store: &Store, lock: &KeyLock, out: &Path, ended: &Attempts, error: anyhow::Error) -> AttemptError {
+    let first_line = format!("{error:#}").lines().next().map(str::to_owned);
+    let ended = Attempts { error: first_line, ..ended.clone() };
     let kept = ended.save(&store.work(lock.key())).and_then(|()| store.keep_failed(lock, out));
     let path = store.logs(lock.key()).join("log.txt");
     let log = std::fs::File::options().append(true).create(true).open(&path);

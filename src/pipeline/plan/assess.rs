@@ -3,35 +3,29 @@
 //! It must never change the store, and looks no key up twice.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use serde_json::Value;
 
 use crate::pipeline::plan::reason::{InputNow, Now, Reason};
 use crate::pipeline::plan::{Edge, Node, NodeName, PlanError, State, key};
 use crate::pipeline::stage::Continues;
-use crate::pipeline::store::{Digest, KeyParts, Lookup, Store, StoreError};
+use crate::pipeline::store::{Digest, Lookup, Manifest, Store, StoreError};
 
 /// Gives every node its key, state and reasons.
 pub(super) fn assess(nodes: &mut [Node], params: &[Value], store: Option<&Store>) -> Result<(), PlanError> {
     let mut found: HashMap<Digest, Lookup> = HashMap::new();
-    let mut last = LastRuns { store, manifests: HashMap::new() };
+    let mut last = LastRuns::new(store);
     for at in 0..nodes.len() {
         let (before, rest) = nodes.split_at_mut(at);
         let (node, params) = (&mut rest[0], &params[at]);
         let edges = &node.edges;
-        let input = |edge: &Edge| match (&before[edge.from].result, before[edge.from].state) {
-            (Some(manifest), _) => match manifest.outputs.iter().find(|output| output.name == edge.output) {
-                Some(output) => InputNow::Is(output.digest.clone()),
-                None => InputNow::Runs,
-            },
-            (None, State::Maybe) => InputNow::MayRun,
-            (None, _) => InputNow::Runs,
-        };
+        let input = |edge: &Edge| input_now(before, edge);
         let parts = node.parts(params, &|edge| match input(edge) {
-            InputNow::Is(digest) => Value::String(digest.0),
+            InputNow::Is { digest, .. } => Value::String(digest.0),
             InputNow::Runs | InputNow::MayRun => Value::Null,
         });
-        let ready = edges.iter().all(|edge| matches!(input(edge), InputNow::Is(_)));
+        let ready = edges.iter().all(|edge| matches!(input(edge), InputNow::Is { .. }));
         let key = ready.then(|| key::key(&parts)).transpose().map_err(|error| PlanError::stage(&node.spec, error))?;
         let lookup = match (&key, store) {
             (Some(key), Some(store)) => {
@@ -50,42 +44,75 @@ pub(super) fn assess(nodes: &mut [Node], params: &[Value], store: Option<&Store>
                 |reference: &str| edges.iter().find(|edge| edge.reference == reference).map_or(InputNow::Runs, input);
             let file = |path: &str| node.files.get(path).cloned();
             let now = Now { parts: &parts, params, input: &by_reference, file: &file };
-            let saved = match (&key, store) {
-                (Some(key), Some(store)) => store.has_saved_work(key),
-                _ => false,
+            let begun = match (&key, store) {
+                (Some(key), Some(store)) => Begun::of(store, key)?,
+                _ => Begun::default(),
             };
             let damage = if let Lookup::Damaged { what } = lookup { Some(what) } else { None };
-            judge(&now, damage, saved, key.is_some(), last.of(&node.names)?.as_ref())
+            let last = last.of(&node.names, &node.recipe, key.as_ref())?;
+            judge(&now, damage, begun, key.is_some(), &last)
         };
         node.hint = node.spec.kind.continues.and_then(|continues| continuing(continues, &node.spec.name, &reasons));
-        node.reasons = reasons.iter().map(ToString::to_string).collect();
-        (node.key, node.state) = (key, state);
+        (node.key, node.state, node.reasons) = (key, state, reasons);
     }
     Ok(())
 }
 
-/// What a run would do with a node that has no result, and why.
-fn judge(
-    now: &Now<'_>,
-    damage: Option<String>,
+/// What is known of what an edge carries.
+pub(super) fn input_now(nodes: &[Node], edge: &Edge) -> InputNow {
+    let from = &nodes[edge.from];
+    match (&from.result, from.state) {
+        (Some(manifest), _) => match manifest.outputs.iter().find(|output| output.name == edge.output) {
+            Some(output) => InputNow::Is { digest: output.digest.clone(), output: output.name.clone() },
+            None => InputNow::Runs,
+        },
+        (None, State::Maybe) => InputNow::MayRun,
+        (None, _) => InputNow::Runs,
+    }
+}
+
+/// What earlier attempts at a key have left.
+#[derive(Default)]
+struct Begun {
+    /// Whether a run would go on from saved work.
     saved: bool,
-    has_key: bool,
-    last: Option<&LastRun>,
-) -> (State, Vec<Reason>) {
+    /// What became of the last attempt.
+    reason: Option<Reason>,
+}
+
+impl Begun {
+    fn of(store: &Store, key: &Digest) -> Result<Self, StoreError> {
+        // Work of which nothing is known is not gone on from.
+        let Some(attempts) = store.attempts(key)? else { return Ok(Self::default()) };
+        let saved = store.has_saved_work(key);
+        let reason = match attempts.error {
+            Some(error) => Some(Reason::Failed { error }),
+            None => saved.then_some(Reason::Interrupted { reached: attempts.reached }),
+        };
+        Ok(Self { saved, reason })
+    }
+}
+
+/// What a run would do with a node that has no result, and why.
+fn judge(now: &Now<'_>, damage: Option<String>, begun: Begun, has_key: bool, last: &LastRun) -> (State, Vec<Reason>) {
+    let Begun { saved, reason } = begun;
     if let Some(what) = damage {
         return (if saved { State::Resume } else { State::Run }, vec![Reason::Damaged { what }]);
     }
-    let mut reasons = if saved { vec![Reason::Interrupted] } else { Vec::new() };
+    let mut reasons: Vec<Reason> = reason.into_iter().collect();
     let differences = match last {
-        None => Vec::new(),
-        Some(LastRun::Gone) => std::iter::once(Reason::Gone).chain(now.pending_inputs()).collect(),
-        Some(LastRun::Parts(parts)) => now.differences(parts),
+        LastRun::Never | LastRun::NeverThisTrial => Vec::new(),
+        LastRun::Removed => std::iter::once(Reason::Removed).chain(now.pending_inputs()).collect(),
+        LastRun::ChangedSinceRemoved => {
+            std::iter::once(Reason::ChangedSinceRemoved).chain(now.pending_inputs()).collect()
+        }
+        LastRun::Made(manifest) => now.differences(manifest),
     };
     // Only one who has run before can be spared by an input that comes out as it was.
-    let may_be_spared = matches!(last, Some(LastRun::Parts(_))) && differences.iter().all(Reason::rests_on_a_run);
+    let may_be_spared = matches!(last, LastRun::Made(_)) && differences.iter().all(Reason::rests_on_a_run);
     reasons.extend(differences);
     if reasons.is_empty() {
-        reasons.push(if last.is_none() { Reason::NeverRun } else { Reason::Gone });
+        reasons.push(if matches!(last, LastRun::NeverThisTrial) { Reason::NewTrial } else { Reason::NeverRun });
     }
     let state = match (has_key, saved) {
         (true, true) => State::Resume,
@@ -109,34 +136,65 @@ fn continuing(continues: Continues, stage: &str, reasons: &[Reason]) -> Option<S
 }
 
 /// What is left of the last recorded run of a name.
+#[derive(Clone)]
 enum LastRun {
-    /// The record stands and its result does not.
-    Gone,
-    /// What its key was made of.
-    Parts(KeyParts),
+    /// There was none.
+    Never,
+    /// There was none, but there were runs of other trials of the experiment.
+    NeverThisTrial,
+    /// It was what would run now, and its result is not there.
+    Removed,
+    /// It was another, of which nothing is left.
+    ChangedSinceRemoved,
+    /// What it made.
+    Made(Arc<Manifest>),
 }
 
 /// The last recorded runs by name.
 struct LastRuns<'a> {
     store: Option<&'a Store>,
-    manifests: HashMap<Digest, Option<KeyParts>>,
+    manifests: HashMap<Digest, Option<Arc<Manifest>>>,
+    /// Whether anything of an experiment, or of a trial, is recorded.
+    recorded: HashMap<(String, Option<String>), bool>,
 }
 
-impl LastRuns<'_> {
-    /// The last run of the first name that has one.
-    fn of(&mut self, names: &[NodeName]) -> Result<Option<LastRun>, StoreError> {
-        let Some(store) = self.store else { return Ok(None) };
+impl<'a> LastRuns<'a> {
+    fn new(store: Option<&'a Store>) -> Self {
+        Self { store, manifests: HashMap::new(), recorded: HashMap::new() }
+    }
+
+    /// The last run of the first name that has one; `recipe` and `key` say what would run now.
+    fn of(&mut self, names: &[NodeName], recipe: &Digest, key: Option<&Digest>) -> Result<LastRun, StoreError> {
+        let Some(store) = self.store else { return Ok(LastRun::Never) };
         for name in names {
             let Some(record) = store.recorded(&name.experiment, &name.trial, &name.stage)? else { continue };
-            if !self.manifests.contains_key(&record.key) {
-                let parts = match store.lookup(&record.key)? {
-                    Lookup::Hit(manifest) => Some(manifest.parts.clone()),
-                    Lookup::Miss | Lookup::Damaged { .. } => None,
-                };
-                self.manifests.insert(record.key.clone(), parts);
-            }
-            return Ok(Some(self.manifests[&record.key].clone().map_or(LastRun::Gone, LastRun::Parts)));
+            let known = match self.manifests.get(&record.key) {
+                Some(known) => known,
+                None => self.manifests.entry(record.key.clone()).or_insert(store.manifest_of(&record.key)?),
+            };
+            let same = record.recipe == *recipe || Some(&record.key) == key;
+            return Ok(match known {
+                // A result that is not there would be taken if it were.
+                Some(manifest) if Some(&record.key) != key => LastRun::Made(Arc::clone(manifest)),
+                _ if same => LastRun::Removed,
+                _ => LastRun::ChangedSinceRemoved,
+            });
         }
-        Ok(None)
+        let mut is_new = false;
+        for name in names {
+            is_new |= self.is_recorded(store, &name.experiment, None)?
+                && !self.is_recorded(store, &name.experiment, Some(&name.trial))?;
+        }
+        Ok(if is_new { LastRun::NeverThisTrial } else { LastRun::Never })
+    }
+
+    fn is_recorded(&mut self, store: &Store, experiment: &str, trial: Option<&str>) -> Result<bool, StoreError> {
+        let name = (experiment.to_owned(), trial.map(str::to_owned));
+        if let Some(known) = self.recorded.get(&name) {
+            return Ok(*known);
+        }
+        let is_recorded = store.is_recorded(experiment, trial)?;
+        self.recorded.insert(name, is_recorded);
+        Ok(is_recorded)
     }
 }

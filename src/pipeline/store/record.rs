@@ -52,6 +52,15 @@ impl Store {
         Ok(read(&self.record_path(experiment, trial, stage))?.map(|on_disk| on_disk.record))
     }
 
+    /// Whether anything of an experiment, or of one trial of it, is recorded.
+    pub fn is_recorded(&self, experiment: &str, trial: Option<&str>) -> Result<bool, StoreError> {
+        let mut folder = self.folder("runs").join(segment(experiment));
+        if let Some(trial) = trial {
+            folder.push(trial_segment(trial));
+        }
+        Ok(!entries(&folder)?.is_empty())
+    }
+
     /// Every recorded stage of an experiment, by trial and stage.
     pub fn recorded_trials(
         &self,
@@ -90,8 +99,10 @@ impl Store {
     }
 
     fn record_path(&self, experiment: &str, trial: &str, stage: &str) -> PathBuf {
-        let trial = if trial.is_empty() { "_".to_owned() } else { segment(trial) };
-        self.folder("runs").join(segment(experiment)).join(trial).join(format!("{}.json", segment(stage)))
+        self.folder("runs")
+            .join(segment(experiment))
+            .join(trial_segment(trial))
+            .join(format!("{}.json", segment(stage)))
     }
 }
 
@@ -123,6 +134,10 @@ pub fn link_tensorboard(root: &Path, name: &NodeName, key: &Digest) -> Result<()
         tempfile::Builder::new().prefix(".new-").make_in(&folder, |path| std::os::unix::fs::symlink(&target, path));
     let new = new.at("link", &link)?;
     new.persist(&link).map_err(|error| error.error).at("link", &link)
+}
+
+fn trial_segment(trial: &str) -> String {
+    if trial.is_empty() { "_".to_owned() } else { segment(trial) }
 }
 
 /// A name as one component of a path: `/`, `%`, control characters and a leading `.` or lone `_` are escaped, and what is too

@@ -28,6 +28,23 @@ pub struct Attempts {
     pub seconds: f64,
     /// What the last attempt computed with.
     pub numerics: BTreeMap<String, String>,
+    /// How far the last attempt had come when this was written.
+    #[serde(default)]
+    pub reached: Option<Reached>,
+    /// The first line of the error of the last attempt, where it failed.
+    #[serde(default)]
+    pub error: Option<String>,
+}
+
+/// How far a stage has come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reached {
+    /// Units done.
+    pub done: u64,
+    /// Units in all.
+    pub total: u64,
+    /// What is counted, as `steps`.
+    pub unit: String,
 }
 
 impl Attempts {
