@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
@@ -37,7 +37,7 @@ pub struct Args {
 impl Args {
     /// The files, and the stage where one is named.
     fn split(&self) -> (Vec<PathBuf>, Option<&String>) {
-        let is_file = |name: &String| name.ends_with(".toml");
+        let is_file = |name: &String| Path::new(name).extension().is_some_and(|extension| extension == "toml");
         let (files, stage) = match self.arguments.split_last() {
             Some((stage, files)) if !files.is_empty() && !is_file(stage) => (files, Some(stage)),
             _ => (&self.arguments[..], None),
