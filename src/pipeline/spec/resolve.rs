@@ -53,6 +53,7 @@ pub(super) fn experiment(
         description: description.unwrap_or_default().to_owned(),
         trials: trials.collect(),
         table,
+        max_failures: root.get("sweep").filter(|_| is_swept).and_then(|entry| sweep::max_failures(&entry.node)),
     }
 }
 

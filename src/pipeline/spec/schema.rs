@@ -68,6 +68,10 @@ impl Section {
                             "values": {"type": "array", "minItems": 1, "description": "The seeds."}
                         }
                     },
+                    "max_failures": {
+                        "type": "integer", "minimum": 1,
+                        "description": "After so many failed trials a run begins no further stage."
+                    },
                     "grid": {
                         "type": "object",
                         "description": "Paths as `\"stages.grpo.learning_rate\"` with the values to try.",

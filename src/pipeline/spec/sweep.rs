@@ -73,6 +73,14 @@ pub(super) fn axes(root: &Node, report: &mut Report) -> Vec<Axis> {
     axes
 }
 
+/// After how many failed trials a run begins nothing more.
+pub(super) fn max_failures(sweep: &Node) -> Option<usize> {
+    match sweep.get("max_failures")?.node.value {
+        Value::Integer(count) => usize::try_from(count).ok(),
+        _ => None,
+    }
+}
+
 fn grid_axes(table: &Node, above: &mut Vec<String>, axes: &mut Vec<Axis>) {
     for (name, entry) in table.table().into_iter().flatten() {
         let added = parse_path(name).unwrap_or_else(|| vec![name.to_string()]);
