@@ -97,6 +97,10 @@ impl Stage for Tokenizer {
         problems
     }
 
+    fn metrics(&self, _upstream: &Upstream<'_>) -> Option<Vec<String>> {
+        Some(Vec::new())
+    }
+
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
         let folder = context.output("tokenizer");
         let mut template = None;
