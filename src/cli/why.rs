@@ -15,7 +15,7 @@ use crate::pipeline::exec::select;
 use crate::pipeline::plan::explain::Compared;
 use crate::pipeline::plan::reason::Reason;
 use crate::pipeline::plan::{Node, NodeName, Plan, State};
-use crate::pipeline::store::{Store, StoreError};
+use crate::pipeline::store::{Acceptance, Store, StoreError};
 
 /// Inputs upstream that are told one below the other; beyond them only the causes are.
 const DEEPEST: usize = 12;
@@ -171,6 +171,13 @@ impl<'a> Told<'a> {
                 };
                 let took = render::duration(manifest.seconds);
                 let _ = writeln!(text, "{indent}  made {} in {took}{by}", manifest.finished);
+                if let Some(accepted) = &manifest.accepted {
+                    let Acceptance { reason, when, by, differences, .. } = accepted;
+                    let _ = writeln!(text, "{indent}  accepted {when} by {by}: {reason}");
+                    for difference in differences {
+                        let _ = writeln!(text, "{indent}    - {difference}");
+                    }
+                }
             }
             let mut inputs = Vec::new();
             for (reason, from) in self.reasons(node) {
@@ -243,6 +250,7 @@ impl<'a> Told<'a> {
                 })),
                 "made": planned.result.as_ref().map(|manifest| json!({
                     "finished": manifest.finished, "seconds": manifest.seconds, "recipe": manifest.recipe,
+                    "accepted": manifest.accepted,
                 })),
             }));
             stack.extend(reasons.iter().rev().filter_map(|(_, from)| *from));

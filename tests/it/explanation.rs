@@ -221,3 +221,38 @@ fn why_follows_the_inputs_to_the_cause() {
     assert_eq!(wrong.code, Some(2));
     assert!(wrong.stderr.contains("did you mean `last`?"), "{}", wrong.stderr);
 }
+
+#[test]
+fn a_plan_says_how_long_and_by_its_exit_code_whether_anything_would_run() {
+    let sandbox = sandbox();
+    sandbox
+        .write("slow.toml", "[stages.slow]\nkind = \"command\"\ncommand = [\"sleep\", \"0.3\"]\noutputs = [\"out\"]\n");
+    edit(&sandbox, "slow.toml", "[\"sleep\", \"0.3\"]", "[\"sh\", \"-c\", \"sleep 0.3; echo > out\"]");
+    assert_eq!(sandbox.pipe(&["plan", "slow.toml", "--exit-code"]).code, Some(3));
+    let unknown = sandbox.ok(&["plan", "slow.toml"]);
+    assert!(unknown.stderr.contains("how long 1 stage will take is not known"), "{}", unknown.stderr);
+    sandbox.ok(&["run", "slow.toml"]);
+    let cached = sandbox.ok(&["plan", "slow.toml", "--exit-code"]);
+    assert!(!cached.stdout.contains("time"), "{}", cached.stdout);
+    edit(&sandbox, "slow.toml", "echo >", "echo x >");
+    let rows = sandbox.json(&["plan", "--json", "slow.toml"]);
+    assert!(rows[0]["seconds"].as_f64().is_some_and(|seconds| seconds > 0.25), "{rows}");
+    let said = sandbox.pipe(&["plan", "--json", "slow.toml", "--exit-code"]);
+    assert_eq!((said.code, said.stdout.is_empty()), (Some(3), false));
+    let said = sandbox.ok(&["plan", "slow.toml"]);
+    assert!(said.stderr.contains(" of work"), "{}", said.stderr);
+}
+
+#[test]
+fn a_large_sweep_is_told_in_few_lines() {
+    let sandbox = sandbox();
+    let values: Vec<String> = (1..=64).map(|value| value.to_string()).collect();
+    let text = format!("pipeline = \"chain.toml\"\n[sweep.grid]\n\"params.keep\" = [{}]\n", values.join(", "));
+    sandbox.write("sweep.toml", &text);
+    let said = sandbox.ok(&["plan", "sweep.toml"]).stdout;
+    let shown: Vec<Vec<&str>> = said.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(shown.len(), 5, "{said}");
+    assert!(said.contains("64 trials  first x64") && said.contains("64 trials  sorted "), "{said}");
+    assert_eq!(sandbox.ok(&["plan", "sweep.toml", "--all"]).stdout.lines().count(), 1 + 4 * 64);
+    assert_eq!(sandbox.json(&["plan", "--json", "sweep.toml"]).as_array().unwrap().len(), 4 * 64);
+}

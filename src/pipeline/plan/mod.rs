@@ -2,6 +2,7 @@
 
 mod assess;
 pub mod explain;
+pub mod forecast;
 mod graph;
 pub mod key;
 pub mod reason;

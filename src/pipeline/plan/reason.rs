@@ -374,6 +374,7 @@ mod tests {
             finished: String::new(),
             numerics: BTreeMap::new(),
             metrics: BTreeMap::new(),
+            accepted: None,
         }
     }
 
