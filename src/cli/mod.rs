@@ -8,7 +8,9 @@ pub mod arms;
 pub mod audit;
 pub mod check;
 pub mod comparison;
+pub mod config;
 pub mod failure;
+pub mod graph;
 pub mod pace;
 pub mod plan;
 pub mod progress;
@@ -79,6 +81,8 @@ pub struct Global {
 enum Command {
     Audit(audit::Args),
     Check(check::Args),
+    Config(config::Args),
+    Graph(graph::Args),
     Plan(plan::Args),
     Rescore(rescore::Args),
     Run(run::Args),
@@ -130,6 +134,8 @@ fn dispatch(command: &Command, session: &Session) -> Result<(), Failure> {
     match command {
         Command::Audit(args) => audit::run(args, session),
         Command::Check(args) => check::run(args, session),
+        Command::Config(args) => config::run(args, session),
+        Command::Graph(args) => graph::run(args, session),
         Command::Plan(args) => plan::run(args, session),
         Command::Rescore(args) => rescore::run(args, session),
         Command::Run(args) => run::run(args, session),

@@ -250,6 +250,16 @@ pub(super) fn state_name(state: State) -> &'static str {
     }
 }
 
+/// How a state looks.
+pub(super) fn state_look(state: State) -> Look {
+    match state {
+        State::Cached => Look::Green,
+        State::Run | State::Resume => Look::Yellow,
+        State::Maybe => Look::Cyan,
+        State::Blocked => Look::Red,
+    }
+}
+
 /// `3 stages: 1 cached, 2 run`; shared stages count once.
 fn summary(plan: &Plan) -> String {
     let states = [State::Cached, State::Run, State::Resume, State::Maybe, State::Blocked];

@@ -1,21 +1,24 @@
 //! `pipe why`: why a stage would run, followed upstream to the causes. It changes nothing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
 use crate::cli::failure::Failure;
-use crate::cli::plan::state_name;
+use crate::cli::plan::{state_look, state_name};
 use crate::cli::ui::Look;
 use crate::cli::{Session, render};
 use crate::pipeline::exec::ExecError;
 use crate::pipeline::exec::select;
 use crate::pipeline::plan::explain::Compared;
 use crate::pipeline::plan::reason::Reason;
-use crate::pipeline::plan::{Node, NodeName, Plan, State};
+use crate::pipeline::plan::{NodeName, Plan};
+use crate::pipeline::spec::origin::Origins;
+use crate::pipeline::spec::{Experiment, Origin};
 use crate::pipeline::store::{Acceptance, Store, StoreError};
+use crate::stages::KINDS;
 
 /// Inputs upstream that are told one below the other; beyond them only the causes are.
 const DEEPEST: usize = 12;
@@ -37,9 +40,8 @@ pub struct Args {
 impl Args {
     /// The files, and the stage where one is named.
     fn split(&self) -> (Vec<PathBuf>, Option<&String>) {
-        let is_file = |name: &String| Path::new(name).extension().is_some_and(|extension| extension == "toml");
         let (files, stage) = match self.arguments.split_last() {
-            Some((stage, files)) if !files.is_empty() && !is_file(stage) => (files, Some(stage)),
+            Some((stage, files)) if !files.is_empty() && !is_toml(stage) => (files, Some(stage)),
             _ => (&self.arguments[..], None),
         };
         (files.iter().map(PathBuf::from).collect(), stage)
@@ -57,7 +59,7 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         Some(stage) => select::nodes(&plan, std::slice::from_ref(stage), "why").map_err(unknown)?,
         None => ends(&plan),
     };
-    let mut told = Told::new(&plan, store.as_ref());
+    let mut told = Told::new(&plan, store.as_ref(), Sources { experiments: &experiments, sets: &args.sets });
     let groups = plan.alike(meant);
     if session.ui.is_json() {
         let mut rows = Vec::new();
@@ -86,6 +88,17 @@ fn unknown(error: ExecError) -> Failure {
     }
 }
 
+/// Whether an argument is a file and not the name of a stage.
+pub(super) fn is_toml(argument: &str) -> bool {
+    Path::new(argument).extension().is_some_and(|extension| extension == "toml")
+}
+
+/// `FILE:LINE`, or `--set`.
+pub(super) fn place(origin: &Origin) -> String {
+    let file = origin.file.display();
+    if origin.file.as_os_str() == "--set" { file.to_string() } else { format!("{file}:{}", origin.line) }
+}
+
 /// Stages that nothing rests on.
 fn ends(plan: &Plan) -> BTreeSet<usize> {
     let used: BTreeSet<usize> = plan.nodes.iter().flat_map(|node| &node.edges).map(|edge| edge.from).collect();
@@ -98,11 +111,49 @@ struct Told<'a> {
     store: Option<&'a Store>,
     distances: Vec<Option<usize>>,
     seen: BTreeSet<usize>,
+    sources: Sources<'a>,
+    /// Where the values of a trial come from, by experiment and trial, once asked for.
+    origins: HashMap<(&'a str, &'a str), Option<Origins>>,
+}
+
+/// What the plan was read from.
+struct Sources<'a> {
+    experiments: &'a [Experiment],
+    sets: &'a [String],
+}
+
+impl Sources<'_> {
+    fn origins(&self, experiment: &str, trial: &str) -> Option<Origins> {
+        let experiment = self.experiments.iter().find(|known| known.name == experiment)?;
+        let trial = experiment.trials.iter().find(|known| known.name == trial)?;
+        Origins::of(&experiment.path, self.sets, trial, KINDS)
+    }
 }
 
 impl<'a> Told<'a> {
-    fn new(plan: &'a Plan, store: Option<&'a Store>) -> Self {
-        Self { plan, store, distances: plan.distances(), seen: BTreeSet::new() }
+    fn new(plan: &'a Plan, store: Option<&'a Store>, sources: Sources<'a>) -> Self {
+        let distances = plan.distances();
+        Self { plan, store, distances, seen: BTreeSet::new(), sources, origins: HashMap::new() }
+    }
+
+    /// Where a changed parameter of a node is written.
+    fn place(&mut self, node: usize, reason: &Reason) -> Option<Origin> {
+        let Reason::Parameter { path, .. } = reason else { return None };
+        let name = self.plan.nodes[node].name();
+        let sources = &self.sources;
+        let origins = self
+            .origins
+            .entry((&name.experiment, &name.trial))
+            .or_insert_with(|| sources.origins(&name.experiment, &name.trial));
+        Some(origins.as_ref()?.of_parameter(&name.stage, path)?.place.clone())
+    }
+
+    /// A reason, with the place of the parameter that changed.
+    fn sentence(&mut self, node: usize, reason: &Reason) -> String {
+        match self.place(node, reason) {
+            Some(origin) => format!("{reason}, at {}", place(&origin)),
+            None => reason.to_string(),
+        }
     }
 
     /// The reasons of a node, and what those lie in: the nearest cause first.
@@ -150,7 +201,7 @@ impl<'a> Told<'a> {
             let indent = "  ".repeat(depth);
             let names = group.map_or_else(|| title(&planned.names), |group| self.title_of(group));
             let again = !self.seen.insert(node);
-            let state = look(planned.state).on(state_name(planned.state), color);
+            let state = state_look(planned.state).on(state_name(planned.state), color);
             let _ = writeln!(
                 text,
                 "{indent}{state}  {}{}",
@@ -181,13 +232,13 @@ impl<'a> Told<'a> {
             }
             let mut inputs = Vec::new();
             for (reason, from) in self.reasons(node) {
-                let _ = writeln!(text, "{indent}  - {reason}");
+                let _ = writeln!(text, "{indent}  - {}", self.sentence(node, reason));
                 inputs.extend(from.map(|from| (from, depth + 1, None)));
             }
             if let Some(Compared { with, differences }) = self.compared(node)? {
                 let _ = writeln!(text, "{indent}    compared with {}:", render::node(&with));
-                for reason in differences {
-                    let _ = writeln!(text, "{indent}    - {reason}");
+                for reason in &differences {
+                    let _ = writeln!(text, "{indent}    - {}", self.sentence(node, reason));
                 }
             }
             if let Some(hint) = &planned.hint {
@@ -236,6 +287,7 @@ impl<'a> Told<'a> {
             let planned = &self.plan.nodes[node];
             let reasons = self.reasons(node);
             let compared = self.compared(node)?;
+            let said: Vec<Value> = reasons.iter().map(|(reason, from)| self.reason(node, reason, *from)).collect();
             rows.push(json!({
                 "names": planned.names,
                 "kind": planned.spec.kind.name,
@@ -243,7 +295,7 @@ impl<'a> Told<'a> {
                 "key": planned.key,
                 "state": planned.state,
                 "because": self.because(node),
-                "reasons": reasons.iter().map(|(reason, from)| self.reason(planned, reason, *from)).collect::<Vec<_>>(),
+                "reasons": said,
                 "compared_with": compared.map(|compared| json!({
                     "name": compared.with,
                     "differences": compared.differences,
@@ -258,8 +310,14 @@ impl<'a> Told<'a> {
         Ok(())
     }
 
-    fn reason(&self, _node: &Node, reason: &Reason, from: Option<usize>) -> Value {
-        json!({"text": reason, "input": from.map(|from| self.plan.nodes[from].name())})
+    fn reason(&mut self, node: usize, reason: &Reason, from: Option<usize>) -> Value {
+        let place = self.place(node, reason);
+        json!({
+            "text": reason,
+            "input": from.map(|from| self.plan.nodes[from].name()),
+            "file": place.as_ref().map(|place| &place.file),
+            "line": place.as_ref().map(|place| place.line),
+        })
     }
 }
 
@@ -271,14 +329,5 @@ fn title(names: &[NodeName]) -> String {
             format!("{} (shared by {} trials)", render::node(first), render::count(others.len() as u64 + 1))
         }
         [] => String::new(),
-    }
-}
-
-fn look(state: State) -> Look {
-    match state {
-        State::Cached => Look::Green,
-        State::Run | State::Resume => Look::Yellow,
-        State::Maybe => Look::Cyan,
-        State::Blocked => Look::Red,
     }
 }

@@ -256,3 +256,65 @@ fn a_large_sweep_is_told_in_few_lines() {
     assert_eq!(sandbox.ok(&["plan", "sweep.toml", "--all"]).stdout.lines().count(), 1 + 4 * 64);
     assert_eq!(sandbox.json(&["plan", "--json", "sweep.toml"]).as_array().unwrap().len(), 4 * 64);
 }
+
+#[test]
+fn the_configuration_says_where_every_value_comes_from_and_reads_again() {
+    let sandbox = sandbox();
+    sandbox.write("sweep.toml", "pipeline = \"chain.toml\"\n[sweep.grid]\n\"params.keep\" = [1, 2]\n");
+    let said = sandbox.ok(&["config", "sweep.toml", "--trial", "keep=2", "--resolved", "--origin"]).stdout;
+    assert!(said.contains("head -n 2 {inputs.a}"), "{said}");
+    assert!(said.contains("# pipeline chain.toml:11 (params.keep sweep.toml:3)"), "{said}");
+    assert!(said.contains("cpus = 0") && said.contains("# default"), "{said}");
+    // It is the same configuration once more: every recipe is as it was.
+    let stages = |file: &str, trial: &str| -> BTreeMap<String, String> {
+        let recipes = recipes(&sandbox, file).into_iter();
+        recipes.filter_map(|(name, recipe)| Some((name.strip_prefix(trial)?.to_owned(), recipe))).collect()
+    };
+    sandbox.write("again.toml", &said);
+    assert_eq!(stages("again.toml", "/"), stages("sweep.toml", "keep=2/"));
+    let written = sandbox.ok(&["config", "sweep.toml", "--trial", "keep=2"]).stdout;
+    assert!(written.starts_with("[params]\nkeep = 2\n") && written.contains("${params.keep}"), "{written}");
+    let json =
+        sandbox.json(&["config", "sweep.toml", "first", "--json", "--resolved", "--set", "stages.first.env.A=\"b\""]);
+    assert_eq!(json.as_array().unwrap().len(), 2);
+    let values = &json[1]["values"];
+    assert_eq!(values["stages.first.env.A"]["source"], "--set", "{values}");
+    assert_eq!(
+        (&values["stages.first.kind"]["line"], &values["stages.first.kind"]["file"]),
+        (&10.into(), &"chain.toml".into())
+    );
+    let wrong = sandbox.pipe(&["config", "sweep.toml", "--trial", "keep=3"]);
+    assert!(wrong.code == Some(2) && wrong.stderr.contains("there is `keep="), "{}", wrong.stderr);
+    // A changed parameter is told with its place.
+    sandbox.ok(&["run", "sweep.toml"]);
+    edit(&sandbox, "chain.toml", "head -n", "head  -n");
+    let said = sandbox.ok(&["why", "sweep.toml", "keep=1/first"]).stdout;
+    assert!(said.contains(", at chain.toml:11\n"), "{said}");
+}
+
+#[test]
+fn a_graph_is_written_as_its_file_is_called() {
+    let sandbox = sandbox();
+    sandbox.write("sweep.toml", "pipeline = \"chain.toml\"\n[sweep.grid]\n\"params.keep\" = [1, 2]\n");
+    for (file, begin) in [("g.svg", "<svg "), ("g.dot", "digraph"), ("g.mmd", "flowchart"), ("g.txt", "○")] {
+        sandbox.ok(&["graph", "sweep.toml", "-o", file]);
+        let text = fs::read_to_string(sandbox.path(file)).unwrap();
+        assert!(text.starts_with(begin) && text.contains("first"), "{file}: {text}");
+    }
+    let shown = sandbox.ok(&["graph", "sweep.toml"]).stdout;
+    assert!(shown.contains("first x2") && shown.contains("<- sorted") && !shown.contains("sorted x2"), "{shown}");
+    let one = sandbox.json(&["graph", "sweep.toml", "--trial", "keep=2", "--json"]);
+    assert_eq!(one["stages"].as_array().unwrap().iter().map(|stage| &stage["count"]).collect::<Vec<_>>(), [1; 4]);
+    assert_eq!(sandbox.pipe(&["graph", "sweep.toml", "-o", "g.png"]).code, Some(2));
+    let stage =
+        |number: usize| format!("[stages.s{number}]\nkind = \"command\"\ncommand = [\"true\"]\noutputs = [\"out\"]\n");
+    sandbox.write("large.toml", &(0..501).map(stage).collect::<String>());
+    let refused = sandbox.pipe(&["graph", "large.toml"]);
+    assert!(
+        refused.code == Some(2) && refused.stderr.contains("501 stages are too many to draw"),
+        "{}",
+        refused.stderr
+    );
+    assert!(refused.stderr.contains("--format dot"), "{}", refused.stderr);
+    assert_eq!(sandbox.ok(&["graph", "large.toml", "--format", "dot"]).stdout.matches("[label").count(), 501);
+}

@@ -15,6 +15,7 @@ mod compose;
 mod diagnostic;
 mod graph;
 mod interpolate;
+pub mod origin;
 mod parse;
 mod resolve;
 mod resolved;
@@ -38,7 +39,7 @@ use serde_json::Value;
 use crate::pipeline::spec::compose::Composer;
 use crate::pipeline::spec::diagnostic::Mistake;
 pub use crate::pipeline::spec::diagnostic::{Diagnostic, Diagnostics};
-pub use crate::pipeline::spec::resolved::{resolved, resolved_stage};
+pub use crate::pipeline::spec::resolved::{resolved, resolved_stage, resolved_value};
 pub use crate::pipeline::spec::schema::{SchemaKind, schema};
 use crate::pipeline::stage::{AnyStage, Kind, RunOptions};
 
