@@ -16,6 +16,7 @@
 //! no kind: a draft goes in, a manifest comes out.
 
 mod cache;
+pub(crate) mod canonical;
 pub mod digest;
 mod error;
 mod fault;
@@ -38,6 +39,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::pipeline::stage::{ArtifactType, Part};
+pub(crate) use digest::hash_canonical;
 pub use digest::{digest_folder, hash_json, source_digest};
 use error::At as _;
 pub use error::StoreError;
