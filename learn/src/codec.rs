@@ -5,6 +5,7 @@
 use std::path::Path;
 
 use anyhow::{Context as _, anyhow, bail};
+use pipe::stages::tokenizer::TOKENIZER_FILE;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
@@ -18,13 +19,9 @@ pub struct Codec {
 impl Codec {
     /// Reads the `tokenizer.json` of a checkpoint or tokenizer folder; one whose ids a checkpoint has no rows for is refused.
     pub fn open(folder: &Path) -> anyhow::Result<Self> {
-        let path = folder.join("tokenizer.json");
+        let path = folder.join(TOKENIZER_FILE);
         let bytes = std::fs::read(&path).with_context(|| format!("reading `{}`", path.display()))?;
-        let mut tokenizer = Tokenizer::from_bytes(&bytes)
-            .map_err(|error| anyhow!("{error}"))
-            .with_context(|| format!("`{}` is no tokenizer", path.display()))?;
-        // Cutting and filling up are for the batches of whoever saved the file; a row is never cut in silence.
-        tokenizer.with_padding(None).with_truncation(None).map_err(|error| anyhow!("{error}"))?;
+        let tokenizer = pipe::stages::tokenizer::read(folder)?;
         fits(&tokenizer, folder)?;
         Ok(Self { tokenizer, digest: blake3::hash(&bytes).to_hex().to_string() })
     }

@@ -163,6 +163,7 @@ pub(crate) fn experiment(name: &str, trials: Vec<Trial>) -> Experiment {
         description: String::new(),
         trials,
         table: TableSpec::default(),
+        max_failures: None,
     }
 }
 

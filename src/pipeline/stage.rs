@@ -210,6 +210,17 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
         Vec::new()
     }
 
+    /// The names of the numbers that tables may show of its result; a name that ends in `.*` stands for every name that
+    /// begins so. `None` where that cannot be told before it has run.
+    fn metrics(&self, _upstream: &Upstream<'_>) -> Option<Vec<String>> {
+        None
+    }
+
+    /// The split of the data that its metrics are measured on, where they are of one.
+    fn split(&self) -> Option<&str> {
+        None
+    }
+
     /// The parameters with all that provably changes nothing set to one value: two stages of one normal form and the same
     /// inputs compute the same but for rounding. `None` where every parameter counts. Arms that differ in such parameters
     /// alone are told to be the same arm; keys are made of the parameters as they are.
@@ -231,6 +242,10 @@ pub trait AnyStage: Send + Sync {
     fn parts(&self) -> Vec<Part>;
     /// See [`Stage::check`].
     fn check(&self, upstream: &Upstream<'_>) -> Vec<Problem>;
+    /// See [`Stage::metrics`].
+    fn metrics(&self, upstream: &Upstream<'_>) -> Option<Vec<String>>;
+    /// See [`Stage::split`].
+    fn split(&self) -> Option<&str>;
     /// See [`Stage::normal_form`].
     fn normal_form(&self) -> Option<Value>;
     /// See [`Stage::run`].
@@ -248,6 +263,12 @@ impl<S: Stage> AnyStage for S {
     }
     fn check(&self, upstream: &Upstream<'_>) -> Vec<Problem> {
         Stage::check(self, upstream)
+    }
+    fn metrics(&self, upstream: &Upstream<'_>) -> Option<Vec<String>> {
+        Stage::metrics(self, upstream)
+    }
+    fn split(&self) -> Option<&str> {
+        Stage::split(self)
     }
     fn normal_form(&self) -> Option<Value> {
         Stage::normal_form(self)

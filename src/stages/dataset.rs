@@ -122,6 +122,10 @@ impl Stage for Dataset {
         problems
     }
 
+    fn metrics(&self, _upstream: &Upstream<'_>) -> Option<Vec<String>> {
+        Some(Vec::new())
+    }
+
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
         let folder = context.output("dataset");
         let mut shapes: Vec<(Shape, &Path)> = Vec::new();

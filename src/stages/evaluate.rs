@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::pipeline::stage::{ArtifactType, Checkpoint, Input, Output, Part, Place, Problem, Stage, Tokens, Upstream};
 use crate::stages::sampling::Filters;
-use crate::stages::training::{task_parts, versions};
+use crate::stages::training::{task_of, task_parts, versions};
 
 /// Let a model act on held-out instances and measure every episode by simulation.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -67,5 +67,60 @@ impl Stage for Evaluate {
 
     fn check(&self, _upstream: &Upstream<'_>) -> Vec<Problem> {
         self.filters.check("", self.temperature)
+    }
+
+    fn metrics(&self, upstream: &Upstream<'_>) -> Option<Vec<String>> {
+        let task = task_of(*upstream, &self.prompts.reference)?;
+        let measures: Vec<String> = task.measures().into_iter().map(|measure| measure.name.into_owned()).collect();
+        let mut names = ["n", "completion_length", "truncated"].map(str::to_owned).to_vec();
+        if measures.iter().any(|name| name == "solved") {
+            names.extend(["solved_low", "solved_high"].map(str::to_owned));
+        }
+        // `MEASUREMENT.STRATUM` is a measurement over the instances of one stratum; of a task of the user's own they are not
+        // known before it has run.
+        let strata = task.strata().unwrap_or_else(|| vec!["*"]);
+        let stratified = ["n", "truncated"].into_iter().chain(measures.iter().map(String::as_str));
+        let stratified = stratified.flat_map(|name| strata.iter().map(move |stratum| format!("{name}.{stratum}")));
+        names.extend(stratified.collect::<Vec<_>>());
+        names.extend(measures);
+        Some(names)
+    }
+
+    fn split(&self) -> Option<&str> {
+        Some(&self.split)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn metrics_are_the_tasks_measurements_in_all_and_by_stratum() {
+        let evaluate: Evaluate =
+            serde_json::from_value(json!({"model": "sft", "prompts": "tokens", "max_new_tokens": 8})).unwrap();
+        let of = |task: serde_json::Value| {
+            let stages = BTreeMap::from([("tokens".to_owned(), json!({"task": task}))]);
+            Stage::metrics(&evaluate, &Upstream { stages: &stages })
+        };
+        let small = of(json!({"kind": "maze", "rows": 3, "columns": 3})).unwrap();
+        let has = |name: &str| small.iter().any(|known| known == name);
+        assert!(
+            ["solved", "solved.short", "solved.medium", "progress", "n", "solved_low", "truncated.short"].map(has)
+                == [true; 7]
+        );
+        assert!(!has("solved.long"), "no path in 3 x 3 cells has nine moves");
+        let program = of(json!({"kind": "program", "command": ["x"], "measures": ["score"]}));
+        let program = program.unwrap();
+        assert!(
+            program.iter().any(|name| name == "score.*") && !program.iter().any(|name| name == "solved_low"),
+            "{program:?}"
+        );
+        assert_eq!(of(json!(null)), None, "the task is not known");
+        assert_eq!(Stage::split(&evaluate), Some("test"));
     }
 }

@@ -115,6 +115,10 @@ impl Stage for Model {
         problems
     }
 
+    fn metrics(&self, _upstream: &Upstream<'_>) -> Option<Vec<String>> {
+        Some(Vec::new())
+    }
+
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
         let tokenizer = self.tokenizer.as_ref().map(|input| context.input(input).map(Path::to_owned)).transpose()?;
         let folder = context.output("checkpoint");

@@ -140,6 +140,10 @@ impl Stage for Synthesize {
         problems
     }
 
+    fn metrics(&self, _upstream: &Upstream<'_>) -> Option<Vec<String>> {
+        Some(Vec::new())
+    }
+
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
         let task = open_with(&self.task, &self.task.any_format(), &context.interrupt)?;
         let pool = pool(context)?;

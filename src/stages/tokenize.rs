@@ -142,6 +142,12 @@ impl Stage for Tokenize {
         vec![Problem::new("tokenizer", message).hint("give both the same `task` and the same kind of `format`")]
     }
 
+    fn metrics(&self, _upstream: &Upstream<'_>) -> Option<Vec<String>> {
+        let names =
+            ["rows", "tokens", "target_tokens", "longest_row", "rows_without_demonstration", "rows.*", "dropped.*"];
+        Some(names.map(str::to_owned).to_vec())
+    }
+
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
         let dataset = context.input(&self.dataset)?.to_owned();
         let tokenizer_folder = context.input(&self.tokenizer)?.to_owned();

@@ -97,6 +97,10 @@ impl Stage for Tokenizer {
         problems
     }
 
+    fn metrics(&self, _upstream: &Upstream<'_>) -> Option<Vec<String>> {
+        Some(Vec::new())
+    }
+
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
         let folder = context.output("tokenizer");
         let mut template = None;
@@ -208,7 +212,7 @@ fn text(tokenizer: &HuggingFaceTokenizer) -> anyhow::Result<String> {
 
 /// Reads `tokenizer.json` in a folder, without the limits that it may set: they are for the batches of whoever saved it,
 /// and rows are neither cut nor filled up in silence.
-pub(crate) fn read(folder: &Path) -> anyhow::Result<HuggingFaceTokenizer> {
+pub fn read(folder: &Path) -> anyhow::Result<HuggingFaceTokenizer> {
     let path = folder.join(TOKENIZER_FILE);
     let reading = || format!("reading `{}`", path.display());
     let bytes = fs::read(&path).with_context(reading)?;

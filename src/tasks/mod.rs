@@ -37,6 +37,11 @@ impl Measure {
     }
 }
 
+/// The stratum of an instance of this `length`: the last of `strata`, each with its least length, that begins at or below it.
+fn stratum<'a>(strata: &[(u64, &'a str)], length: u64) -> Option<&'a str> {
+    strata.iter().rev().find(|(least, _)| *least <= length).map(|(_, name)| *name)
+}
+
 /// Why a reply of the model ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::random;
 use crate::tasks::maze::{BEGIN, END, PAD};
-use crate::tasks::{Episode, Episodes, Finish, FormatSpec, Measure, Measurements, Start, Task, Turn};
+use crate::tasks::{Episode, Episodes, Finish, FormatSpec, Measure, Measurements, Start, Task, Turn, stratum};
 
 /// The version of instances, rules and verdicts.
 pub const VERSION: u32 = 1;
@@ -32,6 +32,9 @@ pub static MEASURES: &[Measure] = &[
     Measure::new("format", "the share of turns whose reply is a JSON object with exactly the keys asked for"),
     Measure::new("finished", "the share of turns whose reply the model ended, not the token limit"),
 ];
+
+/// The strata of instances by their distance to the target, each with the least distance in it.
+pub static STRATA: &[(u64, &str)] = &[(0, "near"), (2, "middle"), (4, "far")];
 
 /// Where an episode stands at its beginning.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -224,12 +227,7 @@ impl Task for NumberLine {
     }
 
     fn stratum(&self, instance: &Value) -> Option<String> {
-        let name = match instance.get("length")?.as_u64()? {
-            0..=1 => "near",
-            2..=3 => "middle",
-            4.. => "far",
-        };
-        Some(name.to_owned())
+        stratum(STRATA, instance.get("length")?.as_u64()?).map(str::to_owned)
     }
 }
 

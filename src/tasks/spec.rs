@@ -165,6 +165,17 @@ impl TaskSpec {
         }
     }
 
+    /// The strata into which instances may fall; `None` where the task does not say.
+    pub fn strata(&self) -> Option<Vec<&'static str>> {
+        let all = match self {
+            Self::Maze { .. } => maze::STRATA,
+            Self::NumberLine { .. } => number_line::STRATA,
+            Self::Program(_) => return None,
+        };
+        let longest = self.longest().unwrap_or(u64::MAX);
+        Some(all.iter().filter(|(least, _)| *least <= longest).map(|(_, name)| *name).collect())
+    }
+
     /// The longest that the `length` of an instance can be, where instances have one.
     pub fn longest(&self) -> Option<u64> {
         match *self {

@@ -54,6 +54,8 @@ pub struct Experiment {
     pub trials: Vec<Trial>,
     /// What `pipe table` shows.
     pub table: TableSpec,
+    /// After so many failed trials a run begins no further stage; none goes on to the end.
+    pub max_failures: Option<usize>,
 }
 
 /// The `[table]` of an experiment.

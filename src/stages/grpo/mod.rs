@@ -202,6 +202,11 @@ impl Stage for Grpo {
         parts
     }
 
+    // Its validations stand in its logs; what tables compare are evaluations of its checkpoints.
+    fn metrics(&self, _upstream: &Upstream<'_>) -> Option<Vec<String>> {
+        Some(Vec::new())
+    }
+
     fn check(&self, upstream: &Upstream<'_>) -> Vec<Problem> {
         let rows = self.prompts_per_step * self.group_size / self.updates_per_step.max(1);
         let mut problems =

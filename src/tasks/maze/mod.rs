@@ -18,7 +18,9 @@ pub use grid::{Direction, Maze};
 use crate::random;
 use crate::tasks::maze::format::{Format, read_answer};
 use crate::tasks::maze::grid::{Symmetry, canonical, symmetries};
-use crate::tasks::{Algorithm, Episode, Episodes, Finish, FormatSpec, Measure, Measurements, Start, Task, Turn};
+use crate::tasks::{
+    Algorithm, Episode, Episodes, Finish, FormatSpec, Measure, Measurements, Start, Task, Turn, stratum,
+};
 
 /// The version of instances and verdicts.
 pub const VERSION: u32 = 1;
@@ -49,6 +51,9 @@ pub static MEASURES: &[Measure] = &[
     ),
     Measure::new("finished", "1 where the model ended its completion, 0 where the token limit did"),
 ];
+
+/// The strata of instances by the length of the shortest path, each with the least length in it.
+pub static STRATA: &[(u64, &str)] = &[(0, "short"), (5, "medium"), (9, "long"), (14, "very_long")];
 
 /// Mazes of one size in one format.
 pub struct MazeTask {
@@ -123,13 +128,7 @@ impl Task for MazeTask {
     }
 
     fn stratum(&self, instance: &Value) -> Option<String> {
-        let name = match instance.get("length")?.as_u64()? {
-            0..=4 => "short",
-            5..=8 => "medium",
-            9..=13 => "long",
-            14.. => "very_long",
-        };
-        Some(name.to_owned())
+        stratum(STRATA, instance.get("length")?.as_u64()?).map(str::to_owned)
     }
 }
 

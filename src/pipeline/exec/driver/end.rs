@@ -1,0 +1,102 @@
+//! How a node ends: what it tells on the way, its result or its failure, and the record of both.
+
+use std::sync::Arc;
+
+use super::{Driver, made_of, shown};
+use crate::pipeline::exec::event::Event;
+use crate::pipeline::exec::local::{Ending, News};
+use crate::pipeline::exec::scheduler::Input;
+use crate::pipeline::store::{Digest, Lookup, Manifest, RunRecord};
+
+impl Driver<'_, '_> {
+    pub(super) fn hear(&mut self, node: usize, news: News) {
+        let ending = match news {
+            News::Event(event) => return (self.events)(&Event::Stage { node, event }),
+            News::Waiting => return self.inbox.push_back(Input::Waiting(node)),
+            News::Freed => return self.inbox.push_back(Input::Freed(node)),
+            News::Ended(ending) => ending,
+        };
+        let seconds = self.running.remove(&node).map_or(0.0, |(_, began)| began.elapsed().as_secs_f64());
+        let input = match ending {
+            Ending::Done(manifest) => match self.done(node, manifest, seconds) {
+                Ok(()) => Input::Done(node),
+                Err(problem) => {
+                    self.fail(node, problem);
+                    Input::Failed(node)
+                }
+            },
+            Ending::Interrupted => {
+                (self.events)(&Event::Interrupted { node, name: self.plan.nodes[node].name().clone() });
+                Input::Interrupted(node)
+            }
+            Ending::Failed(problem) => {
+                self.fail(node, problem);
+                Input::Failed(node)
+            }
+            Ending::Damaged { reference, what } => self.damaged(node, &reference, &what),
+        };
+        self.inbox.push_back(input);
+    }
+
+    fn done(&mut self, node: usize, manifest: Option<Box<Manifest>>, seconds: f64) -> Result<(), String> {
+        let key = self.keys[node].clone().ok_or("the stage has no key")?;
+        let manifest = match manifest {
+            Some(manifest) => *manifest,
+            None => match self.store.lookup(&key).map_err(|error| error.to_string())? {
+                Lookup::Hit(manifest) => Arc::unwrap_or_clone(manifest),
+                Lookup::Miss => return Err("the worker said that it is done and there is no result".to_owned()),
+                Lookup::Damaged { what } => return Err(format!("the result is damaged already: {what}")),
+            },
+        };
+        self.made[node] = Some(made_of(&manifest));
+        self.as_planned[node] = false;
+        self.record(node, &key);
+        let name = self.plan.nodes[node].name().clone();
+        (self.events)(&Event::Done { node, name, key, seconds, metrics: manifest.metrics });
+        Ok(())
+    }
+
+    pub(super) fn cached(&mut self, node: usize) {
+        if let Some(key) = self.made[node].as_ref().map(|made| made.key.clone()) {
+            self.record(node, &key);
+            (self.events)(&Event::Cached { node, name: self.plan.nodes[node].name().clone(), key });
+        }
+    }
+
+    fn damaged(&mut self, node: usize, reference: &str, what: &str) -> Input {
+        let planned = &self.plan.nodes[node];
+        let problem = format!("the input `{reference}` is damaged: {what}");
+        let Some(edge) = planned.edges.iter().find(|edge| edge.reference == reference) else {
+            self.fail(node, problem);
+            return Input::Failed(node);
+        };
+        self.as_planned[edge.from] = false;
+        let text = format!("the input `{reference}` of `{}` is damaged and was put aside: {what}", shown(planned));
+        (self.events)(&Event::Warning { text });
+        self.errors.insert(node, problem);
+        Input::Damaged { node, producer: edge.from }
+    }
+
+    pub(super) fn fail(&mut self, node: usize, error: String) {
+        self.errors.insert(node, error.clone());
+        let log = self.keys[node].as_ref().map(|key| self.store.logs(key).join("log.txt"));
+        let log = log.filter(|log| log.is_file()).map_or_else(String::new, |log| log.display().to_string());
+        (self.events)(&Event::Failed { node, name: self.plan.nodes[node].name().clone(), error, log });
+    }
+
+    /// Writes down what every name of the node has become. The result is safe already; a view that cannot be written is
+    /// worth a warning.
+    fn record(&mut self, node: usize, key: &Digest) {
+        let planned = &self.plan.nodes[node];
+        for name in &planned.names {
+            let file = self.plan.experiments.get(&name.experiment).cloned().unwrap_or_default();
+            let (recipe, kind) = (planned.recipe.clone(), planned.spec.kind.name.to_owned());
+            let record = RunRecord { recipe, key: key.clone(), kind, file, earlier: Vec::new() };
+            let written = self.store.record(name, &record).and_then(|()| self.store.link_tensorboard(name, key));
+            if let Err(error) = written {
+                let text = format!("the run of `{}` is not recorded: {error}", shown(planned));
+                (self.events)(&Event::Warning { text });
+            }
+        }
+    }
+}
