@@ -1,7 +1,7 @@
 //! One attempt at one stage, once its key and its inputs are known: the same for kinds that run in the driver and for
 //! those that run in the worker.
 //!
-//! Its order is its promise: lock, look again, verify what is used, run, look whether the user's files still are what the key
+//! Its order is its promise: lock, lease what it rests on, look again, verify what is used, run, look whether the user's files still are what the key
 //! says, publish. It knows no kind: what runs is a closure.
 
 use std::any::Any;
@@ -126,6 +126,9 @@ pub fn attempt(
         )));
     }
     let lock = lock(store, &request.key, &interrupt, waiting)?;
+    let rests_on: Vec<&Digest> =
+        std::iter::once(&request.key).chain(request.inputs.values().map(|input| &input.key)).collect();
+    store.lease(&rests_on)?;
     if !request.again {
         match store.lookup(&request.key)? {
             Lookup::Hit(manifest) => return Ok(Arc::unwrap_or_clone(manifest)),

@@ -95,7 +95,8 @@ pub(super) fn source_digest_by(disk: &dyn Disk, path: &Path, hash: HashOne<'_>) 
     if hashed.stat.is_executable() { hash_json("executable file", &json!(hashed.digest)) } else { Ok(hashed.digest) }
 }
 
-fn digest_list(files: &[StoredFile]) -> Result<Digest, StoreError> {
+/// The digest of a folder of these files, which are sorted.
+pub(super) fn digest_list(files: &[StoredFile]) -> Result<Digest, StoreError> {
     let rows = files.iter().map(|file| json!([file.path, file.executable, file.size, file.digest])).collect();
     hash_json("folder", &Value::Array(rows))
 }
