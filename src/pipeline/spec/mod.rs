@@ -7,6 +7,7 @@
 //! interpolate  document, params   ->  document            `${params.x}`
 //! walk         stage, shape       ->  JSON, edges         unknown, missing, mistyped, out of range, files
 //! graph        stages, edges      ->  sound stages        dangling, wrongly typed, cycles
+//! metrics      stages, names      ->  nothing             metrics that no stage measures
 //! ```
 //!
 //! It knows no kind by name: kinds are an argument, and their JSON Schemas say what their tables may hold.
@@ -15,6 +16,7 @@ mod compose;
 mod diagnostic;
 mod graph;
 mod interpolate;
+mod metrics;
 mod parse;
 mod resolve;
 mod resolved;

@@ -13,6 +13,7 @@ use crate::pipeline::spec::compose::Document;
 use crate::pipeline::spec::diagnostic::{Mistake, Report, did_you_mean, expected};
 use crate::pipeline::spec::graph::{self, Checked};
 use crate::pipeline::spec::interpolate::{Params, referred};
+use crate::pipeline::spec::metrics::Wanted;
 use crate::pipeline::spec::schema::Section;
 use crate::pipeline::spec::shape::Shapes;
 use crate::pipeline::spec::source::Sources;
@@ -42,15 +43,21 @@ pub(super) fn experiment(
     let is_tabled = section(Section::Table);
     let sweep = if is_swept { Sweep::read(root, report) } else { Sweep::default() };
     check_params(document, &sweep, report);
-    let table = if is_tabled && is_swept { table::table(root, &sweep.axes, report) } else { TableSpec::default() };
+    let mut wanted = Wanted::new(root);
+    let table =
+        if is_tabled && is_swept { table::table(root, &sweep.axes, &mut wanted, report) } else { TableSpec::default() };
     let description = root.get("description").filter(|_| is_described).and_then(|entry| entry.node.text());
     let mut resolver = Resolver::new(kinds, sources);
-    let trials = sweep.assignments(report).into_iter().map(|assignment| resolver.trial(root, assignment, report));
+    let assignments = sweep.assignments(report).into_iter();
+    let trials: Vec<Trial> =
+        assignments.map(|assignment| resolver.trial(root, assignment, &mut wanted, report)).collect();
+    wanted.report(report);
+    table::check_baseline(root, &table, &trials, report);
     Experiment {
         name: document.name.clone(),
         path: document.path.clone(),
         description: description.unwrap_or_default().to_owned(),
-        trials: trials.collect(),
+        trials,
         table,
         max_failures: sweep.max_failures,
     }
@@ -108,7 +115,7 @@ impl<'a> Resolver<'a> {
         Self { kinds, sources, known: HashMap::new(), current: BTreeMap::new(), upstream: BTreeMap::new() }
     }
 
-    fn trial(&mut self, root: &Node, assignment: Assignment, report: &mut Report) -> Trial {
+    fn trial(&mut self, root: &Node, assignment: Assignment, wanted: &mut Wanted, report: &mut Report) -> Trial {
         let mut laid = None;
         for overlay in &assignment.overlays {
             laid.get_or_insert_with(|| root.clone()).overlay(overlay);
@@ -143,6 +150,7 @@ impl<'a> Resolver<'a> {
             let problems = checked.spec.as_ref().map(|spec| spec.stage.check(&upstream)).unwrap_or_default();
             report.extend(problems.into_iter().map(|problem| from_problem(problem, &checked.name, &checked.entry)));
         }
+        wanted.meet(&self.current, upstream);
         let stages = self.current.iter().filter_map(|(name, checked)| Some((name.clone(), checked.spec.clone()?)));
         Trial {
             name: assignment.name,
