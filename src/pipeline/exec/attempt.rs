@@ -1,12 +1,11 @@
 //! One attempt at one stage, once its key and its inputs are known: the same for kinds that run in the driver and for
 //! those that run in the worker.
 //!
-//! Its order is its promise: lock, look again, verify what is used, run, look whether the user's files still are what the key
+//! Its order is its promise: lock, lease what it rests on, look again, verify what is used, run, look whether the user's files still are what the key
 //! says, publish. It knows no kind: what runs is a closure.
 
 use std::any::Any;
 use std::collections::BTreeMap;
-use std::io::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +20,6 @@ use crate::pipeline::plan::NodeName;
 use crate::pipeline::stage::{ArtifactType, InputArtifact, Interrupted, Output, Resources, StageContext, StageEvent};
 use crate::pipeline::store::{
     Attempts, Digest, DraftOutput, KeyLock, KeyParts, Lookup, Manifest, ManifestDraft, Store, StoreError,
-    link_tensorboard,
 };
 
 /// The version of [`Request`]; a worker refuses any other.
@@ -128,6 +126,9 @@ pub fn attempt(
         )));
     }
     let lock = lock(store, &request.key, &interrupt, waiting)?;
+    let rests_on: Vec<&Digest> =
+        std::iter::once(&request.key).chain(request.inputs.values().map(|input| &input.key)).collect();
+    store.lease(&rests_on)?;
     if !request.again {
         match store.lookup(&request.key)? {
             Lookup::Hit(manifest) => return Ok(Arc::unwrap_or_clone(manifest)),
@@ -146,10 +147,9 @@ pub fn attempt(
     let attempts = begin(store, &lock, request, &mut events)?;
     let names: Vec<&str> = request.outputs.iter().map(|output| output.name.as_str()).collect();
     let out = store.begin_attempt(&lock, attempts.attempts, &names)?;
-    attempts.save(&store.work(&request.key))?;
+    store.save_attempts(&request.key, &attempts)?;
     if !request.config_text.is_empty() {
-        let path = store.logs(&request.key).join("config.toml");
-        std::fs::write(&path, &request.config_text).map_err(|cause| io("write", &path, cause))?;
+        store.save_config(&lock, &request.config_text)?;
     }
     for name in &request.names {
         show_curves(store, name, &request.key);
@@ -201,8 +201,8 @@ pub fn attempt(
             })
         }
         Err(error) if error.chain().any(<dyn std::error::Error>::is::<Interrupted>) => {
-            ended.save(&store.work(&request.key))?;
-            Store::drop_out(&out)?;
+            store.save_attempts(&request.key, &ended)?;
+            store.drop_out(&out)?;
             Err(AttemptError::Interrupted)
         }
         Err(error) => Err(fail(store, &lock, &out, &ended, error)),
@@ -362,8 +362,7 @@ fn watched(
     began: Instant,
     mut events: Box<dyn FnMut(StageEvent) + Send>,
 ) -> Box<dyn FnMut(StageEvent) + Send> {
-    let (root, key, names) = (store.root().to_owned(), request.key.clone(), request.names.clone());
-    let (work, curves) = (store.work(&key), store.logs(&key).join("tensorboard"));
+    let (store, key, names) = (store.clone(), request.key.clone(), request.names.clone());
     let (earlier, mut attempts) = (attempts.seconds, attempts.clone());
     let (mut linked, mut noted) = (false, began);
     Box::new(move |event| {
@@ -372,10 +371,10 @@ fn watched(
             StageEvent::Resumed { done } => tracing::info!("goes on from {done}"),
             StageEvent::Progress { .. } | StageEvent::Metrics { .. } => {}
         }
-        if !linked && curves.is_dir() {
+        if !linked && store.has_curves(&key) {
             linked = true;
             for name in &names {
-                if let Err(error) = link_tensorboard(&root, name, &key) {
+                if let Err(error) = store.link_tensorboard(name, &key) {
                     events(StageEvent::Note { text: format!("the curves are not shown: {error}") });
                 }
             }
@@ -383,7 +382,7 @@ fn watched(
         if noted.elapsed() >= NOTE_SECONDS {
             noted = Instant::now();
             attempts.seconds = earlier + began.elapsed().as_secs_f64();
-            if let Err(error) = attempts.save(&work) {
+            if let Err(error) = store.save_attempts(&key, &attempts) {
                 tracing::debug!(%error, "the seconds so far are not written down");
             }
         }
@@ -455,16 +454,14 @@ fn draft_outputs(request: &Request, out: &Path) -> Vec<DraftOutput> {
 
 /// Keeps what a failed attempt left, and its reason at the end of its log.
 fn fail(store: &Store, lock: &KeyLock, out: &Path, ended: &Attempts, error: anyhow::Error) -> AttemptError {
-    let kept = ended.save(&store.work(lock.key())).and_then(|()| store.keep_failed(lock, out));
-    let path = store.logs(lock.key()).join("log.txt");
-    let log = std::fs::File::options().append(true).create(true).open(&path);
-    let logged = log.and_then(|mut log| writeln!(log, "failed: {error:#}"));
+    let kept = store.save_attempts(lock.key(), ended).and_then(|()| store.keep_failed(lock, out));
+    let logged = store.append_log(lock, &format!("failed: {error:#}"));
     // The stage's own error is what the user must see; that its traces could not be kept is the smaller news.
     if let Err(second) = kept {
         tracing::warn!(error = %second, "the files of a failed attempt are not kept");
     }
     if let Err(second) = logged {
-        tracing::warn!(error = %second, file = %path.display(), "the reason of a failure is not in its log");
+        tracing::warn!(error = %second, "the reason of a failure is not in its log");
     }
     AttemptError::Failed(error)
 }
@@ -475,10 +472,6 @@ fn panic_text(panic: &(dyn Any + Send)) -> &str {
         .copied()
         .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
         .unwrap_or("no message")
-}
-
-fn io(action: &'static str, path: &Path, cause: std::io::Error) -> StoreError {
-    StoreError::Io { action, path: path.to_owned(), cause }
 }
 
 #[cfg(test)]

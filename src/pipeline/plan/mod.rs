@@ -47,6 +47,14 @@ pub struct NodeName {
     pub stage: String,
 }
 
+impl fmt::Display for NodeName {
+    /// `EXPERIMENT[/TRIAL]/STAGE`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { experiment, trial, stage } = self;
+        if trial.is_empty() { write!(f, "{experiment}/{stage}") } else { write!(f, "{experiment}/{trial}/{stage}") }
+    }
+}
+
 /// An edge into a node.
 #[derive(Clone, Debug)]
 pub struct Edge {

@@ -33,6 +33,8 @@ impl Driver<'_, '_> {
             self.as_planned[node] = true;
             return Ok(Input::Found { node, key, cached: true });
         }
+        // What is found now must stay until the run ends.
+        self.store.lease(&[&key]).map_err(|error| error.to_string())?;
         let cached = match self.store.lookup(&key).map_err(|error| error.to_string())? {
             Lookup::Hit(manifest) => {
                 self.made[node] = Some(made_of(&manifest));
