@@ -51,6 +51,11 @@ impl Wanted {
         text.to_owned()
     }
 
+    /// Whether the document or a trial met so far has a stage of that name.
+    pub(super) fn knows(&self, stage: &str) -> bool {
+        self.stages.contains(stage)
+    }
+
     /// Crosses out what one trial has, or may have.
     pub(super) fn meet(&mut self, trial: &BTreeMap<String, Arc<Checked>>, upstream: Upstream<'_>) {
         if self.open.is_empty() {

@@ -17,8 +17,9 @@ use crate::pipeline::spec::metrics::Wanted;
 use crate::pipeline::spec::schema::Section;
 use crate::pipeline::spec::shape::Shapes;
 use crate::pipeline::spec::source::Sources;
-use crate::pipeline::spec::sweep::{Assignment, Sweep};
+use crate::pipeline::spec::sweep::{Assignment, Candidates, Sweep, Tune};
 use crate::pipeline::spec::tree::{Entry, Node, Table, Value};
+use crate::pipeline::spec::tune::{Candidate, Purpose, TunedArm, Tuning};
 use crate::pipeline::spec::walk::{Edge, locate, meant_sibling, walk};
 use crate::pipeline::spec::{Experiment, StageSpec, TableSpec, Trial, parse_duration, table};
 use crate::pipeline::stage::{Kind, Problem, RunOptions, Upstream};
@@ -48,11 +49,22 @@ pub(super) fn experiment(
         if is_tabled && is_swept { table::table(root, &sweep.axes, &mut wanted, report) } else { TableSpec::default() };
     let description = root.get("description").filter(|_| is_described).and_then(|entry| entry.node.text());
     let mut resolver = Resolver::new(kinds, sources);
-    let assignments = sweep.assignments(report).into_iter();
-    let trials: Vec<Trial> =
-        assignments.map(|assignment| resolver.trial(root, assignment, &mut wanted, report)).collect();
+    let (trials, tuning) = if let Some(tune) = &sweep.tune {
+        let candidates = sweep.candidates(tune, report);
+        let (trials, tuning) = resolver.tuned(root, tune, candidates, &mut wanted, report);
+        (trials, Some(tuning))
+    } else {
+        let assignments = sweep.assignments(report).into_iter();
+        (assignments.map(|assignment| resolver.trial(root, assignment, &mut wanted, report)).collect(), None)
+    };
     wanted.report(report);
-    table::check_baseline(root, &table, &trials, report);
+    match &tuning {
+        Some(tuning) => {
+            let candidates = tuning.arms.iter().filter_map(|arm| arm.candidates.first());
+            table::check_baseline(root, &table, candidates.flat_map(|candidate| &candidate.reporting), report);
+        }
+        None => table::check_baseline(root, &table, &trials, report),
+    }
     Experiment {
         name: document.name.clone(),
         path: document.path.clone(),
@@ -60,6 +72,7 @@ pub(super) fn experiment(
         trials,
         table,
         max_failures: sweep.max_failures,
+        tuning,
     }
 }
 
@@ -157,8 +170,82 @@ impl<'a> Resolver<'a> {
             arm: assignment.arm,
             assignment: assignment.values,
             seed: assignment.seed,
+            purpose: Purpose::Report,
             stages: stages.collect(),
         }
+    }
+
+    /// The trials that tune, with the stages alone that lead to the metric, and what is chosen from.
+    fn tuned(
+        &mut self,
+        root: &Node,
+        tune: &Tune,
+        candidates: Vec<Candidates>,
+        wanted: &mut Wanted,
+        report: &mut Report,
+    ) -> (Vec<Trial>, Tuning) {
+        let metric = wanted.add(&tune.metric, "sweep.tune", report);
+        let stage = metric.split('.').next().unwrap_or_default();
+        let mistake = |message: String| Mistake::at(tune.metric.span, message);
+        let mut trials = Vec::new();
+        let mut arms = Vec::new();
+        for Candidates { arm, all } in candidates {
+            // By the stages that lead to the metric: the same ones measure the same.
+            let mut known: HashMap<Vec<*const ()>, String> = HashMap::new();
+            let mut candidates = Vec::new();
+            for candidate in all {
+                let mut names = Vec::new();
+                for assignment in candidate.tuning {
+                    let mut trial = self.trial(root, assignment, wanted, report);
+                    let needed = self.needed_by(stage);
+                    trial.stages.retain(|name, _| needed.contains(name.as_str()));
+                    trial.purpose = Purpose::Tune;
+                    if needed.is_empty() && wanted.knows(stage) {
+                        report.add(mistake(format!(
+                            "the arm `{arm}` is tuned by stage `{stage}`, which it does not have"
+                        )));
+                    }
+                    if trial.stages.get(stage).is_some_and(|spec| spec.stage.split() == Some("test")) {
+                        let hint =
+                            format!("measure another split in a stage of its own: `{stage}` reads `split = \"test\"`");
+                        report.add(mistake("the split `test` selects nothing".to_owned()).hint(hint).about("test"));
+                    }
+                    // Where a stage is wrong, what is left of it tells nothing.
+                    if names.is_empty() && !needed.is_empty() && trial.stages.len() == needed.len() {
+                        let stages = trial.stages.values().map(|spec| Arc::as_ptr(&spec.stage).cast()).collect();
+                        if let Some(same) = known.insert(stages, candidate.name.clone()) {
+                            let message = format!("`{metric}` cannot tell `{same}` from `{}`", candidate.name);
+                            let label = format!("what they differ in does not lead to stage `{stage}`");
+                            report.add(mistake(message).label(label).about("same"));
+                        }
+                    }
+                    names.push(trial.name.clone());
+                    trials.push(trial);
+                }
+                let reporting = candidate.reporting.into_iter();
+                candidates.push(Candidate {
+                    name: candidate.name,
+                    assignment: candidate.values,
+                    tuning: names,
+                    reporting: reporting.map(|assignment| self.trial(root, assignment, wanted, report)).collect(),
+                });
+            }
+            arms.push(TunedArm { arm, candidates });
+        }
+        (trials, Tuning { metric, goal: tune.goal, arms, choices: Vec::new() })
+    }
+
+    /// The stage `name` of the current trial and all that it needs; nothing where there is no such stage.
+    fn needed_by(&self, name: &str) -> BTreeSet<&str> {
+        let mut needed = BTreeSet::new();
+        let mut stack: Vec<&str> = vec![name];
+        while let Some(name) = stack.pop() {
+            let Some((name, checked)) = self.current.get_key_value(name) else { continue };
+            if needed.insert(name.as_str()) {
+                stack.extend(checked.edges.iter().filter_map(|edge| edge.reference.split('.').next()));
+            }
+        }
+        needed
     }
 
     /// The stage `name`, checked now or before.

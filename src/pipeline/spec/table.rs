@@ -27,11 +27,18 @@ pub(super) fn table(root: &Node, axes: &[Axis], wanted: &mut Wanted, report: &mu
 }
 
 /// Whether any of `trials` has the values of the baseline; `exclude` may have left them out.
-pub(super) fn check_baseline(root: &Node, table: &TableSpec, trials: &[Trial], report: &mut Report) {
+pub(super) fn check_baseline<'a>(
+    root: &Node,
+    table: &TableSpec,
+    trials: impl IntoIterator<Item = &'a Trial>,
+    report: &mut Report,
+) {
     let Some(baseline) = &table.baseline else { return };
     let is_baseline = |trial: &Trial| baseline.iter().all(|(name, value)| trial.assignment.get(name) == Some(value));
     let entry = root.get("table").and_then(|entry| entry.node.get("baseline"));
-    if let Some(entry) = entry.filter(|_| !trials.is_empty() && !trials.iter().any(is_baseline)) {
+    let mut trials = trials.into_iter().peekable();
+    // Without any trial something else is wrong.
+    if let Some(entry) = entry.filter(|_| trials.peek().is_some() && !trials.any(is_baseline)) {
         let label = "these values never meet, or `exclude` leaves them out";
         report.add(Mistake::at(entry.key, "no trial has the values of the baseline").label(label).about("trials"));
     }
