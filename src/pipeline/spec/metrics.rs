@@ -1,10 +1,10 @@
 //! The metrics that a file names, held against what stages say they measure: known before anything runs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::pipeline::spec::diagnostic::{Mistake, Report, did_you_mean, expected};
-use crate::pipeline::spec::graph::Checked;
+use crate::pipeline::spec::graph::{Checked, CheckedStages};
 use crate::pipeline::spec::source::Span;
 use crate::pipeline::spec::tree::Node;
 use crate::pipeline::stage::Upstream;
@@ -57,16 +57,18 @@ impl Wanted {
     }
 
     /// Crosses out what one trial has, or may have.
-    pub(super) fn meet(&mut self, trial: &BTreeMap<String, Arc<Checked>>, upstream: Upstream<'_>) {
+    pub(super) fn meet(&mut self, trial: &CheckedStages, upstream: Upstream<'_>) {
         if self.open.is_empty() {
             return;
         }
-        for name in trial.keys().filter(|name| !self.stages.contains(name.as_str())).collect::<Vec<_>>() {
-            self.stages.insert(name.clone());
+        for name in trial.keys() {
+            if !self.stages.contains(&**name) {
+                self.stages.insert(name.to_string());
+            }
         }
         let measured = |checked: &Checked| checked.spec.as_ref().and_then(|spec| spec.stage.metrics(&upstream));
         self.open.retain_mut(|metric| {
-            let Some(checked) = trial.get(&metric.stage) else { return true };
+            let Some(checked) = trial.get(metric.stage.as_str()) else { return true };
             let Some(names) = measured(checked) else { return false };
             if names.iter().any(|name| covers(name, &metric.name)) {
                 return false;

@@ -327,11 +327,6 @@ mod tests {
                |                                  ^^^^^^^^^^^^^^^^^^^^ expected one of `data`, `learning_rate`, `note`, `optimizer`, `rewards`, `seed`, `start`, `steps`, `validate`
             hint: did you mean `steps`?
 
-            error: `score.solved` cannot tell `params.seed=7,steps=5,stepz=1` from `params.seed=7,steps=6,stepz=1`
-              --> a.toml:13:10
-            13 | metric = "score.solved"
-               |          ^^^^^^^^^^^^^^ what they differ in does not lead to stage `score`
-
             error: nothing sweeps `rate`, which the baseline fixes
               --> a.toml:16:29
             16 | baseline = { drop = "none", rate = 0.1 }
