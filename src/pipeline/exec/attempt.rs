@@ -134,7 +134,7 @@ pub fn attempt(
             Lookup::Hit(manifest) => return Ok(Arc::unwrap_or_clone(manifest)),
             Lookup::Miss => {}
             Lookup::Damaged { what } => {
-                store.quarantine(&request.key, &what)?;
+                store.quarantine(&lock, &what)?;
                 events(StageEvent::Note { text: format!("the stored result was damaged and is made again: {what}") });
             }
         }
@@ -252,7 +252,10 @@ fn verified_inputs(
         }
         if !sound.contains(&&input.digest) {
             if let Err(what) = store.verify_digest(&input.digest)? {
-                store.quarantine(&input.key, &what)?;
+                // Whoever works on the producer makes its result anew.
+                if let Some(producer) = store.try_lock(&input.key)? {
+                    store.quarantine(&producer, &what)?;
+                }
                 store.quarantine_object(&input.digest, &what)?;
                 let (reference, producer) = (reference.clone(), input.key.clone());
                 return Err(AttemptError::DamagedInput { reference, producer, what });

@@ -20,6 +20,7 @@
 mod accept;
 mod adopt;
 mod cache;
+pub(crate) mod canonical;
 pub mod digest;
 mod disk;
 mod durable;
@@ -51,6 +52,7 @@ use crate::pipeline::stage::{ArtifactType, Part};
 pub use accept::{AcceptError, Acceptance, AcceptanceDraft};
 use adopt::IMPORT_MARK;
 pub(crate) use adopt::{digest_of_files, open_sealed, seal};
+pub(crate) use digest::hash_canonical;
 pub use digest::{digest_folder, hash_json, source_digest};
 use disk::{Disk, Entry, Native, Sort};
 use error::At as _;
@@ -69,19 +71,8 @@ pub use work::Attempts;
 const FORMAT: &str = "1";
 
 /// The folders of a store.
-const FOLDERS: [&str; 11] = [
-    "objects",
-    "manifests",
-    "locks",
-    "leases",
-    "pins",
-    "work",
-    "logs",
-    "runs",
-    "tensorboard",
-    "quarantine",
-    "cache",
-];
+const FOLDERS: [&str; 11] =
+    ["objects", "manifests", "locks", "leases", "pins", "work", "logs", "runs", "tensorboard", "quarantine", "cache"];
 
 /// A BLAKE3 digest as 64 hexadecimal digits: of a folder object, a recipe or a key.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

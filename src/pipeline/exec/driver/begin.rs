@@ -43,8 +43,8 @@ impl Driver<'_, '_> {
             }
             Lookup::Miss => false,
             Lookup::Damaged { what } => {
-                self.store.quarantine(&key, &what).map_err(|error| error.to_string())?;
-                let text = format!("the result of `{}` is damaged and was put aside: {what}", shown(planned));
+                // The attempt puts it aside, once it holds the key.
+                let text = format!("the result of `{}` is damaged and is made again: {what}", shown(planned));
                 (self.events)(&Event::Warning { text });
                 false
             }
