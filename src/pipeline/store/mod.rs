@@ -46,7 +46,7 @@ pub use lookup::Lookup;
 pub use publish::{DraftOutput, ManifestDraft};
 pub use record::{RunRecord, link_tensorboard};
 pub use verify::{Damage, VerifyReport};
-pub use work::Attempts;
+pub use work::{Attempts, Owner};
 
 /// The layout that this program reads and writes.
 const FORMAT: &str = "1";

@@ -1,12 +1,14 @@
 //! Runs of toy stages, from the plan to the last event.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::json;
 
 use super::*;
 use crate::pipeline::exec::worker::{Program, serve};
 use crate::pipeline::fixture::{Act, Remote, echo, experiment, run_remote, stage, toy, toys, trial, with_file};
+use crate::pipeline::plan::State;
 use crate::pipeline::spec::{Experiment, StageSpec};
 use crate::pipeline::stage::StageEvent;
 use crate::pipeline::store::Lookup;
@@ -157,13 +159,14 @@ fn a_changed_file_is_a_reason() {
 fn a_failure_stops_the_run_or_only_what_rests_on_it() {
     let mut place = Place::new();
     place.options.jobs = 1;
+    place.options.most_failures = Some(1);
     let stages =
         || toys(vec![toy("a", "", Act::Fail, &[]), echo("b", "", &["a"]), echo("c", "", &["b"]), echo("d", "d", &[])]);
     let came = place.run(&stages());
     let Outcome { run, failed, blocked, skipped, .. } = came.outcome;
     assert_eq!((run, failed, blocked, skipped), (0, 1, 2, 1));
     assert_eq!(came.failures(), ["it was meant to fail"]);
-    place.options.keep_going = true;
+    place.options.most_failures = None;
     let Outcome { run, failed, blocked, skipped, .. } = place.run(&stages()).outcome;
     assert_eq!((run, failed, blocked, skipped), (1, 1, 2, 0));
 }
