@@ -92,6 +92,36 @@ fn a_breach_of_the_wall_is_seen() {
     assert_eq!(found, [(1, "cli".to_owned()), (2, "stages".to_owned())]);
 }
 
+/// Files of the store that may name the file system: the door to it, and what only tests have.
+const DOORS: &[&str] = &["disk.rs", "faults.rs", "fixture.rs"];
+
+/// Words by which a file would go past the door.
+const PAST_THE_DOOR: &[&str] =
+    &["std::fs", "rustix::fs", "tempfile::", "os::unix::fs", ".exists()", ".is_dir()", ".is_file()", ".metadata()"];
+
+#[test]
+fn everything_that_the_store_reads_or_writes_goes_through_its_disk() {
+    let store = root().join("src/pipeline/store");
+    let mut breaches = Vec::new();
+    for path in sources(&store) {
+        let name = path.strip_prefix(&store).unwrap().to_string_lossy().into_owned();
+        if DOORS.contains(&name.as_str()) {
+            continue;
+        }
+        for (index, line) in code(&path).lines().enumerate() {
+            let line = line.split("//").next().unwrap_or_default();
+            let words = PAST_THE_DOOR.iter().filter(|word| line.contains(**word));
+            // The kernel's lock on an open file is no name in a folder; `File` is what the door hands out for it.
+            breaches.extend(
+                words
+                    .filter(|_| !line.starts_with("use std::fs::{File, TryLockError}"))
+                    .map(|word| format!("src/pipeline/store/{name}:{}: {word}", index + 1)),
+            );
+        }
+    }
+    assert!(breaches.is_empty(), "the disk is gone past:\n{}", breaches.join("\n"));
+}
+
 #[test]
 fn learn_knows_no_terminal_and_pipeline_no_tensor() {
     for path in sources(&root().join("learn/src")) {

@@ -6,7 +6,6 @@
 
 use std::any::Any;
 use std::collections::BTreeMap;
-use std::io::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +20,6 @@ use crate::pipeline::plan::NodeName;
 use crate::pipeline::stage::{ArtifactType, InputArtifact, Interrupted, Output, Resources, StageContext, StageEvent};
 use crate::pipeline::store::{
     Attempts, Digest, DraftOutput, KeyLock, KeyParts, Lookup, Manifest, ManifestDraft, Owner, Store, StoreError,
-    link_tensorboard,
 };
 
 /// The version of [`Request`]; a worker refuses any other.
@@ -158,10 +156,9 @@ pub fn attempt(
     let attempts = begin(store, &lock, request, &mut events)?;
     let names: Vec<&str> = request.outputs.iter().map(|output| output.name.as_str()).collect();
     let out = store.begin_attempt(&lock, attempts.attempts, &names)?;
-    attempts.save(&store.work(&request.key))?;
+    store.save_attempts(&request.key, &attempts)?;
     if !request.config_text.is_empty() {
-        let path = store.logs(&request.key).join("config.toml");
-        std::fs::write(&path, &request.config_text).map_err(|cause| io("write", &path, cause))?;
+        store.save_config(&lock, &request.config_text)?;
     }
     for name in &request.names {
         show_curves(store, name, &request.key);
@@ -219,8 +216,8 @@ pub fn attempt(
             })
         }
         Err(error) if error.chain().any(<dyn std::error::Error>::is::<Interrupted>) => {
-            ended.save(&store.work(&request.key))?;
-            Store::drop_out(&out)?;
+            store.save_attempts(&request.key, &ended)?;
+            store.drop_out(&out)?;
             Err(AttemptError::Interrupted)
         }
         Err(error) => Err(AttemptError::Failed(fail(store, &lock, &out, &ended, error))),
@@ -373,8 +370,7 @@ fn watched(
     began: Instant,
     mut events: Box<dyn FnMut(StageEvent) + Send>,
 ) -> Box<dyn FnMut(StageEvent) + Send> {
-    let (root, key, names) = (store.root().to_owned(), request.key.clone(), request.names.clone());
-    let (work, curves) = (store.work(&key), store.logs(&key).join("tensorboard"));
+    let (store, key, names) = (store.clone(), request.key.clone(), request.names.clone());
     let (earlier, mut attempts) = (attempts.seconds, attempts.clone());
     let (mut linked, mut noted) = (false, began);
     Box::new(move |event| {
@@ -383,10 +379,10 @@ fn watched(
             StageEvent::Resumed { done } => tracing::info!("goes on from {done}"),
             StageEvent::Progress { .. } | StageEvent::Metrics { .. } => {}
         }
-        if !linked && curves.is_dir() {
+        if !linked && store.has_curves(&key) {
             linked = true;
             for name in &names {
-                if let Err(error) = link_tensorboard(&root, name, &key) {
+                if let Err(error) = store.link_tensorboard(name, &key) {
                     events(StageEvent::Note { text: format!("the curves are not shown: {error}") });
                 }
             }
@@ -397,7 +393,7 @@ fn watched(
             if let (StageEvent::Progress { done, total, unit }, Some(owner)) = (&event, &mut attempts.owner) {
                 owner.progress = Some((*done, *total, unit.clone()));
             }
-            if let Err(error) = attempts.save(&work) {
+            if let Err(error) = store.save_attempts(&key, &attempts) {
                 tracing::debug!(%error, "the seconds so far are not written down");
             }
         }
@@ -461,16 +457,14 @@ fn draft_outputs(request: &Request, out: &Path) -> Vec<DraftOutput> {
 
 /// Keeps what a failed attempt left, and its reason at the end of its log.
 fn fail(store: &Store, lock: &KeyLock, out: &Path, ended: &Attempts, error: anyhow::Error) -> anyhow::Error {
-    let kept = ended.save(&store.work(lock.key())).and_then(|()| store.keep_failed(lock, out));
-    let path = store.logs(lock.key()).join("log.txt");
-    let log = std::fs::File::options().append(true).create(true).open(&path);
-    let logged = log.and_then(|mut log| writeln!(log, "failed: {error:#}"));
+    let kept = store.save_attempts(lock.key(), ended).and_then(|()| store.keep_failed(lock, out));
+    let logged = store.append_log(lock.key(), &format!("failed: {error:#}"));
     // The stage's own error is what the user must see; that its traces could not be kept is the smaller news.
     if let Err(second) = kept {
         tracing::warn!(error = %second, "the files of a failed attempt are not kept");
     }
     if let Err(second) = logged {
-        tracing::warn!(error = %second, file = %path.display(), "the reason of a failure is not in its log");
+        tracing::warn!(error = %second, "the reason of a failure is not in its log");
     }
     error
 }
@@ -481,10 +475,6 @@ fn panic_text(panic: &(dyn Any + Send)) -> &str {
         .copied()
         .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
         .unwrap_or("no message")
-}
-
-fn io(action: &'static str, path: &Path, cause: std::io::Error) -> StoreError {
-    StoreError::Io { action, path: path.to_owned(), cause }
 }
 
 #[cfg(test)]

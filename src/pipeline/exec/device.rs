@@ -21,7 +21,8 @@ impl Gpus {
         Self::of(&files, std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref())
     }
 
-    fn of(files: &[String], visible: Option<&str>) -> Self {
+    /// Those of these files in `/dev`, with `CUDA_VISIBLE_DEVICES` as it was found.
+    pub(super) fn of(files: &[String], visible: Option<&str>) -> Self {
         let numbers = files.iter().filter_map(|file| file.strip_prefix("nvidia")?.parse::<usize>().ok());
         let mut present: Vec<usize> = numbers.collect();
         present.sort_unstable();

@@ -38,14 +38,16 @@ pub fn execute(
     options: &Options,
     events: &mut dyn FnMut(&Event),
 ) -> Result<Outcome, ExecError> {
-    run(plan, store, options, &WorkerProgram::open, events)
+    let machine = Machine::detect(options.slots.clone());
+    run(plan, store, options, machine, &WorkerProgram::open, events)
 }
 
-/// [`execute`] with a way to find the worker program.
+/// [`execute`] on a machine, with a way to find the worker program.
 pub(super) fn run(
     plan: &Plan,
     store: &Store,
     options: &Options,
+    machine: Machine,
     find_worker: &dyn Fn() -> Result<WorkerProgram, ExecError>,
     events: &mut dyn FnMut(&Event),
 ) -> Result<Outcome, ExecError> {
@@ -56,7 +58,6 @@ pub(super) fn run(
     } else {
         select::with_ancestors(plan, select::nodes(plan, &options.until, "--until")?)
     };
-    let machine = Machine::detect(options.slots.clone());
     let workload = Workload::new(plan, &machine, &wanted, &again, options.jobs)?;
     // Hours of data should not be made before it shows that nothing can train on it.
     let worker = if workload.needs_worker { Some(find_worker()?) } else { None };

@@ -37,8 +37,6 @@ struct Node {
     key: Option<Digest>,
     grant: Option<Grant>,
     rebuilds: u32,
-    /// How often it was tried again.
-    retried: u32,
 }
 
 /// The state of a run.
@@ -56,6 +54,11 @@ pub struct Scheduler {
     made: HashMap<Digest, usize>,
     /// Keys that failed in this run: what failed once would fail again.
     failures: HashMap<Digest, usize>,
+    /// How often a key was tried again.
+    retried: HashMap<Digest, u32>,
+    /// Nodes whose keys are being worked out. Nothing behind them in rank starts meanwhile, or the next stage of one trial
+    /// would always come too late to go before the first of another.
+    finding: BTreeSet<(u32, usize)>,
     /// Nodes in finding, elsewhere, retrying, queued or running: when there are none, the run is over.
     active: usize,
     running: BTreeSet<usize>,
@@ -74,7 +77,7 @@ impl Scheduler {
             let phase = if shape.wanted { Phase::Pending } else { Phase::Unwanted };
             let missing = shape.inputs.len();
             let (consumers, key, grant) = (Vec::new(), None, None);
-            nodes.push(Node { shape, consumers, phase, missing, key, grant, rebuilds: 0, retried: 0 });
+            nodes.push(Node { shape, consumers, phase, missing, key, grant, rebuilds: 0 });
         }
         // What is found first starts first where there is room, so that nodes are found in the order of their ranks.
         let ranks: Vec<u32> = nodes.iter().map(|node| node.shape.rank).collect();
@@ -90,6 +93,8 @@ impl Scheduler {
             leaders: HashMap::new(),
             made: HashMap::new(),
             failures: HashMap::new(),
+            retried: HashMap::new(),
+            finding: BTreeSet::new(),
             active: 0,
             running: BTreeSet::new(),
         }
@@ -136,7 +141,7 @@ impl Scheduler {
             Input::Interrupt => self.interrupt(&mut actions),
         }
         if self.ending.is_none() {
-            while let Some((node, grant)) = self.slots.start_next() {
+            while let Some((node, grant)) = self.slots.start_next(self.finding.first().copied()) {
                 self.nodes[node].phase = Phase::Running;
                 self.nodes[node].grant = Some(grant);
                 self.running.insert(node);
@@ -150,6 +155,7 @@ impl Scheduler {
         let state = &mut self.nodes[node];
         if self.ending.is_none() && state.phase == Phase::Pending && state.missing == 0 {
             state.phase = Phase::Finding;
+            self.finding.insert((state.shape.rank, node));
             self.active += 1;
             actions.push(Action::Find(node));
         }
@@ -159,6 +165,7 @@ impl Scheduler {
         if self.nodes[node].phase != Phase::Finding {
             return;
         }
+        self.leave_finding(node);
         self.nodes[node].key = Some(key.clone());
         if let Some((leader, followers)) = self.leaders.get_mut(&key) {
             // After a rebuild of its input a node finds the key that it already waits for.
@@ -184,6 +191,10 @@ impl Scheduler {
             self.leaders.insert(key, (node, Vec::new()));
             self.queue(node);
         }
+    }
+
+    fn leave_finding(&mut self, node: usize) {
+        self.finding.remove(&(self.nodes[node].shape.rank, node));
     }
 
     fn queue(&mut self, node: usize) {
@@ -265,14 +276,20 @@ impl Scheduler {
 
     fn failed(&mut self, node: usize, lasting: bool, actions: &mut Vec<Action>) {
         self.leave_running(node);
+        self.leave_finding(node);
         let state = &mut self.nodes[node];
-        if lasting || self.ending.is_some() || state.retried >= state.shape.retries {
+        let may_retry = !lasting && self.ending.is_none() && state.shape.retries > 0;
+        let Some(key) = state.key.as_ref().filter(|_| may_retry) else {
+            return self.give_up(node, actions);
+        };
+        let retried = self.retried.entry(key.clone()).or_default();
+        if *retried >= state.shape.retries {
             return self.give_up(node, actions);
         }
-        state.retried += 1;
+        *retried += 1;
         state.phase = Phase::Retrying;
         self.active += 1;
-        actions.push(Action::Retry(node, state.retried));
+        actions.push(Action::Retry(node, *retried));
     }
 
     fn give_up(&mut self, node: usize, actions: &mut Vec<Action>) {
@@ -374,7 +391,8 @@ impl Scheduler {
     fn step_back(&mut self, node: usize, actions: &mut Vec<Action>) {
         match self.nodes[node].phase {
             Phase::Queued => self.leave_queue(node),
-            Phase::Finding | Phase::Follows(_) | Phase::Elsewhere | Phase::Retrying => {}
+            Phase::Finding => self.leave_finding(node),
+            Phase::Follows(_) | Phase::Elsewhere | Phase::Retrying => {}
             _ => return,
         }
         if !matches!(self.nodes[node].phase, Phase::Follows(_)) {
@@ -400,6 +418,7 @@ impl Scheduler {
     /// end the run, what waits for another attempt has failed; where the user does, the next run goes on with it.
     fn end(&mut self, ending: Ending, actions: &mut Vec<Action>) {
         self.ending = Some(ending);
+        self.finding.clear();
         if ending == Ending::Failure {
             for node in 0..self.nodes.len() {
                 if self.nodes[node].phase == Phase::Retrying {
@@ -734,21 +753,23 @@ mod tests {
     }
 
     fn worlds() -> impl Strategy<Value = World> {
-        let node = (any::<u16>(), 0..6_u8, 0..5_usize, 0..4_usize, 0..8_u8, any::<bool>());
+        let node = (any::<u16>(), 0..6_u8, 0..5_usize, 0..4_usize, any::<bool>());
         let nodes = prop::collection::vec(node, 1..14);
         let choices = prop::collection::vec(any::<u16>(), 64);
         let most = prop::option::of(1..3_usize);
         (nodes, most, any::<bool>(), prop::option::weighted(0.3, 0..12_usize), choices).prop_map(
             |(nodes, most_failures, trouble, interrupt_after, choices)| {
+                // Nodes that meet in a key are forced together: what runs for one of them would run for all.
+                let forced = choices[0].to_le_bytes()[1] % 12;
                 let labels: Vec<u8> = nodes.iter().map(|node| node.1).collect();
                 let mut shapes: Vec<Shape> = Vec::new();
-                for (index, (bits, label, cpus, gpu, again, wanted)) in nodes.into_iter().enumerate() {
+                for (index, (bits, label, cpus, gpu, wanted)) in nodes.into_iter().enumerate() {
                     let inputs = (0..index).filter(|input| bits & (bits >> 3) & (1 << input) != 0).collect();
                     let gpu = [Gpu::None, Gpu::Any, Gpu::Index(1), Gpu::Index(7)][gpu];
                     let (memory, named) = (u64::from(bits) % 13, vec![(0, usize::from(bits >> 8) % 3)]);
                     let need = Need { cpus, gpu, memory, named };
                     let (rank, retries) = (u32::from(bits) % 3, u32::from(label) % 3);
-                    shapes.push(Shape { inputs, need, rank, retries, wanted, again: again == 0 });
+                    shapes.push(Shape { inputs, need, rank, retries, wanted, again: label == forced });
                 }
                 for node in (0..shapes.len()).rev().filter(|node| shapes[*node].wanted).collect::<Vec<_>>() {
                     let mut stack = vec![node];

@@ -128,8 +128,8 @@ impl Slots {
         }
     }
 
-    /// Gives the first node that fits its share and takes it out of the queue.
-    pub fn start_next(&mut self) -> Option<(usize, Grant)> {
+    /// Gives the first node that fits its share and takes it out of the queue; none of `before` or after it.
+    pub fn start_next(&mut self, before: Option<(u32, usize)>) -> Option<(usize, Grant)> {
         if self.free_jobs == 0 {
             return None;
         }
@@ -140,7 +140,7 @@ impl Slots {
             let held_back = |(head, wanted): (Place, &Need)| {
                 head < place && times(head) >= OVERTAKEN && self.takes_from(wanted, need)
             };
-            self.fits(need) && !head.is_some_and(held_back)
+            before.is_none_or(|before| place < before) && self.fits(need) && !head.is_some_and(held_back)
         };
         let (place, need) = firsts().filter(|(place, need)| may_start(*place, need)).min()?;
         let overtakes = head.map(|(head, _)| head).filter(|head| *head < place);
@@ -227,10 +227,10 @@ mod tests {
         let mut slots = Slots::new(machine(2, 0, 8));
         slots.push(0, 0, &need(64, Gpu::Any));
         slots.push(1, 0, &need(1, Gpu::None));
-        assert_eq!(slots.start_next(), Some((0, Grant { cpus: 2, gpu: None })));
-        assert_eq!(slots.start_next(), None, "no core is left");
+        assert_eq!(slots.start_next(None), Some((0, Grant { cpus: 2, gpu: None })));
+        assert_eq!(slots.start_next(None), None, "no core is left");
         slots.release(Grant { cpus: 2, gpu: None }, &need(64, Gpu::Any));
-        assert_eq!(slots.start_next(), Some((1, Grant { cpus: 1, gpu: None })));
+        assert_eq!(slots.start_next(None), Some((1, Grant { cpus: 1, gpu: None })));
     }
 
     #[test]
@@ -242,11 +242,11 @@ mod tests {
         slots.push(2, 0, &need(1, Gpu::None));
         slots.push(3, 0, &need(1, Gpu::Any));
         slots.push(4, 0, &need(1, Gpu::Any));
-        let started: Vec<_> = std::iter::from_fn(|| slots.start_next()).collect();
+        let started: Vec<_> = std::iter::from_fn(|| slots.start_next(None)).collect();
         let expected = [(0, Some(1)), (2, None), (3, Some(0))].map(|(node, gpu)| (node, Grant { cpus: 1, gpu }));
         assert_eq!(started, expected);
         slots.release(Grant { cpus: 1, gpu: Some(1) }, &need(1, Gpu::Index(1)));
-        assert_eq!(slots.start_next(), Some((1, Grant { cpus: 1, gpu: Some(1) })));
+        assert_eq!(slots.start_next(None), Some((1, Grant { cpus: 1, gpu: Some(1) })));
     }
 
     #[test]
@@ -255,9 +255,9 @@ mod tests {
         slots.push(0, 0, &need(1, Gpu::None));
         slots.push(1, 0, &need(1, Gpu::None));
         slots.remove(0, 0, &need(1, Gpu::None));
-        assert_eq!(slots.start_next(), Some((1, Grant { cpus: 1, gpu: None })));
+        assert_eq!(slots.start_next(None), Some((1, Grant { cpus: 1, gpu: None })));
         slots.push(2, 0, &need(1, Gpu::None));
-        assert_eq!(slots.start_next(), None);
+        assert_eq!(slots.start_next(None), None);
     }
 
     #[test]
@@ -265,7 +265,7 @@ mod tests {
         let mut slots = Slots::new(machine(1, 0, 1));
         slots.push(0, 2, &need(1, Gpu::None));
         slots.push(1, 1, &need(1, Gpu::None));
-        assert_eq!(slots.start_next().map(|(node, _)| node), Some(1));
+        assert_eq!(slots.start_next(None).map(|(node, _)| node), Some(1));
     }
 
     #[test]
@@ -279,16 +279,16 @@ mod tests {
             slots.push(node, 0, need);
         }
         let mut started = Vec::new();
-        while let Some((node, grant)) = slots.start_next() {
+        while let Some((node, grant)) = slots.start_next(None) {
             started.push((node, grant));
         }
         assert_eq!(started.iter().map(|(node, _)| *node).collect::<Vec<_>>(), [0, 3, 5, 6]);
         for (node, grant) in started {
             slots.release(grant, &needs[node]);
         }
-        assert_eq!(slots.start_next().map(|(node, _)| node), Some(1));
+        assert_eq!(slots.start_next(None).map(|(node, _)| node), Some(1));
         slots.release(Grant { cpus: 1, gpu: None }, &needs[1]);
-        assert_eq!(slots.start_next().map(|(node, _)| node), Some(2), "more than there is means all of it");
+        assert_eq!(slots.start_next(None).map(|(node, _)| node), Some(2), "more than there is means all of it");
     }
 
     /// Lets small nodes of `small` come for ever, two at a time; gives how many start before the one that needs `big`.
@@ -297,17 +297,17 @@ mod tests {
         let mut running = Vec::new();
         for node in 1..3 {
             slots.push(node, 1, small);
-            running.push(slots.start_next().unwrap().1);
+            running.push(slots.start_next(None).unwrap().1);
         }
         slots.push(0, 0, big);
         for node in 3..1_000 {
             slots.push(node, 1, small);
             if running.is_empty() {
-                assert_eq!(slots.start_next().map(|(node, _)| node), Some(0));
+                assert_eq!(slots.start_next(None).map(|(node, _)| node), Some(0));
                 return node - 3;
             }
             slots.release(running.remove(0), small);
-            while let Some((started, grant)) = slots.start_next() {
+            while let Some((started, grant)) = slots.start_next(None) {
                 if started == 0 {
                     return node - 3;
                 }
@@ -334,22 +334,22 @@ mod tests {
     fn cores_are_not_kept_for_a_node_that_another_keeps_from_the_gpu() {
         let mut slots = Slots::new(machine(4, 1, 8));
         slots.push(0, 0, &need(2, Gpu::Any));
-        let (_, long) = slots.start_next().unwrap();
+        let (_, long) = slots.start_next(None).unwrap();
         slots.push(1, 1, &need(4, Gpu::Any));
         let small = need(1, Gpu::None);
         for node in 2..50 {
             slots.push(node, 2, &small);
-            let (started, grant) = slots.start_next().unwrap();
+            let (started, grant) = slots.start_next(None).unwrap();
             assert_eq!(started, node);
             slots.release(grant, &small);
         }
         slots.push(50, 2, &small);
-        let (_, last) = slots.start_next().unwrap();
+        let (_, last) = slots.start_next(None).unwrap();
         slots.release(long, &need(2, Gpu::Any));
         slots.push(51, 2, &small);
         slots.push(52, 2, &need(1, Gpu::Any));
-        assert_eq!(slots.start_next(), None, "now the cores are kept, and so is the GPU");
+        assert_eq!(slots.start_next(None), None, "now the cores are kept, and so is the GPU");
         slots.release(last, &small);
-        assert_eq!(slots.start_next().map(|(node, _)| node), Some(1));
+        assert_eq!(slots.start_next(None).map(|(node, _)| node), Some(1));
     }
 }

@@ -140,3 +140,74 @@ fn ranks(plan: &Plan) -> Vec<u32> {
     }
     ranks
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pipeline::exec::scheduler::{Action, Input, Scheduler};
+    use crate::pipeline::fixture::{echo, experiment, trial};
+    use crate::pipeline::store::Digest;
+
+    /// The names in the order in which stages end, each of which takes as many ticks as its name says.
+    fn ends(plan: &Plan, jobs: usize) -> Vec<String> {
+        let machine = Machine { cores: jobs, memory: 1, ..Machine::default() };
+        let wanted = vec![true; plan.nodes.len()];
+        let workload = Workload::new(plan, &machine, &wanted, &BTreeSet::new(), jobs).unwrap();
+        let mut scheduler = Scheduler::new(workload.shapes, workload.limits, None);
+        let ticks = |node: usize| match plan.nodes[node].name().stage.as_str() {
+            "sft" => 5,
+            "grpo" => 7,
+            _ => 2,
+        };
+        let (mut now, mut running, mut ended) = (0, BTreeSet::new(), Vec::new());
+        let mut inbox = vec![Input::Begin];
+        loop {
+            while let Some(input) = inbox.pop() {
+                let mut found = Vec::new();
+                for action in scheduler.on(input) {
+                    match action {
+                        Action::Find(node) => {
+                            found.push(Input::Found { node, key: Digest(node.to_string()), cached: false })
+                        }
+                        Action::Start(node, _) => assert!(running.insert((now + ticks(node), node))),
+                        other => panic!("{other:?}"),
+                    }
+                }
+                inbox.extend(found.into_iter().rev());
+            }
+            let Some((then, node)) = running.pop_first() else { return ended };
+            now = then;
+            let name = plan.nodes[node].name();
+            ended.push(format!("{}{}", name.stage, name.trial));
+            inbox.push(Input::Done(node));
+        }
+    }
+
+    fn sweep(trials: usize) -> Plan {
+        let trials = (1..=trials).map(|number| {
+            let text = number.to_string();
+            let sft = echo("sft", &text, &["data"]);
+            let check = echo("check", &format!("check {text}"), &["sft"]);
+            let late = [echo("grpo", &text, &["sft"]), check, echo("eval", &text, &["grpo"])];
+            trial(&text, [vec![echo("data", "", &[]), sft], late.to_vec()].concat())
+        });
+        Plan::new(&[experiment("e", trials.collect())], None).unwrap()
+    }
+
+    #[test]
+    fn arms_end_one_after_the_other_and_what_most_rests_on_goes_first() {
+        let plan = sweep(3);
+        let whole = |number| ["sft", "grpo", "eval", "check"].map(|stage| format!("{stage}{number}"));
+        let expected: Vec<String> = std::iter::once("data1".to_owned()).chain((1..=3).flat_map(whole)).collect();
+        assert_eq!(ends(&plan, 1), expected);
+    }
+
+    #[test]
+    fn the_first_arm_is_whole_before_the_last_one_has_begun_much() {
+        let ended = ends(&sweep(6), 2);
+        let place = |name: &str| ended.iter().position(|ended| ended == name).unwrap();
+        let whole = |number: usize| place(&format!("eval{number}")).max(place(&format!("check{number}")));
+        assert!((1..6).all(|number| whole(number) < whole(number + 1) || number % 2 == 1), "{ended:?}");
+        assert!(whole(2) < place("sft4") && whole(4) < place("sft6"), "{ended:?}");
+    }
+}

@@ -16,7 +16,7 @@ use crate::pipeline::spec::interpolate::{Params, referred};
 use crate::pipeline::spec::schema::Section;
 use crate::pipeline::spec::shape::Shapes;
 use crate::pipeline::spec::source::Sources;
-use crate::pipeline::spec::sweep::{self, Assignment, Axis};
+use crate::pipeline::spec::sweep::{Assignment, Sweep};
 use crate::pipeline::spec::tree::{Entry, Node, Table, Value};
 use crate::pipeline::spec::walk::{Edge, locate, meant_sibling, walk};
 use crate::pipeline::spec::{Experiment, StageSpec, TableSpec, Trial, parse_duration, parse_size, table};
@@ -40,31 +40,30 @@ pub(super) fn experiment(
     let is_described = section(Section::Description);
     let is_swept = section(Section::Sweep);
     let is_tabled = section(Section::Table);
-    let axes = if is_swept { sweep::axes(root, report) } else { Vec::new() };
-    check_params(document, &axes, report);
-    let table = if is_tabled && is_swept { table::table(root, &axes, report) } else { TableSpec::default() };
+    let sweep = if is_swept { Sweep::read(root, report) } else { Sweep::default() };
+    check_params(document, &sweep, report);
+    let table = if is_tabled && is_swept { table::table(root, &sweep.axes, report) } else { TableSpec::default() };
     let description = root.get("description").filter(|_| is_described).and_then(|entry| entry.node.text());
     let mut resolver = Resolver::new(kinds, sources);
-    let trials =
-        sweep::assignments(&axes, report).into_iter().map(|assignment| resolver.trial(root, assignment, report));
+    let trials = sweep.assignments(report).into_iter().map(|assignment| resolver.trial(root, assignment, report));
     Experiment {
         name: document.name.clone(),
         path: document.path.clone(),
         description: description.unwrap_or_default().to_owned(),
         trials: trials.collect(),
         table,
-        max_failures: root.get("sweep").filter(|_| is_swept).and_then(|entry| sweep::max_failures(&entry.node)),
+        max_failures: sweep.max_failures,
     }
 }
 
 /// A parameter that is swept or laid over must be read by something: else a slip of the pen changes nothing in silence.
-fn check_params(document: &Document, axes: &[Axis], report: &mut Report) {
-    let swept = |axis: &&Axis| axis.path.starts_with("params.");
-    if document.overlaid_params.is_empty() && !axes.iter().any(|axis| swept(&axis)) {
+fn check_params(document: &Document, sweep: &Sweep, report: &mut Report) {
+    let swept = || sweep.paths().filter(|(path, _)| path[0] == "params");
+    if document.overlaid_params.is_empty() && swept().next().is_none() {
         return;
     }
     let mut read = BTreeSet::new();
-    for name in ["params", "stages"] {
+    for name in ["params", "stages", "sweep"] {
         if let Some(entry) = document.root.get(name) {
             collect_references(&entry.node, &mut read);
         }
@@ -77,12 +76,10 @@ fn check_params(document: &Document, axes: &[Axis], report: &mut Report) {
             report.add(Mistake::at(entry.key, message).hint(hint(name)));
         }
     }
-    for axis in axes.iter().filter(swept) {
-        let name = axis.path.trim_start_matches("params.");
-        if !read.contains(name) {
-            let message = format!("nothing reads the swept parameter `{name}`, so its trials would all be the same");
-            report.add(Mistake::at(axis.key, message).hint(hint(name)));
-        }
+    for (path, key) in swept().filter(|(path, _)| !read.contains(path[1].as_str())) {
+        let name = &path[1];
+        let message = format!("nothing reads the swept parameter `{name}`, so its trials would all be the same");
+        report.add(Mistake::at(key, message).hint(hint(name)));
     }
 }
 
@@ -491,8 +488,35 @@ heavy = "much"
             18 | run = { cpu = 2, device = "gpu", save_every = "30" }
                |                                               ^^^^ expected a time such as `30s`, `5m` or `1h`
         "#);
-        let limits = "{ memory = \"4G\", timeout = \"0s\", backoff = \"soon\", retries = -1, slots = { licence = \"1\" } }";
-        insta::assert_snapshot!(run(limits), @r#""#);
+        let limits =
+            "{ memory = \"4G\", timeout = \"0s\", backoff = \"soon\", retries = -1, slots = { licence = \"1\" } }";
+        insta::assert_snapshot!(run(limits), @r#"
+            error: unknown memory `4G` in `run` of stage `train`
+              --> a.toml:18:18
+            18 | run = { memory = "4G", timeout = "0s", backoff = "soon", retries = -1, slots = { licence = "1" } }
+               |                  ^^^^ expected a size such as `512MiB`, `4GiB` or `2GB`
+
+            error: unknown timeout `0s` in `run` of stage `train`
+              --> a.toml:18:34
+            18 | run = { memory = "4G", timeout = "0s", backoff = "soon", retries = -1, slots = { licence = "1" } }
+               |                                  ^^^^ expected a time such as `30s`, `5m` or `1h`
+
+            error: unknown backoff `soon` in `run` of stage `train`
+              --> a.toml:18:50
+            18 | run = { memory = "4G", timeout = "0s", backoff = "soon", retries = -1, slots = { licence = "1" } }
+               |                                                  ^^^^^^ expected a time such as `30s`, `5m` or `1h`
+
+            error: `retries` is out of range in `run` of stage `train`
+              --> a.toml:18:68
+            18 | run = { memory = "4G", timeout = "0s", backoff = "soon", retries = -1, slots = { licence = "1" } }
+               |                                                                    ^^ expected at least 0
+
+            error: wrong type of `slots.licence` in `run` of stage `train`
+              --> a.toml:18:92
+            18 | run = { memory = "4G", timeout = "0s", backoff = "soon", retries = -1, slots = { licence = "1" } }
+               |                                                                                            ^^^ expected an integer, found a string
+            hint: leave the quotes out
+        "#);
         insta::assert_snapshot!(run("{ cpus = -1, device = \"cuda:x\" }"), @r#"
             error: `cpus` is out of range in `run` of stage `train`
               --> a.toml:18:16

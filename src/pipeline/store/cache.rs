@@ -4,16 +4,16 @@
 //! hashed that a later change could bear the same times is not remembered (git's racy rule).
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use super::digest::{HashedFile, hash_content, is_executable, stat_of};
+use super::digest::{HashedFile, hash_content};
+use super::disk::Disk;
 use super::error::At as _;
-use super::{Digest, FileStat, StoreError, sealed, write_atomically};
+use super::{Digest, FileStat, StoreError, sealed};
 
 /// A change within this many nanoseconds before hashing may be followed by one with the same times. Two seconds is the
 /// coarsest clock of any file system in use.
@@ -28,6 +28,7 @@ const TRIES: usize = 3;
 /// See the module.
 #[derive(Debug)]
 pub(super) struct StatCache {
+    disk: Arc<dyn Disk>,
     path: PathBuf,
     writable: bool,
     known: Mutex<Known>,
@@ -50,24 +51,24 @@ struct OnDisk {
 
 impl StatCache {
     /// The cache that lies at `path`; it is read at the first question, and never written unless `writable`.
-    pub(super) fn new(path: PathBuf, writable: bool) -> Self {
-        Self { path, writable, known: Mutex::default() }
+    pub(super) fn new(disk: Arc<dyn Disk>, path: PathBuf, writable: bool) -> Self {
+        Self { disk, path, writable, known: Mutex::default() }
     }
 
     /// The digest of a file's content, read only where it may have changed.
     pub(super) fn hash_file(&self, path: &Path) -> Result<HashedFile, StoreError> {
         for _ in 0..TRIES {
-            let mut file = File::open(path).at("read", path)?;
-            let metadata = file.metadata().at("read", path)?;
-            let (stat, executable) = (stat_of(&metadata), is_executable(&metadata));
-            if let Some(digest) = self.find(&stat) {
-                return Ok(HashedFile { digest, stat, executable });
+            let stat = self.disk.stat_target(path).at("read", path)?;
+            if let Some(digest) = self.find(&stat.identity) {
+                return Ok(HashedFile { digest, stat });
             }
+            let mut file = self.disk.open(path).at("read", path)?;
+            let stat = file.stat().at("read", path)?;
             let begun = now();
-            let digest = hash_content(&mut file, metadata.len()).at("read", path)?;
-            if stat_of(&file.metadata().at("read", path)?) == stat {
-                self.remember(stat, &digest, begun);
-                return Ok(HashedFile { digest, stat, executable });
+            let digest = hash_content(&mut *file, stat.size()).at("read", path)?;
+            if file.stat().at("read", path)?.identity == stat.identity {
+                self.remember(stat.identity, &digest, begun);
+                return Ok(HashedFile { digest, stat });
             }
         }
         Err(StoreError::unfit(path, "keeps changing while it is read"))
@@ -96,7 +97,7 @@ impl StatCache {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if !known.loaded {
             known.loaded = true;
-            known.old = load(&self.path);
+            known.old = self.load();
         }
         known
     }
@@ -110,7 +111,7 @@ impl StatCache {
         if !known.changed {
             return Ok(());
         }
-        let mut all = load(&self.path);
+        let mut all = self.load();
         if all.len() + known.met.len() > MOST {
             all.clear();
         }
@@ -118,9 +119,16 @@ impl StatCache {
         let mut files: Vec<_> = all.into_iter().collect();
         files.sort();
         let body = serde_json::to_vec(&OnDisk { files }).expect("plain data has a JSON form");
-        write_atomically(&self.path, &sealed::seal(&body), false)?;
+        self.disk.write_atomically(&self.path, &sealed::seal(&body), false)?;
         known.changed = false;
         Ok(())
+    }
+
+    /// What the file holds; nothing where it is missing or damaged, because it only saves time.
+    fn load(&self) -> HashMap<FileStat, Digest> {
+        let body = self.disk.read(&self.path).ok().and_then(|bytes| sealed::open(&bytes));
+        let on_disk = body.and_then(|body| serde_json::from_slice::<OnDisk>(&body).ok());
+        on_disk.map(|on_disk| on_disk.files.into_iter().collect()).unwrap_or_default()
     }
 }
 
@@ -132,13 +140,6 @@ impl Drop for StatCache {
     }
 }
 
-/// What the file holds; nothing where it is missing or damaged, because it only saves time.
-fn load(path: &Path) -> HashMap<FileStat, Digest> {
-    let body = std::fs::read(path).ok().and_then(|bytes| sealed::open(&bytes));
-    let on_disk = body.and_then(|body| serde_json::from_slice::<OnDisk>(&body).ok());
-    on_disk.map(|on_disk| on_disk.files.into_iter().collect()).unwrap_or_default()
-}
-
 fn now() -> i128 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i128::try_from(since.as_nanos()).expect("a clock this side of the year 10^22")
@@ -146,7 +147,12 @@ fn now() -> i128 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::disk::Native;
     use super::*;
+
+    fn cache(path: &Path, writable: bool) -> StatCache {
+        StatCache::new(Arc::new(Native), path.to_owned(), writable)
+    }
 
     fn digest(text: &str) -> Digest {
         blake3::hash(text.as_bytes()).into()
@@ -154,7 +160,7 @@ mod tests {
 
     #[test]
     fn a_file_changed_just_before_hashing_is_not_remembered() {
-        let cache = StatCache::new("/nowhere/stat.json".into(), false);
+        let cache = cache(Path::new("/nowhere/stat.json"), false);
         let stat = |changed| (1, 2, 3, 4, changed);
         cache.remember(stat(10 * RACY), &digest("racy"), 11 * RACY);
         cache.remember(stat(5 * RACY), &digest("old"), 11 * RACY);
@@ -165,12 +171,12 @@ mod tests {
     #[test]
     fn an_edit_of_equal_size_with_times_set_back_is_seen() {
         let place = tempfile::tempdir().unwrap();
-        let (path, cache) = (place.path().join("data"), StatCache::new(place.path().join("stat.json"), true));
+        let (path, cache) = (place.path().join("data"), cache(&place.path().join("stat.json"), true));
         std::fs::write(&path, "one").unwrap();
         let modified = std::fs::metadata(&path).unwrap().modified().unwrap();
         assert_eq!(cache.hash_file(&path).unwrap().digest, digest("one"));
         std::fs::write(&path, "two").unwrap();
-        File::options().write(true).open(&path).unwrap().set_modified(modified).unwrap();
+        std::fs::File::options().write(true).open(&path).unwrap().set_modified(modified).unwrap();
         assert_eq!(cache.hash_file(&path).unwrap().digest, digest("two"));
     }
 
@@ -179,17 +185,17 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let path = place.path().join("stat.json");
         let (one, two) = ((1, 1, 1, 1, 1), (2, 2, 2, 2, 2));
-        let first = StatCache::new(path.clone(), true);
-        let second = StatCache::new(path.clone(), true);
+        let first = cache(&path, true);
+        let second = cache(&path, true);
         first.remember(one, &digest("one"), now());
         second.remember(two, &digest("two"), now());
         drop((first, second));
-        let third = StatCache::new(path.clone(), false);
+        let third = cache(&path, false);
         assert_eq!((third.find(&one), third.find(&two)), (Some(digest("one")), Some(digest("two"))));
         let mut bytes = std::fs::read(&path).unwrap();
         let middle = bytes.len() / 2;
         bytes[middle] ^= 1;
         std::fs::write(&path, bytes).unwrap();
-        assert_eq!(StatCache::new(path, false).find(&one), None);
+        assert_eq!(cache(&path, false).find(&one), None);
     }
 }

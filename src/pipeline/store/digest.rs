@@ -3,16 +3,15 @@
 //! A folder is the sorted list of its files as (path, executable bit, size, BLAKE3); its digest is that of the list. So
 //! empty folders, times, owners and other mode bits are not part of a content.
 
-use std::fs::{File, Metadata};
 use std::io::{self, Read};
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use rayon::iter::{IntoParallelRefIterator as _, ParallelIterator as _};
 use serde_json::{Value, json};
 
+use super::disk::{Disk, Entry, Native, Sort, Stat};
 use super::error::At as _;
-use super::{Digest, FileStat, StoreError, StoredFile};
+use super::{Digest, StoreError, StoredFile};
 
 /// Integers beyond this have no exact number in canonical JSON, which knows doubles only.
 const EXACT: u64 = 1 << 53;
@@ -65,8 +64,13 @@ fn within(step: &str, value: &Value) -> Option<(String, String)> {
 
 /// The digest of a folder's content and its sorted files. Symbolic links and special files are errors that name them.
 pub fn digest_folder(folder: &Path) -> Result<(Digest, Vec<StoredFile>), StoreError> {
-    let listed = list(folder, Links::Refuse)?;
-    let files = hash_listed(&listed, &|path| hash_file(path))?;
+    digest_folder_on(&Native, folder)
+}
+
+/// [`digest_folder`] on any disk.
+pub(super) fn digest_folder_on(disk: &dyn Disk, folder: &Path) -> Result<(Digest, Vec<StoredFile>), StoreError> {
+    let listed = list(disk, folder, Links::Refuse)?;
+    let files = hash_listed(&listed, &|path| hash_file(disk, path))?;
     Ok((digest_list(&files)?, files))
 }
 
@@ -74,23 +78,21 @@ pub fn digest_folder(folder: &Path) -> Result<(Digest, Vec<StoredFile>), StoreEr
 ///
 /// A plain file's digest is the BLAKE3 of its content; an executable one differs, because a program may be run.
 pub fn source_digest(path: &Path) -> Result<Digest, StoreError> {
-    source_digest_by(path, &|path| hash_file(path))
+    source_digest_by(&Native, path, &|path| hash_file(&Native, path))
 }
 
 /// How one file is hashed: as it is, or through a cache.
 pub(super) type HashOne<'a> = &'a (dyn Fn(&Path) -> Result<HashedFile, StoreError> + Sync);
 
 /// [`source_digest`] with a way to hash one file.
-pub(super) fn source_digest_by(path: &Path, hash: HashOne<'_>) -> Result<Digest, StoreError> {
-    let metadata = std::fs::metadata(path).at("read", path)?;
-    if metadata.is_dir() {
-        return digest_list(&hash_listed(&list(path, Links::Follow)?, hash)?);
-    }
-    if !metadata.is_file() {
-        return Err(StoreError::unfit(path, "is neither a file nor a folder"));
+pub(super) fn source_digest_by(disk: &dyn Disk, path: &Path, hash: HashOne<'_>) -> Result<Digest, StoreError> {
+    match disk.stat_target(path).at("read", path)?.sort {
+        Sort::Folder => return digest_list(&hash_listed(&list(disk, path, Links::Follow)?, hash)?),
+        Sort::File => {}
+        Sort::Link | Sort::Special => return Err(StoreError::unfit(path, "is neither a file nor a folder")),
     }
     let hashed = hash(path)?;
-    if hashed.executable { hash_json("executable file", &json!(hashed.digest)) } else { Ok(hashed.digest) }
+    if hashed.stat.is_executable() { hash_json("executable file", &json!(hashed.digest)) } else { Ok(hashed.digest) }
 }
 
 fn digest_list(files: &[StoredFile]) -> Result<Digest, StoreError> {
@@ -113,42 +115,41 @@ pub(super) struct Listed {
     pub(super) relative: String,
     /// Its path.
     pub(super) path: PathBuf,
-    /// Its size when it was listed, in bytes.
-    pub(super) size: u64,
+    /// Its stat when it was listed.
+    pub(super) stat: Stat,
 }
 
 /// Every file below `folder`, sorted by path.
-pub(super) fn list(folder: &Path, links: Links) -> Result<Vec<Listed>, StoreError> {
+pub(super) fn list(disk: &dyn Disk, folder: &Path, links: Links) -> Result<Vec<Listed>, StoreError> {
     let mut found = Vec::new();
     let mut open = vec![(folder.to_owned(), String::new(), Vec::new())];
     while let Some((folder, prefix, mut above)) = open.pop() {
         if links == Links::Follow {
-            let metadata = std::fs::metadata(&folder).at("read", &folder)?;
-            let identity = (metadata.dev(), metadata.ino());
+            let (device, inode, ..) = disk.stat_target(&folder).at("read", &folder)?.identity;
+            let identity = (device, inode);
             if above.contains(&identity) {
                 return Err(StoreError::unfit(&folder, "is a symbolic link to a folder that holds it"));
             }
             above.push(identity);
         }
-        for entry in std::fs::read_dir(&folder).at("list", &folder)? {
-            let entry = entry.at("list", &folder)?;
-            let path = entry.path();
-            let Ok(name) = entry.file_name().into_string() else {
+        for Entry { name, .. } in disk.list(&folder).at("list", &folder)? {
+            let path = folder.join(&name);
+            let Ok(name) = name.into_string() else {
                 return Err(StoreError::unfit(&path, "has a name that is not UTF-8"));
             };
             let relative = if prefix.is_empty() { name } else { format!("{prefix}/{name}") };
-            let metadata = match links {
-                Links::Refuse => entry.metadata(),
-                Links::Follow => std::fs::metadata(&path),
+            let stat = match links {
+                Links::Refuse => disk.stat(&path),
+                Links::Follow => disk.stat_target(&path),
             }
             .at("read", &path)?;
-            if metadata.is_dir() {
-                open.push((path, relative, above.clone()));
-            } else if metadata.is_file() {
-                found.push(Listed { relative, path, size: metadata.len() });
-            } else {
-                let sort = if metadata.is_symlink() { "a symbolic link" } else { "a special file" };
-                return Err(StoreError::unfit(&path, format!("is {sort}; only files and folders can be kept")));
+            match stat.sort {
+                Sort::Folder => open.push((path, relative, above.clone())),
+                Sort::File => found.push(Listed { relative, path, stat }),
+                Sort::Link | Sort::Special => {
+                    let sort = if stat.sort == Sort::Link { "a symbolic link" } else { "a special file" };
+                    return Err(StoreError::unfit(&path, format!("is {sort}; only files and folders can be kept")));
+                }
             }
         }
     }
@@ -159,11 +160,12 @@ pub(super) fn list(folder: &Path, links: Links) -> Result<Vec<Listed>, StoreErro
 fn hash_listed(listed: &[Listed], hash: HashOne<'_>) -> Result<Vec<StoredFile>, StoreError> {
     let one = |file: &Listed| {
         let hashed = hash(&file.path)?;
-        let HashedFile { digest, stat, executable } = hashed;
-        Ok(StoredFile { path: file.relative.clone(), executable, size: stat.2, digest, stat })
+        let HashedFile { digest, stat } = hashed;
+        let (executable, size) = (stat.is_executable(), stat.size());
+        Ok(StoredFile { path: file.relative.clone(), executable, size, digest, stat: stat.identity })
     };
     // Waking other threads costs more than hashing a few small files.
-    if listed.len() < 2 || listed.iter().map(|file| file.size).sum::<u64>() < LARGE && listed.len() < 64 {
+    if listed.len() < 2 || listed.iter().map(|file| file.stat.size()).sum::<u64>() < LARGE && listed.len() < 64 {
         return listed.iter().map(one).collect();
     }
     listed.par_iter().map(one).collect()
@@ -173,39 +175,24 @@ fn hash_listed(listed: &[Listed], hash: HashOne<'_>) -> Result<Vec<StoredFile>, 
 pub(super) struct HashedFile {
     /// BLAKE3 of the content.
     pub(super) digest: Digest,
-    /// As [`StoredFile::stat`].
-    pub(super) stat: FileStat,
-    /// Whether anyone may execute it.
-    pub(super) executable: bool,
-}
-
-/// The stat by which a file is known to be unchanged.
-pub(super) fn stat_of(metadata: &Metadata) -> FileStat {
-    let nanoseconds = |seconds: i64, rest: i64| i128::from(seconds) * 1_000_000_000 + i128::from(rest);
-    let modified = nanoseconds(metadata.mtime(), metadata.mtime_nsec());
-    let changed = nanoseconds(metadata.ctime(), metadata.ctime_nsec());
-    (metadata.dev(), metadata.ino(), metadata.len(), modified, changed)
-}
-
-/// Whether a file may be executed by anyone.
-pub(super) fn is_executable(metadata: &Metadata) -> bool {
-    metadata.mode() & 0o111 != 0
+    /// Its stat.
+    pub(super) stat: Stat,
 }
 
 /// Reads and hashes a file.
-pub(super) fn hash_file(path: &Path) -> Result<HashedFile, StoreError> {
-    let mut file = File::open(path).at("read", path)?;
-    let metadata = file.metadata().at("read", path)?;
-    let digest = hash_content(&mut file, metadata.len()).at("read", path)?;
-    Ok(HashedFile { digest, stat: stat_of(&metadata), executable: is_executable(&metadata) })
+pub(super) fn hash_file(disk: &dyn Disk, path: &Path) -> Result<HashedFile, StoreError> {
+    let mut file = disk.open(path).at("read", path)?;
+    let stat = file.stat().at("read", path)?;
+    let digest = hash_content(&mut *file, stat.size()).at("read", path)?;
+    Ok(HashedFile { digest, stat })
 }
 
 /// Hashes what is left to read. A memory map would be a little faster, but a file that is cut short or a failing disk
 /// would then end the whole process with a signal instead of an error.
-pub(super) fn hash_content(file: &mut File, size: u64) -> io::Result<Digest> {
+pub(super) fn hash_content<R: Read + Send + ?Sized>(file: &mut R, size: u64) -> io::Result<Digest> {
     let mut hasher = blake3::Hasher::new();
     if size < LARGE {
-        hasher.update_reader(file)?;
+        hasher.update_reader(&mut *file)?;
         return Ok(hasher.finalize().into());
     }
     let (mut ready, mut next) = (vec![0; PIECE], vec![0; PIECE]);
@@ -224,7 +211,7 @@ pub(super) fn hash_content(file: &mut File, size: u64) -> io::Result<Digest> {
 }
 
 /// Reads until the buffer is full or the file ends; gives the bytes read.
-fn fill(file: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
+fn fill<R: Read + ?Sized>(file: &mut R, buffer: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
         match file.read(&mut buffer[filled..]) {
@@ -316,6 +303,6 @@ mod tests {
         let path = place.path().join("large");
         let bytes: Vec<u8> = (0..PIECE * 2 + 12_345).map(|index| (index % 251) as u8).collect();
         std::fs::write(&path, &bytes).unwrap();
-        assert_eq!(hash_file(&path).unwrap().digest, blake3::hash(&bytes).into());
+        assert_eq!(hash_file(&Native, &path).unwrap().digest, blake3::hash(&bytes).into());
     }
 }

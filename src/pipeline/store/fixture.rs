@@ -2,10 +2,13 @@
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::Value;
 
+use super::disk::Native;
+use super::faults::Faulty;
 use super::{Digest, DraftOutput, KeyParts, Manifest, ManifestDraft, Store, StoreError, StoredFile, digest_folder};
 use crate::pipeline::stage::ArtifactType;
 
@@ -30,6 +33,14 @@ impl Sandbox {
         let place = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
         let store = Store::open(&place.path().join("store")).unwrap();
         Self { store, place, folders: AtomicUsize::new(0) }
+    }
+
+    /// A new one on a disk that can be made to fail.
+    pub(super) fn faulty() -> (Self, Arc<Faulty>) {
+        let mut sandbox = Self::new();
+        let disk = Arc::new(Faulty::new(Arc::new(Native)));
+        sandbox.store = Store::open_on(disk.clone(), &sandbox.place.path().join("store")).unwrap();
+        (sandbox, disk)
     }
 
     /// Opens the store as another process would.
@@ -93,7 +104,7 @@ impl Sandbox {
 impl Drop for Sandbox {
     fn drop(&mut self) {
         // Objects are read-only, so the temporary folder could not remove itself.
-        super::remove_tree(self.place.path()).unwrap();
+        <dyn super::disk::Disk>::clear(&super::disk::Native, self.place.path()).unwrap();
     }
 }
 

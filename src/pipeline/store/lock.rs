@@ -3,7 +3,7 @@
 //! The kernel frees a lock with its process, however that ends, and lock files are never removed: a file that is gone
 //! while another process waits for it would be two locks. Descriptors are closed in programs that a stage starts.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io::ErrorKind;
 
 use super::error::At as _;
@@ -61,8 +61,6 @@ impl Store {
 
     fn lock_file(&self, key: &Digest) -> Result<File, StoreError> {
         let path = self.folder("locks").join(&key.0);
-        // Some network file systems lock only what is open for writing.
-        let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
-        open.at("open the lock", &path)
+        self.disk.open_lock(&path).at("open the lock", &path)
     }
 }

@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::digest::{digest_folder, is_executable, stat_of};
+use super::digest::digest_folder_on;
+use super::disk::{Disk, Sort};
 use super::error::At as _;
-use super::{Digest, Manifest, Store, StoreError, StoredFile, StoredOutput, create_folder, sealed, write_atomically};
+use super::{Digest, Manifest, Store, StoreError, StoredFile, StoredOutput, sealed};
 
 /// What the store knows of a key.
 #[derive(Clone, Debug)]
@@ -44,7 +45,7 @@ impl Store {
     pub(super) fn manifest(&self, key: &Digest) -> Result<Option<Result<Manifest, String>>, StoreError> {
         let path = self.manifest_path(key);
         let bytes =
-            match std::fs::read(&path) {
+            match self.disk.read(&path) {
                 Ok(bytes) => bytes,
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
                 Err(error) => {
@@ -66,24 +67,24 @@ impl Store {
     /// What is wrong with one stored file, if anything.
     fn damage_of(&self, path: &Path, file: &StoredFile) -> Result<Option<String>, StoreError> {
         let damage = |problem: &str| Ok(Some(format!("`{}` {problem}", path.display())));
-        let metadata = match std::fs::symlink_metadata(path) {
-            Ok(metadata) => metadata,
+        let stat = match self.disk.stat(path) {
+            Ok(stat) => stat,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return damage("is missing"),
             Err(error) => {
                 let error = StoreError::Io { action: "read", path: path.to_owned(), cause: error };
                 return if error.means_damage() { Ok(Some(error.to_string())) } else { Err(error) };
             }
         };
-        if stat_of(&metadata) == file.stat && is_executable(&metadata) == file.executable {
+        if stat.identity == file.stat && stat.is_executable() == file.executable {
             return Ok(None);
         }
-        if !metadata.is_file() {
+        if stat.sort != Sort::File {
             return damage("is no longer a file");
         }
-        if metadata.len() != file.size {
-            return damage(&format!("has {} bytes instead of {}", metadata.len(), file.size));
+        if stat.size() != file.size {
+            return damage(&format!("has {} bytes instead of {}", stat.size(), file.size));
         }
-        if is_executable(&metadata) != file.executable {
+        if stat.is_executable() != file.executable {
             return damage("has another executable bit");
         }
         match self.cache.hash_file(path) {
@@ -102,7 +103,7 @@ impl Store {
     /// Hashes every byte of an object; the inner error says what is damaged.
     pub fn verify_digest(&self, digest: &Digest) -> Result<Result<(), String>, StoreError> {
         let object = self.object(digest);
-        match digest_folder(&object) {
+        match digest_folder_on(&*self.disk, &object) {
             Ok((found, _)) if found == *digest => Ok(Ok(())),
             Ok(_) => Ok(Err(format!("`{}` does not have the content that was stored", object.display()))),
             Err(error) if error.means_damage() => Ok(Err(error.to_string())),
@@ -131,10 +132,10 @@ impl Store {
             }
         }
         let aside = self.put_aside(key, what)?;
-        move_if_there(&self.manifest_path(key), &aside.join("manifest.json"))?;
+        move_if_there(&*self.disk, &self.manifest_path(key), &aside.join("manifest.json"))?;
         bad_objects.dedup();
         for digest in bad_objects {
-            move_if_there(&self.object(&digest), &aside.join(&digest.0))?;
+            move_if_there(&*self.disk, &self.object(&digest), &aside.join(&digest.0))?;
         }
         Ok(())
     }
@@ -142,33 +143,36 @@ impl Store {
     /// Puts a damaged object aside, whichever results it belongs to. It does nothing to one that is whole.
     pub fn quarantine_object(&self, digest: &Digest, what: &str) -> Result<(), StoreError> {
         let object = self.object(digest);
-        if std::fs::symlink_metadata(&object).is_err() || self.verify_digest(digest)?.is_ok() {
+        if !self.disk.is_there(&object) || self.verify_digest(digest)?.is_ok() {
             return Ok(());
         }
-        move_if_there(&object, &self.put_aside(digest, what)?.join(&digest.0))
+        move_if_there(&*self.disk, &object, &self.put_aside(digest, what)?.join(&digest.0))
     }
 
     /// A new folder of `quarantine/` with a note of the reason.
     fn put_aside(&self, digest: &Digest, what: &str) -> Result<PathBuf, StoreError> {
         let quarantine = self.folder("quarantine");
-        create_folder(&quarantine)?;
+        self.disk.ensure_folder(&quarantine, true)?;
         let when = jiff::Timestamp::now().strftime("%Y-%m-%dT%H-%M-%SZ").to_string();
         let prefix = format!("{when}-{}-", digest.short());
-        let aside = tempfile::Builder::new().prefix(&prefix).tempdir_in(&quarantine).at("write", &quarantine)?.keep();
-        write_atomically(&aside.join("why.txt"), format!("{what}\n").as_bytes(), false)?;
+        let aside = self.disk.beside(&quarantine, &prefix, &|path| self.disk.create_folder(path));
+        let aside = aside.at("write", &quarantine)?;
+        self.disk.write_atomically(&aside.join("why.txt"), format!("{what}\n").as_bytes(), false)?;
         Ok(aside)
     }
 }
 
 /// Renames a file or a folder; one that is not there is no error, because another process may have been quicker.
-fn move_if_there(from: &Path, to: &Path) -> Result<(), StoreError> {
-    use std::os::unix::fs::PermissionsExt as _;
-    let Ok(metadata) = std::fs::symlink_metadata(from) else { return Ok(()) };
-    if metadata.is_dir() {
+fn move_if_there(disk: &dyn Disk, from: &Path, to: &Path) -> Result<(), StoreError> {
+    let stat = match disk.stat(from) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        stat => stat.at("put aside", from)?,
+    };
+    if stat.sort == Sort::Folder {
         // A folder that may not be written cannot change its parent.
-        let _ = std::fs::set_permissions(from, std::fs::Permissions::from_mode(0o755));
+        let _ = disk.set_mode(from, 0o755);
     }
-    match std::fs::rename(from, to) {
+    match disk.rename(from, to) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
         other => other.at("put aside", from),
     }

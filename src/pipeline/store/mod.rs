@@ -17,8 +17,11 @@
 
 mod cache;
 pub mod digest;
+mod disk;
+mod durable;
 mod error;
-mod fault;
+#[cfg(test)]
+mod faults;
 #[cfg(test)]
 pub(crate) mod fixture;
 mod lock;
@@ -30,21 +33,22 @@ mod work;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::Write as _;
-use std::os::unix::fs::PermissionsExt as _;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::pipeline::stage::{ArtifactType, Part};
 pub use digest::{digest_folder, hash_json, source_digest};
+use disk::{Disk, Entry, Native, Sort};
 use error::At as _;
 pub use error::StoreError;
 pub use lock::KeyLock;
 pub use lookup::Lookup;
 pub use publish::{DraftOutput, ManifestDraft};
-pub use record::{RunRecord, link_tensorboard};
+pub use record::RunRecord;
 pub use verify::{Damage, VerifyReport};
 pub use work::{Attempts, Owner};
 
@@ -155,57 +159,59 @@ pub struct StoredFile {
 /// (device, inode, size, mtime in ns, ctime in ns): by it a file is known to be unchanged.
 pub type FileStat = (u64, u64, u64, i128, i128);
 
-/// An open store. It may be shared by threads; processes share its folder.
-#[derive(Debug)]
+/// An open store. It may be shared by threads, and a clone is the same store; processes share its folder.
+#[derive(Clone, Debug)]
 pub struct Store {
     root: PathBuf,
-    cache: cache::StatCache,
-    faults: fault::Faults,
+    disk: Arc<dyn Disk>,
+    cache: Arc<cache::StatCache>,
 }
 
 impl Store {
     /// Opens the store at `root` for writing, and makes it where there is nothing yet.
     pub fn open(root: &Path) -> Result<Self, StoreError> {
-        std::fs::create_dir_all(root).at("create the store", root)?;
+        Self::open_on(Arc::new(Native), root)
+    }
+
+    /// [`Store::open`] on another disk.
+    fn open_on(disk: Arc<dyn Disk>, root: &Path) -> Result<Self, StoreError> {
         let root = &std::path::absolute(root).at("find", root)?;
+        disk.ensure_folder(root, true).map_err(|error| match error {
+            StoreError::Io { cause, .. } => StoreError::Io { action: "create the store", path: root.clone(), cause },
+            other => other,
+        })?;
         // Asked outright, because a store that has every folder already would only refuse the first result.
-        rustix::fs::access(root, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK)
-            .at("write to the store", root)?;
-        let is_new = !is_store(root)?;
-        if is_new {
-            write_atomically(&root.join("FORMAT"), format!("{FORMAT}\n").as_bytes(), true)?;
-        }
+        disk.check_writable(root).at("write to the store", root)?;
+        let is_new = !is_store(&*disk, root)?;
         for folder in FOLDERS {
-            let folder = root.join(folder);
-            if let Err(error) = std::fs::create_dir(&folder)
-                && (error.kind() != std::io::ErrorKind::AlreadyExists || !folder.is_dir())
-            {
-                return Err(error).at("create the folder", &folder);
-            }
+            disk.ensure_folder(&root.join(folder), false)?;
         }
         if is_new {
-            make_shelves(root)?;
+            make_shelves(&*disk, root)?;
+            // Last, because it says that everything else is there. Its folder is synced with it.
+            disk.write_atomically(&root.join("FORMAT"), format!("{FORMAT}\n").as_bytes(), true)?;
         }
-        Ok(Self::at(root, true))
+        Ok(Self::at(disk, root, true))
     }
 
     /// Opens the store at `root` for reading, where there is one. Nothing is ever written through it, caches included.
     pub fn open_existing(root: &Path) -> Result<Option<Self>, StoreError> {
-        match std::fs::metadata(root) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        let disk: Arc<dyn Disk> = Arc::new(Native);
+        match disk.stat_target(root) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error).at("open the store", root),
-            Ok(metadata) if !metadata.is_dir() => {
-                return Err(std::io::Error::from(std::io::ErrorKind::NotADirectory)).at("open the store", root);
+            Ok(stat) if stat.sort != Sort::Folder => {
+                return Err(std::io::Error::from(ErrorKind::NotADirectory)).at("open the store", root);
             }
             Ok(_) => {}
         }
         let root = std::path::absolute(root).at("find", root)?;
-        Ok(is_store(&root)?.then(|| Self::at(&root, false)))
+        Ok(is_store(&*disk, &root)?.then(|| Self::at(disk, &root, false)))
     }
 
-    fn at(root: &Path, writable: bool) -> Self {
-        let cache = cache::StatCache::new(root.join("cache/stat.json"), writable);
-        Self { root: root.to_owned(), cache, faults: fault::Faults::default() }
+    fn at(disk: Arc<dyn Disk>, root: &Path, writable: bool) -> Self {
+        let cache = cache::StatCache::new(disk.clone(), root.join("cache/stat.json"), writable);
+        Self { root: root.to_owned(), disk, cache: Arc::new(cache) }
     }
 
     /// Its folder, absolute.
@@ -235,12 +241,12 @@ impl Store {
 
     /// Whether a training state of `key` lies there, from which its stage would go on.
     pub fn has_saved_work(&self, key: &Digest) -> bool {
-        std::fs::read_dir(self.state(key)).is_ok_and(|mut entries| entries.next().is_some())
+        self.disk.list(&self.state(key)).is_ok_and(|entries| !entries.is_empty())
     }
 
     /// The digest of a user's file or folder (see [`source_digest`]). A file whose stat is known is not read again.
     pub fn file_digest(&self, path: &Path) -> Result<Digest, StoreError> {
-        digest::source_digest_by(path, &|path| self.cache.hash_file(path))
+        digest::source_digest_by(&*self.disk, path, &|path| self.cache.hash_file(path))
     }
 
     /// Keeps what was hashed for the next process; dropping a store does the same. It is only ever a matter of time saved.
@@ -264,32 +270,33 @@ fn sharded(folder: &Path, digest: &Digest) -> PathBuf {
 
 /// Makes every shelf of objects and manifests at once, so that the first results need not each sync a new one. A shelf
 /// that is missing is made when it is needed.
-fn make_shelves(root: &Path) -> Result<(), StoreError> {
+fn make_shelves(disk: &dyn Disk, root: &Path) -> Result<(), StoreError> {
     for folder in ["objects", "manifests"] {
         let folder = root.join(folder);
         for shelf in 0..=u8::MAX {
-            let shelf = folder.join(format!("{shelf:02x}"));
-            std::fs::create_dir_all(&shelf).at("create the folder", &shelf)?;
+            disk.ensure_folder(&folder.join(format!("{shelf:02x}")), false)?;
         }
-        sync_folder(&folder)?;
+        disk.sync(&folder).at("write", &folder)?;
     }
     Ok(())
 }
 
-/// Whether `root` is a store of this format; `false` where it is empty. Anything else is an error.
-fn is_store(root: &Path) -> Result<bool, StoreError> {
+/// Whether `root` is a store of this format; `false` where it is empty, or where a store was begun. Anything else is an
+/// error.
+fn is_store(disk: &dyn Disk, root: &Path) -> Result<bool, StoreError> {
     let unusable = |problem: String| StoreError::Unusable { root: root.to_owned(), problem };
-    match std::fs::read_to_string(root.join("FORMAT")) {
+    match disk.read(&root.join("FORMAT")).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()) {
         Ok(format) if format.trim() == FORMAT => Ok(true),
         Ok(format) => Err(unusable(format!(
             "has format `{}`, and this program reads format `{FORMAT}`; use the program that made it or name another folder",
             format.trim().chars().take(20).collect::<String>()
         ))),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            for entry in std::fs::read_dir(root).at("list", root)? {
-                let name = entry.at("list", root)?.file_name();
-                // Hidden files may be a `.gitignore`, or what a kill in the middle of making the store left.
-                if !name.as_encoded_bytes().starts_with(b".") {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            for Entry { name, is_folder } in disk.list(root).at("list", root)? {
+                // Hidden files may be a `.gitignore`, or what a kill in the middle of making the store left; folders of
+                // a store without its format, which comes last, are from the same.
+                let begun = is_folder && name.to_str().is_some_and(|name| FOLDERS.contains(&name));
+                if !begun && !name.as_encoded_bytes().starts_with(b".") {
                     return Err(unusable(format!(
                         "is a folder with other files (`{}`) and no `FORMAT`; name a new or empty folder",
                         name.display()
@@ -299,60 +306,6 @@ fn is_store(root: &Path) -> Result<bool, StoreError> {
             Ok(false)
         }
         Err(error) => Err(error).at("read", &root.join("FORMAT")),
-    }
-}
-
-/// Replaces a file as a whole: readers see the old or the new one. `durable` survives a power cut as well.
-fn write_atomically(path: &Path, bytes: &[u8], durable: bool) -> Result<(), StoreError> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let mode = std::fs::Permissions::from_mode(0o644);
-    let file = tempfile::Builder::new().prefix(".new-").permissions(mode).tempfile_in(folder);
-    let mut file = file.at("write", path)?;
-    file.write_all(bytes).at("write", path)?;
-    if durable {
-        file.as_file().sync_all().at("write", path)?;
-    }
-    file.persist(path).map_err(|error| error.error).at("write", path)?;
-    if durable { sync_folder(folder) } else { Ok(()) }
-}
-
-/// Makes the entries of a folder survive a power cut.
-fn sync_folder(folder: &Path) -> Result<(), StoreError> {
-    std::fs::File::open(folder).and_then(|folder| folder.sync_all()).at("write", folder)
-}
-
-/// Makes a folder and those above it, and makes new ones survive a power cut.
-fn create_folder(folder: &Path) -> Result<(), StoreError> {
-    match std::fs::create_dir(folder) {
-        Ok(()) => folder.parent().map_or(Ok(()), sync_folder),
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists && folder.is_dir() => Ok(()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            folder.parent().map_or(Ok(()), create_folder)?;
-            std::fs::create_dir(folder).at("create the folder", folder)
-        }
-        Err(error) => Err(error).at("create the folder", folder),
-    }
-}
-
-/// Removes a folder with everything in it, also what a program has made read-only. It may be gone already.
-fn remove_tree(folder: &Path) -> Result<(), StoreError> {
-    match std::fs::remove_dir_all(folder) {
-        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
-            let mut open = vec![folder.to_owned()];
-            while let Some(folder) = open.pop() {
-                let mode = std::fs::Permissions::from_mode(0o755);
-                std::fs::set_permissions(&folder, mode).at("change the mode of", &folder)?;
-                for entry in std::fs::read_dir(&folder).at("list", &folder)? {
-                    let entry = entry.at("list", &folder)?;
-                    if entry.file_type().at("read", &entry.path())?.is_dir() {
-                        open.push(entry.path());
-                    }
-                }
-            }
-            std::fs::remove_dir_all(folder).at("remove", folder)
-        }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        other => other.at("remove", folder),
     }
 }
 

@@ -2,19 +2,15 @@
 //! the manifest's rename is garbage that does no harm; after it, the result is there for good.
 
 use std::collections::BTreeMap;
-use std::fs::{File, Permissions};
 use std::io::ErrorKind;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::digest::{Links, digest_folder, is_executable, list, stat_of};
+use super::digest::{Links, digest_folder_on, list};
+use super::disk::{Disk, Sort};
 use super::error::At as _;
-use super::{
-    Digest, KeyLock, KeyParts, Manifest, Store, StoreError, StoredFile, StoredOutput, create_folder, remove_tree,
-    sealed, sync_folder, write_atomically,
-};
+use super::{Digest, KeyLock, KeyParts, Manifest, Store, StoreError, StoredFile, StoredOutput, sealed};
 use crate::pipeline::stage::ArtifactType;
 
 /// Files of an object up to which each is synced by itself; beyond, the whole file system is synced once.
@@ -77,9 +73,8 @@ impl Store {
         };
         let path = self.manifest_path(lock.key());
         let body = serde_json::to_vec(&manifest).expect("a manifest is plain data");
-        create_folder(path.parent().expect("manifests lie in a folder"))?;
-        self.faults.step(&path)?;
-        write_atomically(&path, &sealed::seal(&body), true)?;
+        self.disk.ensure_folder(path.parent().expect("manifests lie in a folder"), true)?;
+        self.disk.write_atomically(&path, &sealed::seal(&body), true)?;
         self.drop_work(lock);
         Ok(manifest)
     }
@@ -87,33 +82,29 @@ impl Store {
     /// Removes the work folder of a key whose result is there.
     pub(crate) fn drop_work(&self, lock: &KeyLock) {
         let work = self.work(lock.key());
-        if self.faults.step(&work).is_err() {
-            return;
-        }
         // The result is committed: what cannot be removed now only takes space until the key is published again.
-        if let Err(error) = remove_tree(&work) {
+        if let Err(error) = self.disk.clear(&work) {
             tracing::warn!(%error, "a work folder that is no longer needed stays");
         }
     }
 
     /// Makes a folder an object, durably.
     fn place(&self, folder: &Path) -> Result<(Digest, Vec<StoredFile>), StoreError> {
-        self.faults.step(folder)?;
-        if !make_fit(folder)? {
+        let disk = &*self.disk;
+        if !make_fit(disk, folder)? {
             return Err(StoreError::unfit(folder, "holds no file"));
         }
-        let (digest, files) = digest_folder(folder)?;
+        let (digest, files) = digest_folder_on(disk, folder)?;
         let object = self.object(&digest);
         let shelf = object.parent().expect("objects lie in a folder").to_owned();
-        create_folder(&shelf)?;
+        disk.ensure_folder(&shelf, true)?;
         let mut synced = false;
         loop {
-            if std::fs::symlink_metadata(&object).is_ok() {
-                match digest_folder(&object) {
+            if disk.is_there(&object) {
+                match digest_folder_on(disk, &object) {
                     Ok((found, files)) if found == digest => {
-                        self.faults.step(folder)?;
-                        remove_tree(folder)?;
-                        sync_folder(&shelf)?;
+                        disk.clear(folder)?;
+                        disk.sync(&shelf).at("write", &shelf)?;
                         return Ok((digest, files));
                     }
                     Err(error) if !error.means_damage() => return Err(error),
@@ -123,74 +114,62 @@ impl Store {
                 }
             }
             if !synced {
-                self.faults.step(folder)?;
-                sync_content(folder, &files)?;
+                sync_content(disk, folder, &files)?;
                 synced = true;
             }
-            self.faults.step(&object)?;
-            match std::fs::rename(folder, &object) {
+            match disk.rename(folder, &object) {
                 Ok(()) => break,
                 // Another key's publisher was quicker with the same content: theirs is looked at.
                 Err(error) if matches!(error.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists) => {}
                 Err(error) => return Err(error).at("create the object", &object),
             }
         }
-        self.faults.step(&shelf)?;
-        sync_folder(&shelf)?;
-        self.faults.step(&object)?;
-        close_folders(&object)?;
-        self.faults.step(&object)?;
-        unchanged(&object, &files)?;
+        disk.sync(&shelf).at("write", &shelf)?;
+        close_folders(disk, &object)?;
+        unchanged(disk, &object, &files)?;
         Ok((digest, files))
     }
 }
 
 /// Makes a stage's folder fit to be an object: folders that can be moved, no empty ones, plain files that nobody may
 /// write and that have no other name. Gives whether it holds a file.
-fn make_fit(folder: &Path) -> Result<bool, StoreError> {
-    std::fs::set_permissions(folder, Permissions::from_mode(0o755)).at("change the mode of", folder)?;
+fn make_fit(disk: &dyn Disk, folder: &Path) -> Result<bool, StoreError> {
+    disk.set_mode(folder, 0o755).at("change the mode of", folder)?;
     let mut holds_file = false;
-    for entry in std::fs::read_dir(folder).at("list", folder)? {
-        let entry = entry.at("list", folder)?;
-        let path = entry.path();
-        let metadata = entry.metadata().at("read", &path)?;
-        if metadata.is_dir() {
-            if make_fit(&path)? {
+    for entry in disk.list(folder).at("list", folder)? {
+        let path = folder.join(&entry.name);
+        let stat = disk.stat(&path).at("read", &path)?;
+        match stat.sort {
+            Sort::Folder if make_fit(disk, &path)? => holds_file = true,
+            Sort::Folder => disk.remove_folder(&path).at("remove the empty folder", &path)?,
+            Sort::File => {
                 holds_file = true;
-            } else {
-                std::fs::remove_dir(&path).at("remove the empty folder", &path)?;
+                if stat.links > 1 {
+                    // Whoever holds the other name could change the object, and a change of mode would reach them.
+                    let copy = path.with_file_name(".pipe-copy");
+                    disk.copy(&path, &copy).at("copy", &path)?;
+                    disk.rename(&copy, &path).at("copy", &path)?;
+                }
+                let mode = if stat.is_executable() { 0o555 } else { 0o444 };
+                disk.set_mode(&path, mode).at("change the mode of", &path)?;
             }
-            continue;
+            Sort::Link | Sort::Special => {
+                let sort = if stat.sort == Sort::Link { "a symbolic link" } else { "a special file" };
+                return Err(StoreError::unfit(&path, format!("is {sort}; an output holds only files and folders")));
+            }
         }
-        if !metadata.is_file() {
-            let sort = if metadata.is_symlink() { "a symbolic link" } else { "a special file" };
-            return Err(StoreError::unfit(&path, format!("is {sort}; an output holds only files and folders")));
-        }
-        holds_file = true;
-        if metadata.nlink() > 1 {
-            // Whoever holds the other name could change the object, and a change of mode would reach them.
-            let copy = path.with_file_name(".pipe-copy");
-            std::fs::copy(&path, &copy).at("copy", &path)?;
-            std::fs::rename(&copy, &path).at("copy", &path)?;
-        }
-        let mode = if is_executable(&metadata) { 0o555 } else { 0o444 };
-        std::fs::set_permissions(&path, Permissions::from_mode(mode)).at("change the mode of", &path)?;
     }
     Ok(holds_file)
 }
 
 /// Makes every file and folder of an object survive a power cut.
-fn sync_content(folder: &Path, files: &[StoredFile]) -> Result<(), StoreError> {
+fn sync_content(disk: &dyn Disk, folder: &Path, files: &[StoredFile]) -> Result<(), StoreError> {
     if files.len() > SYNC_EACH {
-        let open = File::open(folder).at("write", folder)?;
-        return rustix::fs::syncfs(&open).at("write", folder);
+        return disk.sync_all(folder).at("write", folder);
     }
-    for file in files {
-        let path = folder.join(&file.path);
-        File::open(&path).and_then(|file| file.sync_all()).at("write", &path)?;
-    }
-    for folder in folders_of(folder, files) {
-        sync_folder(&folder)?;
+    let files_and_folders = files.iter().map(|file| folder.join(&file.path)).chain(folders_of(folder, files));
+    for path in files_and_folders {
+        disk.sync(&path).at("write", &path)?;
     }
     Ok(())
 }
@@ -205,25 +184,21 @@ fn folders_of(folder: &Path, files: &[StoredFile]) -> std::collections::BTreeSet
 }
 
 /// Takes the right to write from every folder of an object. It comes after the rename, which needs that right.
-fn close_folders(object: &Path) -> Result<(), StoreError> {
+fn close_folders(disk: &dyn Disk, object: &Path) -> Result<(), StoreError> {
     let mut open = vec![object.to_owned()];
     while let Some(folder) = open.pop() {
-        for entry in std::fs::read_dir(&folder).at("list", &folder)? {
-            let entry = entry.at("list", &folder)?;
-            if entry.file_type().at("read", &entry.path())?.is_dir() {
-                open.push(entry.path());
-            }
-        }
-        std::fs::set_permissions(&folder, Permissions::from_mode(0o555)).at("change the mode of", &folder)?;
+        let entries = disk.list(&folder).at("list", &folder)?;
+        open.extend(entries.iter().filter(|entry| entry.is_folder).map(|entry| folder.join(&entry.name)));
+        disk.set_mode(&folder, 0o555).at("change the mode of", &folder)?;
     }
     Ok(())
 }
 
 /// Holds that no file changed between its hashing and now, when its stat is recorded.
-fn unchanged(object: &Path, files: &[StoredFile]) -> Result<(), StoreError> {
-    for (file, found) in files.iter().zip(list(object, Links::Refuse)?) {
-        let metadata = std::fs::symlink_metadata(&found.path).at("read", &found.path)?;
-        if found.relative != file.path || stat_of(&metadata) != file.stat {
+fn unchanged(disk: &dyn Disk, object: &Path, files: &[StoredFile]) -> Result<(), StoreError> {
+    let found = list(disk, object, Links::Refuse)?;
+    for (file, found) in files.iter().zip(found) {
+        if found.relative != file.path || found.stat.identity != file.stat {
             let problem = "changed while it was stored; does the stage leave a process behind that writes to it?";
             return Err(StoreError::unfit(&found.path, problem));
         }
@@ -234,7 +209,10 @@ fn unchanged(object: &Path, files: &[StoredFile]) -> Result<(), StoreError> {
 #[cfg(test)]
 mod tests {
     use super::super::Lookup;
-    use super::super::fault::Script;
+    use super::super::faults::{FAULTS, Fault};
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::super::fixture::{Sandbox, key};
     use super::*;
 
@@ -254,34 +232,34 @@ mod tests {
     }
 
     #[test]
-    fn a_kill_at_any_step_leaves_a_hit_or_a_miss_and_the_next_attempt_succeeds() {
-        for twice in [false, true] {
-            for dead in [false, true] {
-                let mut steps = 0;
+    fn a_fault_at_any_operation_leaves_a_hit_or_a_miss_and_the_next_attempt_succeeds() {
+        for fault in FAULTS {
+            // The same content is there already, under another key; or it is not.
+            for twice in [false, true] {
+                let mut number = 0;
                 loop {
-                    let mut sandbox = Sandbox::new();
+                    let (mut sandbox, disk) = Sandbox::faulty();
                     if twice {
-                        // The same content is there already, under another key.
                         sandbox.publish(2, &FILES);
                     }
-                    *sandbox.store.faults.script.lock().unwrap() = Script { taken: 0, fail_at: Some(steps), dead };
+                    disk.fail_at(number, fault);
                     let outcome = sandbox.try_publish(1, &FILES);
-                    let taken = sandbox.store.faults.script.lock().unwrap().taken;
+                    let taken = disk.heal();
                     sandbox.reopen();
                     let hit = is_exact_hit(&sandbox);
-                    assert_eq!(hit, outcome.is_ok(), "an error means no result, at step {steps}");
+                    assert!(hit || outcome.is_err(), "what is told is there: {fault:?} at {number}");
                     sandbox.publish(1, &FILES);
-                    assert!(is_exact_hit(&sandbox), "after step {steps}");
-                    if taken <= steps {
+                    assert!(is_exact_hit(&sandbox), "{fault:?} at {number}");
+                    if taken <= number {
                         break;
                     }
-                    if let Err(error) = outcome {
+                    if let (Fault::Full, Err(error)) = (fault, outcome) {
                         let error = error.to_string();
-                        assert!(error.contains("cannot write `/") && error.contains("free some space"), "{error}");
+                        assert!(error.contains("cannot ") && error.contains("free some space"), "{error}");
                     }
-                    steps += 1;
+                    number += 1;
                 }
-                assert!(steps >= 4, "{steps} steps were tried");
+                assert!(number >= 20, "{number} operations failed in turn");
             }
         }
     }

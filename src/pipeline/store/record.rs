@@ -2,12 +2,14 @@
 //! rebuilt from plans and manifests, so a damaged one counts as absent.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::disk::{Disk, Sort};
 use super::error::At as _;
-use super::{Digest, Store, StoreError, write_atomically};
+use super::{Digest, Store, StoreError};
 use crate::pipeline::plan::NodeName;
 
 /// What an experiment's stage was in its last run.
@@ -39,17 +41,17 @@ impl Store {
         let mut bytes = serde_json::to_vec_pretty(&on_disk).expect("a record is plain data");
         bytes.push(b'\n');
         // In most runs most records stand already, and reading is cheaper than writing.
-        if std::fs::read(&path).is_ok_and(|old| old == bytes) {
+        if self.disk.read(&path).is_ok_and(|old| old == bytes) {
             return Ok(());
         }
         let folder = path.parent().expect("records lie in a folder");
-        std::fs::create_dir_all(folder).at("create the folder", folder)?;
-        write_atomically(&path, &bytes, false)
+        self.disk.ensure_folder(folder, false)?;
+        self.disk.write_atomically(&path, &bytes, false)
     }
 
     /// What a stage was in the last run that had it.
     pub fn recorded(&self, experiment: &str, trial: &str, stage: &str) -> Result<Option<RunRecord>, StoreError> {
-        Ok(read(&self.record_path(experiment, trial, stage))?.map(|on_disk| on_disk.record))
+        Ok(read(&*self.disk, &self.record_path(experiment, trial, stage))?.map(|on_disk| on_disk.record))
     }
 
     /// Every recorded stage of an experiment, by trial and stage.
@@ -58,9 +60,9 @@ impl Store {
         experiment: &str,
     ) -> Result<BTreeMap<String, BTreeMap<String, RunRecord>>, StoreError> {
         let mut trials: BTreeMap<String, BTreeMap<String, RunRecord>> = BTreeMap::new();
-        for trial in entries(&self.folder("runs").join(segment(experiment)))? {
-            for stage in entries(&trial)? {
-                if let Some(OnDisk { name, record }) = read(&stage)? {
+        for trial in entries(&*self.disk, &self.folder("runs").join(segment(experiment)))? {
+            for stage in entries(&*self.disk, &trial)? {
+                if let Some(OnDisk { name, record }) = read(&*self.disk, &stage)? {
                     trials.entry(name.trial).or_default().insert(name.stage, record);
                 }
             }
@@ -71,10 +73,10 @@ impl Store {
     /// The names of every recorded experiment.
     pub fn recorded_experiments(&self) -> Result<Vec<String>, StoreError> {
         let mut names = std::collections::BTreeSet::new();
-        for experiment in entries(&self.folder("runs"))? {
-            'one: for trial in entries(&experiment)? {
-                for stage in entries(&trial)? {
-                    if let Some(on_disk) = read(&stage)? {
+        for experiment in entries(&*self.disk, &self.folder("runs"))? {
+            'one: for trial in entries(&*self.disk, &experiment)? {
+                for stage in entries(&*self.disk, &trial)? {
+                    if let Some(on_disk) = read(&*self.disk, &stage)? {
                         names.insert(on_disk.name.experiment);
                         break 'one;
                     }
@@ -84,45 +86,44 @@ impl Store {
         Ok(names.into_iter().collect())
     }
 
-    /// Shows the curves of `key` under a stage's name, where there are any; see [`link_tensorboard`].
+    /// Makes `tensorboard/<experiment>/<trial>/<stage>` a relative link to the event files of `key`, or removes a link to
+    /// another key's where `key` has none.
     pub fn link_tensorboard(&self, name: &NodeName, key: &Digest) -> Result<(), StoreError> {
-        link_tensorboard(&self.root, name, key)
+        let mut link = self.folder("tensorboard").join(segment(&name.experiment));
+        let mut target = PathBuf::from("../..");
+        if !name.trial.is_empty() {
+            link.push(segment(&name.trial));
+            target.push("..");
+        }
+        let folder = link.clone();
+        link.push(segment(&name.stage));
+        target.extend(["logs", &key.0, "tensorboard"]);
+        let old = self.disk.read_link(&link).ok();
+        if !self.has_curves(key) {
+            if old.is_some() {
+                self.disk.remove_file(&link).at("remove", &link)?;
+            }
+            return Ok(());
+        }
+        if old.as_ref() == Some(&target) {
+            return Ok(());
+        }
+        self.disk.ensure_folder(&folder, false)?;
+        // Made beside and renamed, so that a viewer never finds it missing.
+        let new = self.disk.beside(&folder, ".new-", &|path| self.disk.link(&target, path)).at("link", &link)?;
+        self.disk.rename(&new, &link).at("link", &link)
+    }
+
+    /// Whether `key` has written event files.
+    pub(crate) fn has_curves(&self, key: &Digest) -> bool {
+        let curves = self.logs(key).join("tensorboard");
+        self.disk.stat(&curves).is_ok_and(|stat| stat.sort == Sort::Folder)
     }
 
     fn record_path(&self, experiment: &str, trial: &str, stage: &str) -> PathBuf {
         let trial = if trial.is_empty() { "_".to_owned() } else { segment(trial) };
         self.folder("runs").join(segment(experiment)).join(trial).join(format!("{}.json", segment(stage)))
     }
-}
-
-/// Makes `tensorboard/<experiment>/<trial>/<stage>` of the store at `root` a relative link to the event files of `key`,
-/// or removes a link to another key's where `key` has none.
-pub fn link_tensorboard(root: &Path, name: &NodeName, key: &Digest) -> Result<(), StoreError> {
-    let mut link = root.join("tensorboard").join(segment(&name.experiment));
-    let mut target = PathBuf::from("../..");
-    if !name.trial.is_empty() {
-        link.push(segment(&name.trial));
-        target.push("..");
-    }
-    let folder = link.clone();
-    link.push(segment(&name.stage));
-    target.extend(["logs", &key.0, "tensorboard"]);
-    let old = std::fs::read_link(&link).ok();
-    if !root.join("logs").join(&key.0).join("tensorboard").is_dir() {
-        if old.is_some() {
-            std::fs::remove_file(&link).at("remove", &link)?;
-        }
-        return Ok(());
-    }
-    if old.as_ref() == Some(&target) {
-        return Ok(());
-    }
-    std::fs::create_dir_all(&folder).at("create the folder", &folder)?;
-    // Made beside and renamed, so that a viewer never finds it missing.
-    let new =
-        tempfile::Builder::new().prefix(".new-").make_in(&folder, |path| std::os::unix::fs::symlink(&target, path));
-    let new = new.at("link", &link)?;
-    new.persist(&link).map_err(|error| error.error).at("link", &link)
 }
 
 /// A name as one component of a path: `/`, `%`, control characters and a leading `.` or lone `_` are escaped, and what is too
@@ -145,10 +146,10 @@ fn segment(name: &str) -> String {
     format!("{}~{}", &text[..kept], &blake3::hash(name.as_bytes()).to_hex()[..16])
 }
 
-fn read(path: &Path) -> Result<Option<OnDisk>, StoreError> {
-    let bytes = match std::fs::read(path) {
+fn read(disk: &dyn Disk, path: &Path) -> Result<Option<OnDisk>, StoreError> {
+    let bytes = match disk.read(path) {
         Ok(bytes) => bytes,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error).at("read", path),
     };
     match serde_json::from_slice(&bytes) {
@@ -161,19 +162,14 @@ fn read(path: &Path) -> Result<Option<OnDisk>, StoreError> {
 }
 
 /// The sorted entries of a folder that are not hidden; none where it is not there.
-fn entries(folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
-    let found = match std::fs::read_dir(folder) {
+fn entries(disk: &dyn Disk, folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
+    let found = match disk.list(folder) {
         Ok(found) => found,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(error).at("list", folder),
     };
-    let mut paths = Vec::new();
-    for entry in found {
-        let entry = entry.at("list", folder)?;
-        if !entry.file_name().as_encoded_bytes().starts_with(b".") {
-            paths.push(entry.path());
-        }
-    }
+    let shown = found.iter().filter(|entry| !entry.name.as_encoded_bytes().starts_with(b"."));
+    let mut paths: Vec<PathBuf> = shown.map(|entry| folder.join(&entry.name)).collect();
     paths.sort();
     Ok(paths)
 }

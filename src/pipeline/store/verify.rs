@@ -89,13 +89,13 @@ impl Store {
         for manifest in &manifests {
             for output in &manifest.outputs {
                 let Some(what) = bad.get(&output.digest) else { continue };
-                let there = self.object(&output.digest).is_dir();
+                let there = self.disk.is_folder(&self.object(&output.digest));
                 let list = if there { &mut report.damaged } else { &mut report.missing };
                 list.push(Damage { key: manifest.key.clone(), what: what.clone() });
             }
         }
         if everything {
-            let objects = shelved(&self.folder("objects"))?;
+            let objects = self.shelved(&self.folder("objects"))?;
             report.orphans = objects.into_iter().filter(|path| !sizes.contains_key(&Digest(file_name(path)))).collect();
         }
         Ok(report)
@@ -114,28 +114,25 @@ impl Store {
 
     /// Every key that has a manifest, sorted.
     pub fn keys(&self) -> Result<Vec<Digest>, StoreError> {
-        let manifests = shelved(&self.folder("manifests"))?;
+        let manifests = self.shelved(&self.folder("manifests"))?;
         let name = |path: &PathBuf| file_name(path).strip_suffix(".json").map(|name| Digest(name.to_owned()));
         Ok(manifests.iter().filter_map(name).collect())
+    }
+
+    /// The entries of the subfolders of `folder`, sorted, without what a kill left half written.
+    pub(super) fn shelved(&self, folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
+        let mut found = Vec::new();
+        for shelf in self.disk.list(folder).at("list", folder)? {
+            let shelf = folder.join(&shelf.name);
+            let entries = self.disk.list(&shelf).at("list", &shelf)?;
+            let shown = entries.iter().filter(|entry| !entry.name.as_encoded_bytes().starts_with(b"."));
+            found.extend(shown.map(|entry| shelf.join(&entry.name)));
+        }
+        found.sort();
+        Ok(found)
     }
 }
 
 fn file_name(path: &Path) -> String {
     path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
-}
-
-/// The entries of the subfolders of `folder`, sorted, without what a kill left half written.
-fn shelved(folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
-    let mut found = Vec::new();
-    for shelf in std::fs::read_dir(folder).at("list", folder)? {
-        let shelf = shelf.at("list", folder)?.path();
-        for entry in std::fs::read_dir(&shelf).at("list", &shelf)? {
-            let path = entry.at("list", &shelf)?.path();
-            if !file_name(&path).starts_with('.') {
-                found.push(path);
-            }
-        }
-    }
-    found.sort();
-    Ok(found)
 }

@@ -8,13 +8,14 @@
 //! ```
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
 use super::error::At as _;
-use super::{Digest, KeyLock, Store, StoreError, remove_tree, write_atomically};
+use super::{Digest, KeyLock, Store, StoreError};
 
 /// What is known of the attempts at a key that has no result yet.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -56,21 +57,30 @@ impl Owner {
     }
 }
 
-impl Attempts {
-    /// Writes them into a work folder.
-    pub(crate) fn save(&self, work: &Path) -> Result<(), StoreError> {
-        let bytes = serde_json::to_vec_pretty(self).expect("plain data has a JSON form");
-        write_atomically(&work.join("attempts.json"), &bytes, false)
-    }
-}
-
 impl Store {
+    /// Writes down what is known of the attempts at `key`, whose lock the caller has.
+    pub(crate) fn save_attempts(&self, key: &Digest, attempts: &Attempts) -> Result<(), StoreError> {
+        let bytes = serde_json::to_vec_pretty(attempts).expect("plain data has a JSON form");
+        self.disk.write_atomically(&self.work(key).join("attempts.json"), &bytes, false)
+    }
+
+    /// Keeps a stage's resolved table beside its logs, for people.
+    pub(crate) fn save_config(&self, lock: &KeyLock, text: &str) -> Result<(), StoreError> {
+        self.disk.write_atomically(&self.logs(lock.key()).join("config.toml"), text.as_bytes(), false)
+    }
+
+    /// Adds a line to the log of a key.
+    pub(crate) fn append_log(&self, key: &Digest, line: &str) -> Result<(), StoreError> {
+        let path = self.logs(key).join("log.txt");
+        self.disk.append(&path, format!("{line}\n").as_bytes()).at("write", &path)
+    }
+
     /// What is known of earlier attempts at `key`; `None` where there were none, or nothing readable is left of them.
     pub fn attempts(&self, key: &Digest) -> Result<Option<Attempts>, StoreError> {
         let path = self.work(key).join("attempts.json");
-        match std::fs::read(&path) {
+        match self.disk.read(&path) {
             Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error).at("read", &path),
         }
     }
@@ -80,35 +90,34 @@ impl Store {
         let work = self.work(lock.key());
         let logs = self.logs(lock.key());
         for folder in [&self.state(lock.key()), &logs] {
-            std::fs::create_dir_all(folder).at("create the folder", folder)?;
+            self.disk.ensure_folder(folder, false)?;
         }
-        for entry in std::fs::read_dir(&work).at("list", &work)? {
-            let entry = entry.at("list", &work)?;
-            if entry.file_name().as_encoded_bytes().starts_with(b"out-") {
-                remove_tree(&entry.path())?;
+        for entry in self.disk.list(&work).at("list", &work)? {
+            if entry.name.as_encoded_bytes().starts_with(b"out-") {
+                self.disk.clear(&work.join(&entry.name))?;
             }
         }
         let out = work.join(format!("out-{number}"));
         for folder in std::iter::once(out.clone()).chain(outputs.iter().map(|name| out.join(name))) {
-            std::fs::create_dir(&folder).at("create the folder", &folder)?;
+            self.disk.create_folder(&folder).at("create the folder", &folder)?;
         }
         Ok(out)
     }
 
     /// Drops the training states of a key, so that its stage begins anew.
     pub(crate) fn forget_state(&self, lock: &KeyLock) -> Result<(), StoreError> {
-        remove_tree(&self.state(lock.key()))
+        self.disk.clear(&self.state(lock.key()))
     }
 
     /// Drops what an attempt has written; its training states stay.
-    pub(crate) fn drop_out(out: &Path) -> Result<(), StoreError> {
-        remove_tree(out)
+    pub(crate) fn drop_out(&self, out: &Path) -> Result<(), StoreError> {
+        self.disk.clear(out)
     }
 
     /// Keeps what a failed attempt has written, in place of what an earlier one left.
     pub(crate) fn keep_failed(&self, lock: &KeyLock, out: &Path) -> Result<(), StoreError> {
         let failed = self.work(lock.key()).join("failed");
-        remove_tree(&failed)?;
-        std::fs::rename(out, &failed).at("keep the failed attempt's files in", &failed)
+        self.disk.clear(&failed)?;
+        self.disk.rename(out, &failed).at("keep the failed attempt's files in", &failed)
     }
 }

@@ -1,6 +1,5 @@
 //! How a node ends: what it tells on the way, its result or its failure, and the record of both.
 
-use std::io::Write as _;
 use std::sync::Arc;
 
 use super::{Driver, made_of, shown};
@@ -27,7 +26,11 @@ impl Driver<'_, '_> {
             Ending::Interrupted if live.is_some_and(|live| live.timed_out) => {
                 let timeout = self.plan.nodes[node].spec.run.timeout.clone().unwrap_or_default();
                 let problem = format!("timed out after {timeout}");
-                self.note_in_log(node, &problem);
+                if let Some(Err(error)) =
+                    self.keys[node].as_ref().map(|key| self.store.append_log(key, &format!("failed: {problem}")))
+                {
+                    tracing::warn!(%error, "the reason of a failure is not in its log");
+                }
                 self.failed(node, problem, false)
             }
             Ending::Interrupted => {
@@ -91,16 +94,6 @@ impl Driver<'_, '_> {
         let log = self.keys[node].as_ref().map(|key| self.store.logs(key).join("log.txt"));
         let log = log.filter(|log| log.is_file()).map_or_else(String::new, |log| log.display().to_string());
         (self.events)(&Event::Failed { node, name: self.plan.nodes[node].name().clone(), error, log });
-    }
-
-    /// Ends the log of an attempt that could not say itself why it failed.
-    fn note_in_log(&self, node: usize, problem: &str) {
-        let Some(key) = &self.keys[node] else { return };
-        let path = self.store.logs(key).join("log.txt");
-        let log = std::fs::File::options().append(true).create(true).open(&path);
-        if let Err(error) = log.and_then(|mut log| writeln!(log, "failed: {problem}")) {
-            tracing::warn!(%error, file = %path.display(), "the reason of a failure is not in its log");
-        }
     }
 
     /// Writes down what every name of the node has become. The result is safe already; a view that cannot be written is

@@ -1,5 +1,8 @@
 //! Runs of toy stages, from the plan to the last event.
 
+mod policy;
+
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -20,6 +23,7 @@ struct Place {
     folder: tempfile::TempDir,
     store: Store,
     options: Options,
+    machine: Machine,
 }
 
 /// What came of a run, with the names of the stages that ran, in order.
@@ -49,7 +53,8 @@ impl Place {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(&folder.path().join("store")).unwrap();
         // These tests are about order, not about this machine's cores.
-        Self { folder, store, options: Options { jobs: 4, ..Options::default() } }
+        let machine = Machine { cores: 4, ..Machine::detect(BTreeMap::new()) };
+        Self { folder, store, options: Options { jobs: 4, ..Options::default() }, machine }
     }
 
     fn plan(&self, experiments: &[Experiment]) -> Plan {
@@ -71,7 +76,7 @@ impl Place {
             let test = "pipeline::exec::driver::tests::the_worker_side".to_owned();
             WorkerProgram::at(link.clone(), vec!["--exact".into(), test, "--nocapture".into()])
         };
-        let outcome = super::run(&plan, &self.store, &self.options, &find_worker, &mut |event| {
+        let outcome = super::run(&plan, &self.store, &self.options, self.machine.clone(), &find_worker, &mut |event| {
             watch(event);
             if let Event::Running { name, .. } = event {
                 ran.push(name.stage.clone());
@@ -391,6 +396,6 @@ fn a_missing_device_or_worker_is_told_before_anything_of_the_stage_runs() {
     assert!(came.ran.is_empty());
     let plan = place.plan(&toys(vec![echo("a", "a", &[]), remote("b", Act::Echo, &["a"])]));
     let missing = || WorkerProgram::at("/nowhere/pipe-worker".into(), Vec::new());
-    let error = super::run(&plan, &place.store, &place.options, &missing, &mut |_| {}).unwrap_err();
+    let error = super::run(&plan, &place.store, &place.options, Machine::default(), &missing, &mut |_| {}).unwrap_err();
     assert!(matches!(error, ExecError::NoWorker { .. }), "{error}");
 }

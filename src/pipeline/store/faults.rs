@@ -1,0 +1,176 @@
+//! A disk that fails at one operation, or from one operation on, for tests.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use rustix::io::Errno;
+
+use super::disk::{Content, Disk, Entry, Stat};
+
+/// How an operation fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    /// The device refuses once.
+    ErrorOnce,
+    /// The device refuses from now on.
+    ErrorsOnwards,
+    /// There is no space, and never again.
+    Full,
+    /// Half of the bytes fit, then there is no space once; operations that write nothing are refused.
+    ShortWrite,
+    /// The process is killed: nothing happens any more.
+    Killed,
+}
+
+/// Every one of them.
+pub(super) const FAULTS: [Fault; 5] =
+    [Fault::ErrorOnce, Fault::ErrorsOnwards, Fault::Full, Fault::ShortWrite, Fault::Killed];
+
+/// Another disk with a fault.
+#[derive(Debug)]
+pub(super) struct Faulty {
+    disk: Arc<dyn Disk>,
+    script: Mutex<Script>,
+}
+
+#[derive(Debug, Default)]
+struct Script {
+    /// Operations so far.
+    taken: usize,
+    /// The operation to fail, from 0, and how.
+    fault: Option<(usize, Fault)>,
+}
+
+/// What becomes of an operation that writes.
+enum Write {
+    Whole,
+    Half(io::Error),
+}
+
+impl Faulty {
+    /// `disk` without a fault.
+    pub(super) fn new(disk: Arc<dyn Disk>) -> Self {
+        Self { disk, script: Mutex::default() }
+    }
+
+    /// Counts from 0 again; the operation of this number fails.
+    pub(super) fn fail_at(&self, number: usize, fault: Fault) {
+        *self.script.lock().unwrap() = Script { taken: 0, fault: Some((number, fault)) };
+    }
+
+    /// Nothing fails any more. Gives how many operations there were since [`Faulty::fail_at`].
+    pub(super) fn heal(&self) -> usize {
+        std::mem::take(&mut *self.script.lock().unwrap()).taken
+    }
+
+    /// Stands before an operation that writes no bytes.
+    fn step(&self) -> io::Result<&dyn Disk> {
+        match self.write_step()? {
+            Write::Whole => Ok(&*self.disk),
+            Write::Half(error) => Err(error),
+        }
+    }
+
+    fn write_step(&self) -> io::Result<Write> {
+        let mut script = self.script.lock().unwrap();
+        let taken = script.taken;
+        script.taken += 1;
+        let Some((at, fault)) = script.fault else { return Ok(Write::Whole) };
+        let onwards = matches!(fault, Fault::ErrorsOnwards | Fault::Full | Fault::Killed);
+        if taken != at && !(onwards && taken > at) {
+            return Ok(Write::Whole);
+        }
+        match fault {
+            Fault::ErrorOnce | Fault::ErrorsOnwards | Fault::Killed => Err(Errno::IO.into()),
+            Fault::ShortWrite => Ok(Write::Half(Errno::NOSPC.into())),
+            Fault::Full => Err(Errno::NOSPC.into()),
+        }
+    }
+
+    fn write(&self, bytes: &[u8], write: &dyn Fn(&[u8]) -> io::Result<()>) -> io::Result<()> {
+        match self.write_step()? {
+            Write::Whole => write(bytes),
+            Write::Half(error) => write(&bytes[..bytes.len() / 2]).and(Err(error)),
+        }
+    }
+}
+
+impl Disk for Faulty {
+    fn stat(&self, path: &Path) -> io::Result<Stat> {
+        self.step()?.stat(path)
+    }
+
+    fn stat_target(&self, path: &Path) -> io::Result<Stat> {
+        self.step()?.stat_target(path)
+    }
+
+    fn list(&self, folder: &Path) -> io::Result<Vec<Entry>> {
+        self.step()?.list(folder)
+    }
+
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        self.step()?.read(path)
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Box<dyn Content>> {
+        self.step()?.open(path)
+    }
+
+    fn read_link(&self, path: &Path) -> io::Result<PathBuf> {
+        self.step()?.read_link(path)
+    }
+
+    fn check_writable(&self, folder: &Path) -> io::Result<()> {
+        self.step()?.check_writable(folder)
+    }
+
+    fn create(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        self.write(bytes, &|bytes| self.disk.create(path, bytes))
+    }
+
+    fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        self.write(bytes, &|bytes| self.disk.append(path, bytes))
+    }
+
+    fn copy(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.step()?.copy(from, to)
+    }
+
+    fn create_folder(&self, path: &Path) -> io::Result<()> {
+        self.step()?.create_folder(path)
+    }
+
+    fn link(&self, target: &Path, path: &Path) -> io::Result<()> {
+        self.step()?.link(target, path)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.step()?.rename(from, to)
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        self.step()?.remove_file(path)
+    }
+
+    fn remove_folder(&self, path: &Path) -> io::Result<()> {
+        self.step()?.remove_folder(path)
+    }
+
+    fn set_mode(&self, path: &Path, mode: u32) -> io::Result<()> {
+        self.step()?.set_mode(path, mode)
+    }
+
+    fn sync(&self, path: &Path) -> io::Result<()> {
+        self.step()?.sync(path)
+    }
+
+    fn sync_all(&self, path: &Path) -> io::Result<()> {
+        self.step()?.sync_all(path)
+    }
+
+    fn open_lock(&self, path: &Path) -> io::Result<File> {
+        self.step()?.open_lock(path)
+    }
+}
