@@ -152,14 +152,14 @@ impl Case {
         Ok(())
     }
 
+    /// Plans a run, and forgets what earlier ones ran.
     fn plan(&self) -> Result<Plan, Wrong> {
+        let _ = std::fs::remove_file(self.place.join(RAN));
         let planned = Plan::new(&self.world.experiments(), Some(&self.store));
         planned.map_err(|error| TestCaseError::fail(format!("no plan: {error}")))
     }
 
     fn execute(&self, plan: &Plan, options: &Options, watch: &mut dyn FnMut(usize, &Event)) -> Result<Came, Wrong> {
-        let ran = self.place.join(RAN);
-        let _ = std::fs::remove_file(&ran);
         let (mut came, mut count) = (Came::default(), 0);
         let outcome = execute(plan, &self.store, options, &mut |event| {
             match event {
@@ -173,7 +173,7 @@ impl Case {
             count += 1;
         });
         came.outcome = outcome.map_err(|error| TestCaseError::fail(error.to_string()))?;
-        came.ran = lines(&ran);
+        came.ran = lines(&self.place.join(RAN));
         Ok(came)
     }
 
@@ -235,16 +235,14 @@ impl Case {
             let known = self.tuples.entry(key.clone()).or_insert_with(|| line.clone());
             hold!(*known == line, "`{}` has the key {key} of another stage: {:?}", name.stage, computed.tuple);
         }
-        self.remember();
-        Ok(())
-    }
-
-    fn remember(&mut self) {
-        for key in self.tuples.keys() {
-            if let Ok(bytes) = std::fs::read(self.manifest_path(key)) {
+        for (key, line) in &self.tuples {
+            // A manifest that was there before and was not written anew may have come to harm since.
+            let is_new = came.ran.contains_key(line) || !self.manifests.contains_key(key);
+            if let Some(bytes) = is_new.then(|| std::fs::read(self.manifest_path(key)).ok()).flatten() {
                 self.manifests.insert(key.clone(), bytes);
             }
         }
+        Ok(())
     }
 
     fn check_minimal(
@@ -363,12 +361,14 @@ impl Case {
                 taken = true;
             }
         })?;
+        // The store of the run that went on knows every manifest that the copy can hold.
+        self.learn(expected, &came)?;
         if taken {
             harm::remove(&store);
             std::fs::rename(&copy, &store).unwrap();
-            self.store = Store::open(&store).unwrap();
         }
-        self.learn(expected, &came)
+        self.store = Store::open(&store).unwrap();
+        Ok(())
     }
 
     /// Damage in the middle of a run costs some runs and nothing else.

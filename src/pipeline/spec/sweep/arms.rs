@@ -134,7 +134,9 @@ fn arms(tables: &[Node], key: Span, root: &Node, report: &mut Report) -> Vec<Poi
         let Some(sets) = settings(&set, root, report) else { continue };
         // Laid as one, so that a table that names another `kind` replaces the old one with all that it says.
         let mut overlay = Node::empty(table.span);
-        sets.iter().for_each(|leaf| overlay.overlay(&leaf.overlay()));
+        for leaf in &sets {
+            overlay.overlay(&leaf.overlay());
+        }
         let mut laid = without_sweep(root);
         laid.overlay(&overlay);
         let laid = laid.json();
