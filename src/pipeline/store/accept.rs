@@ -112,7 +112,9 @@ impl Store {
         if stored != declared {
             // The first is the default, so a change of order is one of meaning too.
             let words = |outputs: &[(&String, _)]| {
-                let word = |(name, artifact): &(&String, crate::pipeline::stage::ArtifactType)| format!("`{name}` ({artifact})");
+                let word = |(name, artifact): &(&String, crate::pipeline::stage::ArtifactType)| {
+                    format!("`{name}` ({artifact})")
+                };
                 outputs.iter().map(word).collect::<Vec<_>>().join(", ")
             };
             return Err(AcceptError::Outputs { old: words(&stored), new: words(&declared) });

@@ -69,19 +69,8 @@ pub use work::Attempts;
 const FORMAT: &str = "1";
 
 /// The folders of a store.
-const FOLDERS: [&str; 11] = [
-    "objects",
-    "manifests",
-    "locks",
-    "leases",
-    "pins",
-    "work",
-    "logs",
-    "runs",
-    "tensorboard",
-    "quarantine",
-    "cache",
-];
+const FOLDERS: [&str; 11] =
+    ["objects", "manifests", "locks", "leases", "pins", "work", "logs", "runs", "tensorboard", "quarantine", "cache"];
 
 /// A BLAKE3 digest as 64 hexadecimal digits: of a folder object, a recipe or a key.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

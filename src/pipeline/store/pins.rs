@@ -35,7 +35,9 @@ fn covers(pin: &str, name: &NodeName) -> bool {
     let NodeName { experiment, trial, stage } = name;
     let Some(rest) = pin.strip_prefix(experiment.as_str()) else { return false };
     let Some(rest) = rest.strip_prefix('/') else { return rest.is_empty() };
-    rest == stage || rest == trial || rest.strip_prefix(trial.as_str()).and_then(|rest| rest.strip_prefix('/')) == Some(stage)
+    rest == stage
+        || rest == trial
+        || rest.strip_prefix(trial.as_str()).and_then(|rest| rest.strip_prefix('/')) == Some(stage)
 }
 
 impl Store {
@@ -76,8 +78,9 @@ impl Store {
         let mut pins = Vec::new();
         for (_, path) in self.names(&self.folder("pins"))? {
             let bytes = self.disk.read(&path).at("read", &path)?;
-            let pin: Pin = serde_json::from_slice(&bytes)
-                .map_err(|error| StoreError::unfit(&path, format!("is no pin: {error}; pin again or remove the file")))?;
+            let pin: Pin = serde_json::from_slice(&bytes).map_err(|error| {
+                StoreError::unfit(&path, format!("is no pin: {error}; pin again or remove the file"))
+            })?;
             pins.push(pin);
         }
         pins.sort_by(|a, b| a.name.cmp(&b.name));

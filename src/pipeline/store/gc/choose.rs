@@ -47,7 +47,8 @@ pub(super) fn choose(
             gone.insert(*index, Gone::Size);
         }
     }
-    let mut plan = GcPlan { size, freed: size - held.bytes, over: held.bytes.saturating_sub(most), ..GcPlan::default() };
+    let mut plan =
+        GcPlan { size, freed: size - held.bytes, over: held.bytes.saturating_sub(most), ..GcPlan::default() };
     let mut inputs_of_kept = HashSet::new();
     for (index, one) in survey.results.iter().enumerate().filter(|(index, _)| !gone.contains_key(index)) {
         plan.kept.entry(kept[index].unwrap_or(Kept::NoRule)).or_insert_with(Tally::default).add(one.bytes());
@@ -73,12 +74,7 @@ pub(super) fn choose(
     Choice { plan }
 }
 
-fn must_stay(
-    one: &Stored,
-    policy: &GcPolicy,
-    leased: &HashSet<Digest>,
-    pinned: &BTreeSet<Digest>,
-) -> Option<Kept> {
+fn must_stay(one: &Stored, policy: &GcPolicy, leased: &HashSet<Digest>, pinned: &BTreeSet<Digest>) -> Option<Kept> {
     let newest = policy.keep_last.is_some_and(|last| one.names.iter().any(|(_, newer)| *newer < last));
     let rules = [
         (leased.contains(&one.key), Kept::InUse),

@@ -126,7 +126,8 @@ impl Found<'_> {
             return self.add(GarbageKind::FinishedWork, path.to_owned(), Some(key.clone()));
         }
         let parts = self.store.names(path)?;
-        if older_than.is_some_and(|age| parts.iter().all(|(_, part)| self.is_older(part, age)) && self.is_older(path, age))
+        if older_than
+            .is_some_and(|age| parts.iter().all(|(_, part)| self.is_older(part, age)) && self.is_older(path, age))
         {
             return self.add(GarbageKind::OldWork, path.to_owned(), Some(key.clone()));
         }

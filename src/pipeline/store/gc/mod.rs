@@ -196,11 +196,7 @@ pub struct GcReport {
 
 impl Store {
     /// What a collection under `policy` would do now. Nothing is changed. `progress` is told manifests read and in all.
-    pub fn plan_gc(
-        &self,
-        policy: &GcPolicy,
-        progress: &(dyn Fn(usize, usize) + Sync),
-    ) -> Result<GcPlan, StoreError> {
+    pub fn plan_gc(&self, policy: &GcPolicy, progress: &(dyn Fn(usize, usize) + Sync)) -> Result<GcPlan, StoreError> {
         let now = Timestamp::now();
         let survey = self.survey(progress)?;
         let leased = self.leased()?;

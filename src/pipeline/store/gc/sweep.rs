@@ -141,9 +141,8 @@ impl Sweep<'_> {
             },
             None => None,
         };
-        let has_result = |key: &Option<Digest>| {
-            key.as_ref().is_some_and(|key| store.disk.is_there(&store.manifest_path(key)))
-        };
+        let has_result =
+            |key: &Option<Digest>| key.as_ref().is_some_and(|key| store.disk.is_there(&store.manifest_path(key)));
         let is_garbage = match garbage.kind {
             // They went with the objects of the results that went.
             GarbageKind::Object => return Ok(()),
