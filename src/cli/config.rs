@@ -178,9 +178,11 @@ impl Toml<'_> {
         let lengths = self.lines.iter().filter(|(_, comment)| !comment.is_empty());
         let column = lengths.map(|(text, _)| text.chars().count()).filter(|length| *length <= COMMENTS).max();
         let column = column.unwrap_or(0);
-        let line = |(text, comment): &(String, String)| match comment.is_empty() {
-            true => text.clone(),
-            false => format!("{text:<column$}  {}", Look::Dim.on(&format!("# {comment}"), self.color)),
+        let line = |(text, comment): &(String, String)| {
+            if comment.is_empty() {
+                return text.clone();
+            }
+            format!("{text:<column$}  {}", Look::Dim.on(&format!("# {comment}"), self.color))
         };
         self.lines.iter().map(line).collect::<Vec<_>>().join("\n")
     }

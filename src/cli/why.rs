@@ -84,7 +84,7 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
 fn unknown(error: ExecError) -> Failure {
     match error {
         ExecError::UnknownStage { name, hint, .. } => Failure::wrong(format!("no stage is called `{name}`")).hint(hint),
-        other @ ExecError::NoWorker { .. } => Failure::stage(&other),
+        other => Failure::stage(&other),
     }
 }
 

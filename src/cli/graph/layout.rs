@@ -26,7 +26,7 @@ pub(super) struct Layers {
     /// What the items are; vertices come first and have their own numbers.
     pub(super) items: Vec<Item>,
     /// Items from left to right.
-    pub(super) layers: Vec<Vec<usize>>,
+    pub(super) rows: Vec<Vec<usize>>,
     /// The items of each edge, from the upper end to the lower; turned round where the edge leads up.
     pub(super) ways: Vec<Vec<usize>>,
     above: Vec<Vec<usize>>,
@@ -39,7 +39,7 @@ impl Layers {
         let (rank, turned) = ranks(count, edges);
         let mut layers = Self {
             items: (0..count).map(Item::Vertex).collect(),
-            layers: Vec::new(),
+            rows: Vec::new(),
             ways: Vec::new(),
             above: Vec::new(),
             below: Vec::new(),
@@ -64,9 +64,9 @@ impl Layers {
                 layers.above[link[1]].push(link[0]);
             }
         }
-        layers.layers = vec![Vec::new(); layer_of.iter().max().map_or(0, |last| last + 1)];
+        layers.rows = vec![Vec::new(); layer_of.iter().max().map_or(0, |last| last + 1)];
         for item in layers.depth_first() {
-            layers.layers[layer_of[item]].push(item);
+            layers.rows[layer_of[item]].push(item);
         }
         layers.uncross();
         layers
@@ -90,19 +90,19 @@ impl Layers {
 
     /// Orders each layer by the mean place of its neighbours, downwards and upwards in turn, and keeps the best.
     fn uncross(&mut self) {
-        let mut best = (self.crossings(), self.layers.clone());
+        let mut best = (self.crossings(), self.rows.clone());
         for sweep in 0..SWEEPS {
             if best.0 == 0 {
                 break;
             }
             let down = sweep % 2 == 0;
-            let count = self.layers.len();
+            let count = self.rows.len();
             for step in 1..count {
                 let (layer, fixed) = if down { (step, step - 1) } else { (count - 1 - step, count - step) };
                 let place: HashMap<usize, usize> =
-                    self.layers[fixed].iter().enumerate().map(|(place, item)| (*item, place)).collect();
+                    self.rows[fixed].iter().enumerate().map(|(place, item)| (*item, place)).collect();
                 let links = if down { &self.above } else { &self.below };
-                let mut keyed: Vec<(f64, usize)> = self.layers[layer]
+                let mut keyed: Vec<(f64, usize)> = self.rows[layer]
                     .iter()
                     .enumerate()
                     .map(|(own, item)| {
@@ -112,19 +112,19 @@ impl Layers {
                     })
                     .collect();
                 keyed.sort_by(|a, b| a.0.total_cmp(&b.0));
-                self.layers[layer] = keyed.into_iter().map(|(_, item)| item).collect();
+                self.rows[layer] = keyed.into_iter().map(|(_, item)| item).collect();
             }
             let crossings = self.crossings();
             if crossings < best.0 {
-                best = (crossings, self.layers.clone());
+                best = (crossings, self.rows.clone());
             }
         }
-        self.layers = best.1;
+        self.rows = best.1;
     }
 
     /// How many pairs of links cross.
     pub(super) fn crossings(&self) -> usize {
-        let pairs = self.layers.windows(2).map(|layers| {
+        let pairs = self.rows.windows(2).map(|layers| {
             let place: HashMap<usize, usize> =
                 layers[1].iter().enumerate().map(|(place, item)| (*item, place)).collect();
             let mut counts = vec![0; layers[1].len() + 1];
@@ -161,7 +161,7 @@ impl Layers {
     pub(super) fn places(&self, width: impl Fn(usize) -> f64, gap: f64) -> Vec<f64> {
         let widths: Vec<f64> = (0..self.items.len()).map(width).collect();
         let mut left = vec![0.0; self.items.len()];
-        for layer in &self.layers {
+        for layer in &self.rows {
             let mut at = 0.0;
             for item in layer {
                 left[*item] = at;
@@ -169,11 +169,11 @@ impl Layers {
             }
         }
         for sweep in 0..STRAIGHTENINGS {
-            let count = self.layers.len();
+            let count = self.rows.len();
             let last = sweep + 2 >= STRAIGHTENINGS;
             for step in 0..count {
                 let layer = if sweep % 2 == 0 { step } else { count - 1 - step };
-                let items = &self.layers[layer];
+                let items = &self.rows[layer];
                 let wanted: Vec<(f64, f64)> = items
                     .iter()
                     .map(|item| {
@@ -296,7 +296,7 @@ mod tests {
     #[test]
     fn layers_lead_down_and_roots_stand_above_what_needs_them() {
         let layers = Layers::of(5, &[(0, 1), (1, 2), (0, 2), (3, 2), (2, 4)]);
-        assert_eq!(layers.layers.iter().map(Vec::len).collect::<Vec<_>>(), [1, 3, 1, 1], "0; 1, 3 and a bend; 2; 4");
+        assert_eq!(layers.rows.iter().map(Vec::len).collect::<Vec<_>>(), [1, 3, 1, 1], "0; 1, 3 and a bend; 2; 4");
         assert_eq!(layers.ways[2].len(), 3);
         assert_eq!(layers.crossings(), 0);
     }
@@ -304,7 +304,7 @@ mod tests {
     #[test]
     fn a_circle_is_drawn_with_one_edge_up() {
         let layers = Layers::of(3, &[(0, 1), (1, 2), (2, 0)]);
-        assert_eq!(layers.layers.len(), 3);
+        assert_eq!(layers.rows.len(), 3);
         assert_eq!((layers.ways[2][0], layers.ways[2].len()), (0, 3));
     }
 

@@ -44,7 +44,7 @@ pub(super) fn write(drawing: &Drawing) -> String {
     };
     let left = layers.places(width, GAP);
     let mut top = vec![0.0; layers.items.len()];
-    for (layer, items) in layers.layers.iter().enumerate() {
+    for (layer, items) in layers.rows.iter().enumerate() {
         for item in items {
             top[*item] = layer as f64 * (HEIGHT + BETWEEN);
         }
@@ -67,7 +67,7 @@ impl Picture<'_> {
         let drawn = (0..self.left.len()).map(|item| self.left[item] + self.width[item]).fold(0.0, f64::max);
         let legend = self.legend();
         let width = drawn.max(legend.1) + 2.0 * MARGIN;
-        let layers = self.layers.layers.len() as f64;
+        let layers = self.layers.rows.len() as f64;
         let drawn_height = (layers * (HEIGHT + BETWEEN) - BETWEEN).max(0.0);
         let height = drawn_height + 2.0 * MARGIN + 30.0;
         let mut text = format!(
@@ -256,7 +256,7 @@ mod tests {
         let pairs: Vec<(usize, usize)> = drawing.edges.iter().map(|arrow| (arrow.from, arrow.to)).collect();
         let layers = Layers::of(40, &pairs);
         let left = layers.places(|_| LEAST, GAP);
-        for layer in &layers.layers {
+        for layer in &layers.rows {
             for pair in layer.windows(2) {
                 assert!(left[pair[0]] + LEAST + GAP <= left[pair[1]] + 1e-6, "{pair:?}");
             }

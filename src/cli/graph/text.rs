@@ -154,8 +154,8 @@ fn joint(lanes: &[Option<usize>], before: &[bool], joined: &[usize], own: usize)
     let first = joined.iter().copied().chain([own]).min().unwrap_or(own);
     let last = joined.iter().copied().chain([own]).max().unwrap_or(own);
     let mut text = String::new();
-    for lane in 0..lanes.len() {
-        let passes = lanes[lane].is_some();
+    for (lane, source) in lanes.iter().enumerate() {
+        let passes = source.is_some();
         let glyph = if joined.contains(&lane) || lane == own {
             let up = before.get(lane).copied().unwrap_or(false);
             let down = passes || lane == own;

@@ -6,9 +6,9 @@ use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{At as _, BundleError, CONTENTS, Contents, Entry, FORMAT, Layout, Record};
+use super::{At as _, BundleError, CONTENTS, Contents, Entry, FORMAT, Layout, Record, hash};
 use crate::pipeline::plan::Plan;
-use crate::pipeline::store::{self, Digest, Manifest, Store, hash_file};
+use crate::pipeline::store::{self, Digest, Manifest, Store};
 use crate::random::RNG_ABI;
 
 /// What is packed.
@@ -51,8 +51,7 @@ pub fn pack(
 ) -> Result<PackReport, BundleError> {
     let mut entries: BTreeMap<String, (Entry, From)> = BTreeMap::new();
     for (path, file) in &packing.layout.files {
-        let (entry, from) = file_entry(file)?;
-        entries.insert(format!("files/{path}"), (entry, from));
+        entries.insert(format!("files/{path}"), (hash(file)?, From::File(file.clone())));
     }
     let mut report = PackReport { files: entries.len(), ..PackReport::default() };
     let results: BTreeMap<&Digest, &Arc<Manifest>> =
@@ -96,12 +95,6 @@ pub fn pack(
     Ok(report)
 }
 
-fn file_entry(file: &Path) -> Result<(Entry, From), BundleError> {
-    let hashed = hash_file(file)?;
-    let entry = Entry { size: hashed.size, digest: hashed.digest, executable: hashed.executable };
-    Ok((entry, From::File(file.to_owned())))
-}
-
 fn result_entries(
     manifest: &Manifest,
     store: &Store,
@@ -127,11 +120,7 @@ fn result_entries(
 }
 
 /// The logs of a key; what a stage writes nowhere but there.
-fn log_entries(
-    key: &Digest,
-    store: &Store,
-    entries: &mut BTreeMap<String, (Entry, From)>,
-) -> Result<(), BundleError> {
+fn log_entries(key: &Digest, store: &Store, entries: &mut BTreeMap<String, (Entry, From)>) -> Result<(), BundleError> {
     let logs = store.logs(key);
     let mut open = vec![logs.clone()];
     while let Some(folder) = open.pop() {
@@ -145,9 +134,10 @@ fn log_entries(
             let (path, sort) = (entry.path(), entry.file_type().at("list", &folder)?);
             if sort.is_dir() {
                 open.push(path);
-            } else if let (true, Some(inside)) = (sort.is_file(), path.strip_prefix(&logs).ok().and_then(Path::to_str)) {
+            } else if let (true, Some(inside)) = (sort.is_file(), path.strip_prefix(&logs).ok().and_then(Path::to_str))
+            {
                 let name = format!("logs/{key}/{inside}");
-                entries.insert(name, file_entry(&path)?);
+                entries.insert(name, (hash(&path)?, From::File(path)));
             }
         }
     }
@@ -168,7 +158,8 @@ fn records(packing: &Packing<'_>) -> Result<Vec<Record>, BundleError> {
             records.insert((name.clone(), node.recipe.clone(), result.key.clone(), node.spec.kind.name, file));
         }
     }
-    let record = |(name, recipe, key, kind, file): (_, _, _, &str, _)| Record { name, recipe, key, kind: kind.to_owned(), file };
+    let record =
+        |(name, recipe, key, kind, file): (_, _, _, &str, _)| Record { name, recipe, key, kind: kind.to_owned(), file };
     Ok(records.into_iter().map(record).collect())
 }
 
@@ -208,7 +199,8 @@ fn write(
                 Err(error) => return Err(error).at("read", path),
             },
         };
-        let mut watched = Watched { inner: reader, left: entry.size, hasher: blake3::Hasher::new(), done, total, progress };
+        let mut watched =
+            Watched { inner: reader, left: entry.size, hasher: blake3::Hasher::new(), done, total, progress };
         let appended = append(&mut tar, &path, entry.size, entry.executable, &mut watched);
         let Watched { left, mut inner, hasher, .. } = watched;
         appended.at("write", out)?;

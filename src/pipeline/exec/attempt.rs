@@ -9,24 +9,28 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::pipeline::exec::numerics::numerics;
 use crate::pipeline::plan::NodeName;
 use crate::pipeline::stage::{ArtifactType, InputArtifact, Interrupted, Output, Resources, StageContext, StageEvent};
 use crate::pipeline::store::{
-    Attempts, Digest, DraftOutput, KeyLock, KeyParts, Lookup, Manifest, ManifestDraft, Reached, Store, StoreError,
+    Attempts, Digest, DraftOutput, KeyLock, KeyParts, Lookup, Manifest, ManifestDraft, Owner, Reached, Store,
+    StoreError,
 };
 
 /// The version of [`Request`]; a worker refuses any other.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
-/// How often a waiting process asks for the lock.
-const ASK: Duration = Duration::from_millis(20);
+/// How often a held lock is asked for before the attempt is left to the other process, and how long apart. Whoever merely
+/// looks whether a lock is free holds it for a moment.
+const ASKS: u32 = 10;
+const ASK: Duration = Duration::from_millis(5);
 
 /// How often the seconds so far are written down while a stage says something.
 const NOTE_SECONDS: Duration = Duration::from_secs(10);
@@ -62,6 +66,9 @@ pub struct Request {
     pub device: String,
     /// Threads for computation, unless saved work was made with another number.
     pub threads: usize,
+    /// What `CUDA_VISIBLE_DEVICES` must be for programs of the stage; as it is where there is none.
+    #[serde(default)]
+    pub visible_devices: Option<String>,
     /// How often a training stage saves its state.
     pub save_every_seconds: f64,
     /// The stage's resolved table as TOML, which is kept as `config.toml` beside the logs.
@@ -84,15 +91,31 @@ pub struct RequestInput {
     pub artifact: ArtifactType,
 }
 
+/// What came of an attempt that went well.
+#[derive(Debug)]
+pub struct Attempted {
+    /// The result.
+    pub manifest: Manifest,
+    /// Whether the stage ran, or found the result that another process had made since it was looked for.
+    pub ran: bool,
+}
+
 /// Why an attempt has no result.
 #[derive(Debug, thiserror::Error)]
 pub enum AttemptError {
     /// It was asked to stop; saved work stays.
     #[error("interrupted")]
     Interrupted,
+    /// Another process works on the key.
+    #[error("another process works on it")]
+    Elsewhere,
     /// The stage failed.
     #[error("{0:#}")]
     Failed(anyhow::Error),
+    /// The attempt was in vain, and so would be another one in this run: the user's files have changed, or two programs do
+    /// not fit together.
+    #[error("{0:#}")]
+    Lasting(anyhow::Error),
     /// An input is not what was stored. It is put aside; once its producer has run again, this stage can.
     #[error("the input `{reference}` is damaged and was put aside: {what}")]
     DamagedInput {
@@ -108,40 +131,40 @@ pub enum AttemptError {
     Store(#[from] StoreError),
 }
 
-/// Runs a stage once and publishes its result, or takes the result that another process has made meanwhile.
+/// Runs a stage once and publishes its result, or takes the result that another process has made meanwhile. It does not wait
+/// for a process that works on the key now: whoever waits should hold no share of the machine.
 ///
-/// `waiting` is called once if another process works on the key. A panic of `run` fails the stage with its message.
+/// A panic of `run` fails the stage with its message.
 pub fn attempt(
     store: &Store,
     request: &Request,
     run: &dyn Fn(&mut StageContext) -> anyhow::Result<()>,
     interrupt: Arc<AtomicBool>,
-    waiting: &mut dyn FnMut(),
     mut events: Box<dyn FnMut(StageEvent) + Send>,
-) -> Result<Manifest, AttemptError> {
+) -> Result<Attempted, AttemptError> {
     if request.protocol != PROTOCOL {
-        return Err(AttemptError::Failed(anyhow!(
+        return Err(AttemptError::Lasting(anyhow!(
             "the request has protocol `{}`, and this program speaks `{PROTOCOL}`; build both programs from one source",
             request.protocol
         )));
     }
-    let lock = lock(store, &request.key, &interrupt, waiting)?;
+    let lock = lock(store, &request.key, &interrupt)?;
     let rests_on: Vec<&Digest> =
         std::iter::once(&request.key).chain(request.inputs.values().map(|input| &input.key)).collect();
     store.lease(&rests_on)?;
     if !request.again {
         match store.lookup(&request.key)? {
-            Lookup::Hit(manifest) => return Ok(Arc::unwrap_or_clone(manifest)),
+            Lookup::Hit(manifest) => return Ok(Attempted { manifest: Arc::unwrap_or_clone(manifest), ran: false }),
             Lookup::Miss => {}
             Lookup::Damaged { what } => {
-                store.quarantine(&request.key, &what)?;
+                store.quarantine(&lock, &what)?;
                 events(StageEvent::Note { text: format!("the stored result was damaged and is made again: {what}") });
             }
         }
     }
     let inputs = verified_inputs(store, request, &interrupt)?;
     if let Some(problem) = changed_file(store, &request.files)? {
-        return Err(AttemptError::Failed(anyhow!("{problem} after the run was planned; run again")));
+        return Err(AttemptError::Lasting(anyhow!("{problem} after the run was planned; run again")));
     }
     let began = Instant::now();
     let attempts = begin(store, &lock, request, &mut events)?;
@@ -167,6 +190,7 @@ pub fn attempt(
         resources: Resources {
             device: request.device.clone(),
             threads: attempts.threads,
+            visible_devices: request.visible_devices.clone(),
             save_every: Duration::try_from_secs_f64(request.save_every_seconds).unwrap_or(Duration::from_secs(60)),
         },
         interrupt,
@@ -179,9 +203,14 @@ pub fn attempt(
     }
     let seconds = attempts.seconds + began.elapsed().as_secs_f64();
     let reached = reached.lock().map(|reached| reached.clone()).unwrap_or_default();
-    let ended = Attempts { seconds, reached, ..attempts.clone() };
-    let finished = ran.and_then(|()| finish(store, request, &out, &mut context));
+    let ended = Attempts { seconds, reached, owner: None, ..attempts.clone() };
+    let changed = if ran.is_ok() { changed_file(store, &request.files)? } else { None };
+    let finished = ran.and_then(|()| finish(request, &out, &mut context));
     drop(context);
+    if let Some(problem) = changed {
+        let error = anyhow!("{problem} while the stage ran; its result was not kept");
+        return Err(AttemptError::Lasting(fail(store, &lock, &out, &ended, error)));
+    }
     match finished {
         Ok(metrics) => {
             tracing::info!(seconds, "done");
@@ -196,9 +225,10 @@ pub fn attempt(
                 numerics: attempts.numerics,
                 metrics,
             };
-            store.publish(&lock, draft).map_err(|error| match error {
+            let published = store.publish(&lock, draft).map(|manifest| Attempted { manifest, ran: true });
+            published.map_err(|error| match error {
                 // A stage that writes what cannot be stored has failed; the store is well.
-                StoreError::Unfit { .. } => fail(store, &lock, &out, &ended, error.into()),
+                StoreError::Unfit { .. } => AttemptError::Failed(fail(store, &lock, &out, &ended, error.into())),
                 error => AttemptError::Store(error),
             })
         }
@@ -207,7 +237,7 @@ pub fn attempt(
             store.drop_out(&out)?;
             Err(AttemptError::Interrupted)
         }
-        Err(error) => Err(fail(store, &lock, &out, &ended, error)),
+        Err(error) => Err(AttemptError::Failed(fail(store, &lock, &out, &ended, error))),
     }
 }
 
@@ -218,26 +248,18 @@ fn show_curves(store: &Store, name: &NodeName, key: &Digest) {
     }
 }
 
-/// Takes the lock of a key; an interrupt ends the wait.
-fn lock(
-    store: &Store,
-    key: &Digest,
-    interrupt: &AtomicBool,
-    waiting: &mut dyn FnMut(),
-) -> Result<KeyLock, AttemptError> {
-    if let Some(lock) = store.try_lock(key)? {
-        return Ok(lock);
-    }
-    waiting();
-    loop {
+/// Takes the lock of a key.
+fn lock(store: &Store, key: &Digest, interrupt: &AtomicBool) -> Result<KeyLock, AttemptError> {
+    for _ in 0..ASKS {
+        if let Some(lock) = store.try_lock(key)? {
+            return Ok(lock);
+        }
         if interrupt.load(Ordering::Relaxed) {
             return Err(AttemptError::Interrupted);
         }
         std::thread::sleep(ASK);
-        if let Some(lock) = store.try_lock(key)? {
-            return Ok(lock);
-        }
     }
+    Err(AttemptError::Elsewhere)
 }
 
 /// The inputs as the stage finds them, every byte hashed. A damaged one is put aside together with its producer's result.
@@ -254,7 +276,10 @@ fn verified_inputs(
         }
         if !sound.contains(&&input.digest) {
             if let Err(what) = store.verify_digest(&input.digest)? {
-                store.quarantine(&input.key, &what)?;
+                // Whoever works on the producer makes its result anew.
+                if let Some(producer) = store.try_lock(&input.key)? {
+                    store.quarantine(&producer, &what)?;
+                }
                 store.quarantine_object(&input.digest, &what)?;
                 let (reference, producer) = (reference.clone(), input.key.clone());
                 return Err(AttemptError::DamagedInput { reference, producer, what });
@@ -307,7 +332,7 @@ fn begin(
     }
     let earlier = earlier.unwrap_or_default();
     let threads = if resumes { earlier.threads } else { request.threads.max(1) };
-    let mut numerics = numerics(request, threads);
+    let mut numerics = numerics(request.numerics.clone(), &request.device, threads);
     if resumes {
         let mut changes: Vec<String> = numerics
             .iter()
@@ -325,38 +350,12 @@ fn begin(
     let attempts = earlier.attempts + 1;
     // How far an earlier attempt came counts as long as its saved work does.
     let reached = earlier.reached.filter(|_| resumes);
-    let (device, seconds) = (request.device.clone(), earlier.seconds);
-    Ok(Attempts { attempts, threads, device, seconds, numerics, reached, error: None })
+    let (device, seconds, owner) = (request.device.clone(), earlier.seconds, Some(Owner::here()));
+    Ok(Attempts { attempts, threads, device, seconds, numerics, reached, error: None, owner })
 }
 
 /// The name in [`Manifest::numerics`] of what changed between attempts.
 const RESUMED_UNDER: &str = "changed_on_resume";
-
-/// What the numbers are computed with.
-fn numerics(request: &Request, threads: usize) -> BTreeMap<String, String> {
-    let mut numerics = request.numerics.clone();
-    numerics.insert("pipe".to_owned(), env!("CARGO_PKG_VERSION").to_owned());
-    numerics.insert("cpu".to_owned(), cpu_features().to_owned());
-    numerics.insert("threads".to_owned(), threads.to_string());
-    numerics.insert("device".to_owned(), request.device.clone());
-    numerics
-}
-
-/// The architecture with those features by which numerical libraries choose their code.
-fn cpu_features() -> &'static str {
-    static FEATURES: OnceLock<String> = OnceLock::new();
-    FEATURES.get_or_init(|| {
-        let mut features = vec![std::env::consts::ARCH];
-        #[cfg(target_arch = "x86_64")]
-        {
-            macro_rules! detect {
-                ($($name:tt)*) => { $(if std::is_x86_feature_detected!($name) { features.push($name); })* };
-            }
-            detect!("sse4.2" "avx" "f16c" "fma" "avx2" "avx512f" "avx512bw" "avx512vl" "avx512vnni" "avx512bf16");
-        }
-        features.join("+")
-    })
-}
 
 /// The stage's events, with two chores done on the way: curves are linked as soon as there are any, and the seconds so far
 /// are written down, so that a kill loses few of them.
@@ -394,6 +393,9 @@ fn watched(
             noted = Instant::now();
             attempts.seconds = earlier + began.elapsed().as_secs_f64();
             attempts.reached = reached.lock().map(|reached| reached.clone()).unwrap_or_default();
+            if let (StageEvent::Progress { done, total, unit }, Some(owner)) = (&event, &mut attempts.owner) {
+                owner.progress = Some((*done, *total, unit.clone()));
+            }
             if let Err(error) = store.save_attempts(&key, &attempts) {
                 tracing::debug!(%error, "the seconds so far are not written down");
             }
@@ -403,15 +405,7 @@ fn watched(
 }
 
 /// What stands between a stage that has run and its publication; gives its headline metrics.
-fn finish(
-    store: &Store,
-    request: &Request,
-    out: &Path,
-    context: &mut StageContext,
-) -> anyhow::Result<BTreeMap<String, f64>> {
-    if let Some(problem) = changed_file(store, &request.files)? {
-        anyhow::bail!("{problem} while the stage ran; its result was not kept");
-    }
+fn finish(request: &Request, out: &Path, context: &mut StageContext) -> anyhow::Result<BTreeMap<String, f64>> {
     for output in &request.outputs {
         let folder = out.join(&output.name);
         if !holds_file(&folder).with_context(|| format!("cannot list the output `{}`", output.name))? {
@@ -465,11 +459,11 @@ fn draft_outputs(request: &Request, out: &Path) -> Vec<DraftOutput> {
 }
 
 /// Keeps what a failed attempt left, and its reason at the end of its log.
-fn fail(store: &Store, lock: &KeyLock, out: &Path, ended: &Attempts, error: anyhow::Error) -> AttemptError {
+fn fail(store: &Store, lock: &KeyLock, out: &Path, ended: &Attempts, error: anyhow::Error) -> anyhow::Error {
     let first_line = format!("{error:#}").lines().next().map(str::to_owned);
     let ended = Attempts { error: first_line, ..ended.clone() };
     let kept = store.save_attempts(lock.key(), &ended).and_then(|()| store.keep_failed(lock, out));
-    let logged = store.append_log(lock, &format!("failed: {error:#}"));
+    let logged = store.append_log(lock.key(), &format!("failed: {error:#}"));
     // The stage's own error is what the user must see; that its traces could not be kept is the smaller news.
     if let Err(second) = kept {
         tracing::warn!(error = %second, "the files of a failed attempt are not kept");
@@ -477,7 +471,7 @@ fn fail(store: &Store, lock: &KeyLock, out: &Path, ended: &Attempts, error: anyh
     if let Err(second) = logged {
         tracing::warn!(error = %second, "the reason of a failure is not in its log");
     }
-    AttemptError::Failed(error)
+    error
 }
 
 fn panic_text(panic: &(dyn Any + Send)) -> &str {
@@ -507,7 +501,7 @@ mod tests {
             key: key(number),
             recipe: key(number + 1000),
             kind: "test".into(),
-            parts: parts(),
+            parts: parts(number),
             params: Value::Null,
             outputs: vec![Output::new("out", ArtifactType::Files)],
             inputs: [].into(),
@@ -516,6 +510,7 @@ mod tests {
             again: false,
             device: "cpu".into(),
             threads: 2,
+            visible_devices: None,
             save_every_seconds: 30.0,
             config_text: "kind = \"test\"\n".into(),
             numerics: [("libtorch".to_owned(), "2".to_owned())].into(),
@@ -527,7 +522,7 @@ mod tests {
     }
 
     fn go(sandbox: &Sandbox, request: &Request, run: Run<'_>) -> Result<Manifest, AttemptError> {
-        attempt(&sandbox.store, request, run, Arc::default(), &mut || panic!("nobody else is here"), quiet())
+        attempt(&sandbox.store, request, run, Arc::default(), quiet()).map(|attempted| attempted.manifest)
     }
 
     fn write(context: &StageContext, text: &str) -> anyhow::Result<()> {
@@ -557,41 +552,43 @@ mod tests {
     }
 
     #[test]
-    fn of_many_at_once_one_runs_and_the_others_take_its_result() {
+    fn of_many_at_once_one_runs_and_the_others_are_told_and_take_its_result() {
         let sandbox = Sandbox::new();
-        let (runs, waits) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let (runs, refused) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let all: Mutex<Vec<Digest>> = Mutex::default();
         std::thread::scope(|scope| {
             for _ in 0..6 {
                 scope.spawn(|| {
                     let run: Run<'_> = &|context| {
                         runs.fetch_add(1, Ordering::Relaxed);
-                        std::thread::sleep(Duration::from_millis(60));
+                        std::thread::sleep(Duration::from_millis(100));
                         write(context, "x")
                     };
-                    let mut waiting = || {
-                        waits.fetch_add(1, Ordering::Relaxed);
+                    let manifest = loop {
+                        match go(&sandbox, &request(&sandbox, 1), run) {
+                            Err(AttemptError::Elsewhere) => refused.fetch_add(1, Ordering::Relaxed),
+                            ended => break ended.unwrap(),
+                        };
                     };
-                    let request = request(&sandbox, 1);
-                    let manifest = attempt(&sandbox.store, &request, run, Arc::default(), &mut waiting, quiet());
-                    all.lock().unwrap().push(manifest.unwrap().outputs[0].digest.clone());
+                    all.lock().unwrap().push(manifest.outputs[0].digest.clone());
                 });
             }
         });
         assert_eq!(runs.into_inner(), 1);
-        assert!((1..=5).contains(&waits.into_inner()));
+        assert!(refused.into_inner() >= 5);
         let all = all.into_inner().unwrap();
         assert!(all.len() == 6 && all.windows(2).all(|pair| pair[0] == pair[1]));
     }
 
     #[test]
-    fn an_interrupt_ends_the_wait_for_another_process() {
+    fn a_key_that_is_held_is_left_to_its_holder() {
         let sandbox = Sandbox::new();
         let _lock = sandbox.store.lock(&key(1)).unwrap();
-        let interrupt = Arc::new(AtomicBool::new(false));
-        let mut waiting = || interrupt.store(true, Ordering::Relaxed);
         let run: Run<'_> = &|_| panic!("it is another's turn");
-        let result = attempt(&sandbox.store, &request(&sandbox, 1), run, interrupt.clone(), &mut waiting, quiet());
+        let result = go(&sandbox, &request(&sandbox, 1), run);
+        assert!(matches!(result, Err(AttemptError::Elsewhere)), "{result:?}");
+        let interrupt = Arc::new(AtomicBool::new(true));
+        let result = attempt(&sandbox.store, &request(&sandbox, 1), run, interrupt, quiet());
         assert!(matches!(result, Err(AttemptError::Interrupted)), "{result:?}");
     }
 

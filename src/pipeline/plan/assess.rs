@@ -8,25 +8,22 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use crate::pipeline::plan::reason::{InputNow, Now, Reason};
-use crate::pipeline::plan::{Edge, Node, NodeName, PlanError, State, key};
+use crate::pipeline::plan::{Edge, Node, NodeName, PlanError, State};
 use crate::pipeline::stage::Continues;
 use crate::pipeline::store::{Digest, Lookup, Manifest, Store, StoreError};
 
 /// Gives every node its key, state and reasons.
-pub(super) fn assess(nodes: &mut [Node], params: &[Value], store: Option<&Store>) -> Result<(), PlanError> {
+pub(super) fn assess(nodes: &mut [Node], store: Option<&Store>) -> Result<(), PlanError> {
     let mut found: HashMap<Digest, Lookup> = HashMap::new();
     let mut last = LastRuns::new(store);
     for at in 0..nodes.len() {
         let (before, rest) = nodes.split_at_mut(at);
-        let (node, params) = (&mut rest[0], &params[at]);
-        let edges = &node.edges;
-        let input = |edge: &Edge| input_now(before, edge);
-        let parts = node.parts(params, &|edge| match input(edge) {
-            InputNow::Is { digest, .. } => Value::String(digest.0),
-            InputNow::Runs | InputNow::MayRun => Value::Null,
-        });
-        let ready = edges.iter().all(|edge| matches!(input(edge), InputNow::Is { .. }));
-        let key = ready.then(|| key::key(&parts)).transpose().map_err(|error| PlanError::stage(&node.spec, error))?;
+        let node = &mut rest[0];
+        let digest = |edge: &Edge| {
+            let outputs = &before[edge.from].result.as_ref()?.outputs;
+            outputs.iter().find(|output| output.name == edge.output).map(|output| &output.digest)
+        };
+        let key = node.key_of(&digest);
         let lookup = match (&key, store) {
             (Some(key), Some(store)) => {
                 if !found.contains_key(key) {
@@ -40,17 +37,18 @@ pub(super) fn assess(nodes: &mut [Node], params: &[Value], store: Option<&Store>
             node.result = Some(manifest);
             (State::Cached, Vec::new())
         } else {
-            let by_reference =
-                |reference: &str| edges.iter().find(|edge| edge.reference == reference).map_or(InputNow::Runs, input);
-            let file = |path: &str| node.files.get(path).cloned();
-            let now = Now { parts: &parts, params, input: &by_reference, file: &file };
             let begun = match (&key, store) {
                 (Some(key), Some(store)) => Begun::of(store, key)?,
                 _ => Begun::default(),
             };
-            let damage = if let Lookup::Damaged { what } = lookup { Some(what) } else { None };
             let last = last.of(&node.names, &node.recipe, key.as_ref())?;
-            judge(&now, damage, begun, key.is_some(), &last)
+            let input = |edge: &Edge| input_now(before, edge);
+            match lookup {
+                Lookup::Damaged { what } => {
+                    (if begun.saved { State::Resume } else { State::Run }, vec![Reason::Damaged { what }])
+                }
+                _ => judge(node, &input, begun, key.is_some(), &last),
+            }
         };
         node.hint = node.spec.kind.continues.and_then(|continues| continuing(continues, &node.spec.name, &reasons));
         (node.key, node.state, node.reasons) = (key, state, reasons);
@@ -69,6 +67,30 @@ pub(super) fn input_now(nodes: &[Node], edge: &Edge) -> InputNow {
         (None, State::Maybe) => InputNow::MayRun,
         (None, _) => InputNow::Runs,
     }
+}
+
+/// What differs between a node as it is planned and a result.
+pub(super) fn differences(node: &Node, input: &dyn Fn(&Edge) -> InputNow, from: &Manifest) -> Vec<Reason> {
+    let params = node.spec.stage.params();
+    let parts = node.parts(&params, &|edge| match input(edge) {
+        InputNow::Is { digest, .. } => Value::String(digest.0),
+        InputNow::Runs | InputNow::MayRun => Value::Null,
+    });
+    let by_reference = |reference: &str| node.edge(reference).map_or(InputNow::Runs, input);
+    let file = |path: &str| node.files.get(path).cloned();
+    Now { parts: &parts, params: &params, input: &by_reference, file: &file }.differences(from)
+}
+
+/// Reasons that lie in inputs which are not there yet.
+fn pending_inputs(node: &Node, input: &dyn Fn(&Edge) -> InputNow) -> Vec<Reason> {
+    let reason = |edge: &Edge| match input(edge) {
+        InputNow::Is { .. } => None,
+        InputNow::Runs => Some(Reason::InputRuns { reference: edge.reference.clone() }),
+        InputNow::MayRun => Some(Reason::InputMayRun { reference: edge.reference.clone() }),
+    };
+    let mut found: Vec<Reason> = node.edges.iter().filter_map(reason).collect();
+    found.sort_by_key(|reason| matches!(reason, Reason::InputMayRun { .. }));
+    found
 }
 
 /// What earlier attempts at a key have left.
@@ -94,19 +116,22 @@ impl Begun {
 }
 
 /// What a run would do with a node that has no result, and why.
-fn judge(now: &Now<'_>, damage: Option<String>, begun: Begun, has_key: bool, last: &LastRun) -> (State, Vec<Reason>) {
+fn judge(
+    node: &Node,
+    input: &dyn Fn(&Edge) -> InputNow,
+    begun: Begun,
+    has_key: bool,
+    last: &LastRun,
+) -> (State, Vec<Reason>) {
     let Begun { saved, reason } = begun;
-    if let Some(what) = damage {
-        return (if saved { State::Resume } else { State::Run }, vec![Reason::Damaged { what }]);
-    }
     let mut reasons: Vec<Reason> = reason.into_iter().collect();
     let differences = match last {
         LastRun::Never | LastRun::NeverThisTrial => Vec::new(),
-        LastRun::Removed => std::iter::once(Reason::Removed).chain(now.pending_inputs()).collect(),
+        LastRun::Removed => std::iter::once(Reason::Removed).chain(pending_inputs(node, input)).collect(),
         LastRun::ChangedSinceRemoved => {
-            std::iter::once(Reason::ChangedSinceRemoved).chain(now.pending_inputs()).collect()
+            std::iter::once(Reason::ChangedSinceRemoved).chain(pending_inputs(node, input)).collect()
         }
-        LastRun::Made(manifest) => now.differences(manifest),
+        LastRun::Made(manifest) => differences(node, input, manifest),
     };
     // Only one who has run before can be spared by an input that comes out as it was.
     let may_be_spared = matches!(last, LastRun::Made(_)) && differences.iter().all(Reason::rests_on_a_run);

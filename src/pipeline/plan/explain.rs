@@ -5,10 +5,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use serde_json::Value;
-
-use crate::pipeline::plan::assess::input_now;
-use crate::pipeline::plan::reason::{InputNow, Now, Reason};
+use crate::pipeline::plan::assess::{differences, input_now};
+use crate::pipeline::plan::reason::Reason;
 use crate::pipeline::plan::{NodeName, Plan, State};
 use crate::pipeline::store::{Digest, Manifest, Store, StoreError};
 
@@ -100,20 +98,8 @@ impl Plan {
         compared.filter(|compared| !compared.differences.is_empty()).min_by_key(|compared| compared.differences.len())
     }
 
-    /// What differs between a node as it is planned and a result.
     fn differences(&self, node: usize, from: &Manifest) -> Vec<Reason> {
-        let node = &self.nodes[node];
-        let params = node.spec.stage.params();
-        let edge_now = |reference: &str| {
-            let edge = node.edges.iter().find(|edge| edge.reference == reference);
-            edge.map_or(InputNow::Runs, |edge| input_now(&self.nodes, edge))
-        };
-        let parts = node.parts(&params, &|edge| match input_now(&self.nodes, edge) {
-            InputNow::Is { digest, .. } => Value::String(digest.0),
-            InputNow::Runs | InputNow::MayRun => Value::Null,
-        });
-        let file = |path: &str| node.files.get(path).cloned();
-        Now { parts: &parts, params: &params, input: &edge_now, file: &file }.differences(from)
+        differences(&self.nodes[node], &|edge| input_now(&self.nodes, edge), from)
     }
 
     /// Nodes that share what is said of them (state, reasons and the producers those lie in), in the order of `nodes`.

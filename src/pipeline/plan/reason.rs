@@ -249,20 +249,6 @@ impl Now<'_> {
         found
     }
 
-    /// Reasons that lie in inputs which are not there yet.
-    pub fn pending_inputs(&self) -> Vec<Reason> {
-        let mut found: Vec<Reason> = crate::pipeline::stage::references(self.params)
-            .into_iter()
-            .filter_map(|(reference, _)| match (self.input)(&reference) {
-                InputNow::Is { .. } => None,
-                InputNow::Runs => Some(Reason::InputRuns { reference }),
-                InputNow::MayRun => Some(Reason::InputMayRun { reference }),
-            })
-            .collect();
-        found.sort_by_key(rank);
-        found
-    }
-
     /// Compares what stands at a path now with what stood there, whose edges are digests, and `named`, whose edges are names.
     fn compare(
         &self,

@@ -216,6 +216,11 @@ impl Report {
         mistakes.into_iter().for_each(|mistake| self.add(mistake));
     }
 
+    /// Adds the mistakes of another report.
+    pub(super) fn absorb(&mut self, other: Self) {
+        self.extend(other.mistakes);
+    }
+
     /// Whether nothing was wrong.
     pub(super) fn is_empty(&self) -> bool {
         self.mistakes.is_empty()

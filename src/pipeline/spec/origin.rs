@@ -104,10 +104,10 @@ impl Origins {
                 walk.value(&mut vec![name.to_owned()], node.as_ref().unwrap_or(&entry.node));
                 if let Some(stages) = node.as_ref().unwrap_or(&entry.node).table().filter(|_| name == "stages") {
                     for (stage, entry) in stages {
-                        if let Some(spec) = trial.stages.get(stage.as_ref()) {
-                            if let Some(kind) = kinds.iter().find(|kind| kind.name == spec.kind.name) {
-                                walk.derived(spec, kind, entry);
-                            }
+                        if let Some(spec) = trial.stages.get(stage.as_ref())
+                            && let Some(kind) = kinds.iter().find(|kind| kind.name == spec.kind.name)
+                        {
+                            walk.derived(spec, kind, entry);
                         }
                     }
                 }

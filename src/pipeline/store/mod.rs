@@ -20,6 +20,7 @@
 mod accept;
 mod adopt;
 mod cache;
+pub(crate) mod canonical;
 pub mod digest;
 mod disk;
 mod durable;
@@ -51,6 +52,7 @@ use crate::pipeline::stage::{ArtifactType, Part};
 pub use accept::{AcceptError, Acceptance, AcceptanceDraft};
 use adopt::IMPORT_MARK;
 pub(crate) use adopt::{digest_of_files, open_sealed, seal};
+pub(crate) use digest::hash_canonical;
 pub use digest::{digest_folder, hash_json, source_digest};
 use disk::{Disk, Entry, Native, Sort};
 use error::At as _;
@@ -63,7 +65,7 @@ pub use pins::Pin;
 pub use publish::{DraftOutput, ManifestDraft};
 pub use record::RunRecord;
 pub use verify::{Damage, VerifyReport};
-pub use work::{Attempts, Reached};
+pub use work::{Attempts, Owner, Reached};
 
 /// The layout that this program reads and writes.
 const FORMAT: &str = "1";
