@@ -22,6 +22,7 @@ mod resolve;
 mod resolved;
 mod schema;
 mod shape;
+mod size;
 mod source;
 mod sweep;
 mod table;
@@ -43,6 +44,7 @@ use crate::pipeline::spec::diagnostic::Mistake;
 pub use crate::pipeline::spec::diagnostic::{Diagnostic, Diagnostics};
 pub use crate::pipeline::spec::resolved::{resolved, resolved_stage};
 pub use crate::pipeline::spec::schema::{SchemaKind, schema};
+pub use crate::pipeline::spec::size::parse_size;
 use crate::pipeline::spec::tune::{Purpose, Tuning};
 use crate::pipeline::stage::{AnyStage, Kind, RunOptions};
 
