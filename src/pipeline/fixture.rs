@@ -35,6 +35,8 @@ pub(crate) enum Act {
     Kill,
     /// Never listens.
     Deaf,
+    /// Writes which share of the machine it was given.
+    Report,
 }
 
 /// A stage that does next to nothing.
@@ -63,7 +65,7 @@ impl Stage for Toy {
         let state = context.work.join("state");
         let before = state.exists();
         match self.act {
-            Act::Echo | Act::Constant => {}
+            Act::Echo | Act::Constant | Act::Report => {}
             Act::Flaky | Act::Wait if before => {}
             Act::Fail => anyhow::bail!("it was meant to fail"),
             Act::Panic => panic!("it was meant to panic"),
@@ -86,7 +88,14 @@ impl Stage for Toy {
                 std::thread::sleep(std::time::Duration::from_millis(20));
             },
         }
-        let mut text = if self.act == Act::Constant { "constant".to_owned() } else { self.text.clone() };
+        let mut text = match self.act {
+            Act::Constant => "constant".to_owned(),
+            Act::Report => {
+                let visible = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_default();
+                format!("{} threads on {} of {visible}", context.resources.threads, context.resources.device)
+            }
+            _ => self.text.clone(),
+        };
         for input in self.inputs.iter().filter(|_| self.act != Act::Constant) {
             text += &std::fs::read_to_string(context.input(input)?.join("text"))?;
         }

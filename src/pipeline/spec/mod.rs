@@ -20,6 +20,7 @@ mod resolve;
 mod resolved;
 mod schema;
 mod shape;
+mod size;
 mod source;
 mod sweep;
 mod table;
@@ -40,6 +41,7 @@ use crate::pipeline::spec::diagnostic::Mistake;
 pub use crate::pipeline::spec::diagnostic::{Diagnostic, Diagnostics};
 pub use crate::pipeline::spec::resolved::{resolved, resolved_stage};
 pub use crate::pipeline::spec::schema::{SchemaKind, schema};
+pub use crate::pipeline::spec::size::parse_size;
 use crate::pipeline::stage::{AnyStage, Kind, RunOptions};
 
 /// An experiment as its files say it, with every trial resolved and checked.

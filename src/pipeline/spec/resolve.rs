@@ -19,7 +19,7 @@ use crate::pipeline::spec::source::Sources;
 use crate::pipeline::spec::sweep::{Assignment, Sweep};
 use crate::pipeline::spec::tree::{Entry, Node, Table, Value};
 use crate::pipeline::spec::walk::{Edge, locate, meant_sibling, walk};
-use crate::pipeline::spec::{Experiment, StageSpec, TableSpec, Trial, parse_duration, table};
+use crate::pipeline::spec::{Experiment, StageSpec, TableSpec, Trial, parse_duration, parse_size, table};
 use crate::pipeline::stage::{Kind, Problem, RunOptions, Upstream};
 
 /// The experiment that `document` describes. Whether it is right is for the report to say.
@@ -284,7 +284,12 @@ fn run_options(entry: &Entry, name: &str, sources: &Sources, report: &mut Report
         }
     };
     check("device", is_device, "expected `auto`, `cpu`, `cuda` or `cuda:N`");
-    check("save_every", |text| parse_duration(text).is_ok(), "expected a time such as `30s`, `5m` or `1h`");
+    let is_time = |text: &str| parse_duration(text).is_ok();
+    let a_time = "expected a time such as `30s`, `5m` or `1h`";
+    check("save_every", is_time, a_time);
+    check("backoff", is_time, a_time);
+    check("timeout", |text| parse_duration(text).is_ok_and(|time| !time.is_zero()), a_time);
+    check("memory", |text| parse_size(text).is_ok(), "expected a size such as `512MiB`, `4GiB` or `2GB`");
     if !is_clean {
         return None;
     }
@@ -486,7 +491,7 @@ heavy = "much"
             error: unknown field `cpu` in `run` of stage `train`
               --> a.toml:18:9
             18 | run = { cpu = 2, device = "gpu", save_every = "30" }
-               |         ^^^ expected one of `cpus`, `device`, `save_every`
+               |         ^^^ expected one of `backoff`, `cpus`, `device`, `memory`, `retries`, `save_every`, `slots`, `timeout`
             hint: did you mean `cpus`?
 
             error: unknown device `gpu` in `run` of stage `train`
@@ -498,6 +503,35 @@ heavy = "much"
               --> a.toml:18:47
             18 | run = { cpu = 2, device = "gpu", save_every = "30" }
                |                                               ^^^^ expected a time such as `30s`, `5m` or `1h`
+        "#);
+        let limits =
+            "{ memory = \"4G\", timeout = \"0s\", backoff = \"soon\", retries = -1, slots = { licence = \"1\" } }";
+        insta::assert_snapshot!(run(limits), @r#"
+            error: unknown memory `4G` in `run` of stage `train`
+              --> a.toml:18:18
+            18 | run = { memory = "4G", timeout = "0s", backoff = "soon", retries = -1, slots = { licence = "1" } }
+               |                  ^^^^ expected a size such as `512MiB`, `4GiB` or `2GB`
+
+            error: unknown timeout `0s` in `run` of stage `train`
+              --> a.toml:18:34
+            18 | run = { memory = "4G", timeout = "0s", backoff = "soon", retries = -1, slots = { licence = "1" } }
+               |                                  ^^^^ expected a time such as `30s`, `5m` or `1h`
+
+            error: unknown backoff `soon` in `run` of stage `train`
+              --> a.toml:18:50
+            18 | run = { memory = "4G", timeout = "0s", backoff = "soon", retries = -1, slots = { licence = "1" } }
+               |                                                  ^^^^^^ expected a time such as `30s`, `5m` or `1h`
+
+            error: `retries` is out of range in `run` of stage `train`
+              --> a.toml:18:68
+            18 | run = { memory = "4G", timeout = "0s", backoff = "soon", retries = -1, slots = { licence = "1" } }
+               |                                                                    ^^ expected at least 0
+
+            error: wrong type of `slots.licence` in `run` of stage `train`
+              --> a.toml:18:92
+            18 | run = { memory = "4G", timeout = "0s", backoff = "soon", retries = -1, slots = { licence = "1" } }
+               |                                                                                            ^^^ expected an integer, found a string
+            hint: leave the quotes out
         "#);
         insta::assert_snapshot!(run("{ cpus = -1, device = \"cuda:x\" }"), @r#"
             error: `cpus` is out of range in `run` of stage `train`

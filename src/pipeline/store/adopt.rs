@@ -67,7 +67,7 @@ impl Store {
         let lock = self.lock(&manifest.key)?;
         match self.lookup(&manifest.key)? {
             Lookup::Hit(_) => return Ok(false),
-            Lookup::Damaged { what } => self.quarantine(&manifest.key, &what)?,
+            Lookup::Damaged { what } => self.quarantine(&lock, &what)?,
             Lookup::Miss => {}
         }
         let _hold = self.hold()?;

@@ -46,6 +46,11 @@ impl Store {
         }
     }
 
+    /// Waits for the right to put the object of this digest aside.
+    pub(super) fn lock_object(&self, digest: &Digest) -> Result<KeyLock, StoreError> {
+        self.lock(&Digest(format!("object-{digest}")))
+    }
+
     /// The right to work on `key`, or `None` while another has it.
     pub fn try_lock(&self, key: &Digest) -> Result<Option<KeyLock>, StoreError> {
         let file = self.lock_file(key)?;

@@ -67,7 +67,7 @@ pub use pins::Pin;
 pub use publish::{DraftOutput, ManifestDraft};
 pub use record::{RunRecord, TrialRecords};
 pub use verify::{Damage, VerifyReport};
-pub use work::Attempts;
+pub use work::{Attempts, Owner};
 
 /// The layout that this program reads and writes.
 const FORMAT: &str = "1";
