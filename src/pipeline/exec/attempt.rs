@@ -502,7 +502,7 @@ mod tests {
             key: key(number),
             recipe: key(number + 1000),
             kind: "test".into(),
-            parts: parts(),
+            parts: parts(number),
             params: Value::Null,
             outputs: vec![Output::new("out", ArtifactType::Files)],
             inputs: [].into(),

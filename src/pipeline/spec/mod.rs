@@ -32,8 +32,8 @@ mod tree;
 pub mod tune;
 mod walk;
 
-use std::collections::{BTreeMap, HashMap};
-use std::path::PathBuf;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -120,6 +120,20 @@ pub struct Origin {
     pub line: usize,
     /// Column in characters, from 1.
     pub column: usize,
+}
+
+/// Every file that reading these experiments reads, by its absolute path: themselves, what they extend, their pipelines.
+pub fn sources(files: &[PathBuf]) -> BTreeSet<PathBuf> {
+    let mut composer = Composer::new(&[]);
+    for file in files {
+        composer.experiment(file);
+    }
+    composer.paths()
+}
+
+/// The absolute path by which a file is known: its folder with symbolic links followed, then its own name.
+pub fn absolute_path(path: &Path) -> std::io::Result<PathBuf> {
+    source::absolute(path)
 }
 
 /// Reads experiments (or pipelines, as experiments of one unnamed trial) with `sets` (`path=value`) laid over each.
