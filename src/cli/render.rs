@@ -91,6 +91,10 @@ pub fn node(name: &NodeName) -> String {
 
 /// Columns without lines, two spaces apart, right-aligned where `right` says so; folded to `width` columns if given.
 pub fn columns(header: &[&str], right: &[usize], rows: Vec<Vec<String>>, width: Option<u16>) -> String {
+    let is_plain = |text: &str| text.bytes().all(|byte| (b' '..0x7f).contains(&byte));
+    if width.is_none() && header.iter().all(|cell| is_plain(cell)) && rows.iter().flatten().all(|cell| is_plain(cell)) {
+        return plain_columns(header, right, &rows);
+    }
     let mut table = Table::new();
     table.load_style(comfy_table::presets::NOTHING);
     table.force_no_tty();
@@ -110,6 +114,33 @@ pub fn columns(header: &[&str], right: &[usize], rows: Vec<Vec<String>>, width: 
     for line in table.lines() {
         text.push_str(line.trim_end());
         text.push('\n');
+    }
+    text
+}
+
+/// [`columns`] of cells that are as wide as they are long and need no folding, however many rows there are.
+fn plain_columns(header: &[&str], right: &[usize], rows: &[Vec<String>]) -> String {
+    let mut widths: Vec<usize> = header.iter().map(|cell| cell.len()).collect();
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.len().max(*width);
+        }
+    }
+    let mut text = String::new();
+    let mut line = |cells: &mut dyn Iterator<Item = &str>| {
+        for (place, (cell, width)) in cells.zip(&widths).enumerate() {
+            let gap = width - cell.len();
+            let (before, after) = if right.contains(&place) { (gap, 2) } else { (0, gap + 2) };
+            text.extend(std::iter::repeat_n(' ', before));
+            text.push_str(cell);
+            text.extend(std::iter::repeat_n(' ', after));
+        }
+        text.truncate(text.trim_end_matches(' ').len());
+        text.push('\n');
+    };
+    line(&mut header.iter().copied());
+    for row in rows {
+        line(&mut row.iter().map(String::as_str));
     }
     text
 }

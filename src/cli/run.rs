@@ -12,7 +12,7 @@ use crate::cli::ui::last_words;
 use crate::cli::{Files, Session, render, same_arms, store_hint, table};
 use crate::pipeline::exec::event::{Event, Outcome};
 use crate::pipeline::exec::{self, ExecError, Options};
-use crate::pipeline::store::Store;
+use crate::pipeline::store::{Store, StoreError};
 
 /// Run what is missing of the experiments in FILES
 #[derive(Debug, clap::Args)]
@@ -37,8 +37,13 @@ pub struct Args {
 pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     let ui = &session.ui;
     let experiments = session.read(&args.files.files, &args.files.sets)?;
-    let store = Store::open(&session.store).map_err(|error| Failure::input(&error).hint(store_hint(&session.store)))?;
+    let wrong = |error: StoreError| Failure::input(&error).hint(store_hint(&session.store));
+    let store = Store::open(&session.store).map_err(wrong)?;
+    // What the plan finds must stay until the run ends, so nothing may be collected before it is leased.
+    let hold = store.hold().map_err(wrong)?;
     let plan = session.plan(&experiments, Some(&store))?;
+    hold.lease(plan.nodes.iter().filter_map(|node| node.key.as_ref())).map_err(wrong)?;
+    drop(hold);
     same_arms(session, &plan, &experiments)?;
 
     let (interrupt, kill) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));

@@ -12,6 +12,8 @@ pub mod exec;
 #[cfg(test)]
 mod fixture;
 pub mod plan;
+#[cfg(test)]
+mod proof;
 pub mod spec;
 pub mod stage;
 pub mod store;

@@ -84,8 +84,20 @@ impl Problem {
 /// The other stages of a trial by name, for checks that need to know what an input was made from.
 #[derive(Clone, Copy, Debug)]
 pub struct Upstream<'a> {
-    /// [`AnyStage::params`] of every stage that could be parsed.
-    pub stages: &'a BTreeMap<String, Value>,
+    /// Every stage that could be parsed.
+    pub stages: &'a dyn Stages,
+}
+
+/// The parameters of stages by name.
+pub trait Stages: fmt::Debug + Sync {
+    /// [`AnyStage::params`] of the stage `name`.
+    fn get(&self, name: &str) -> Option<&Value>;
+}
+
+impl Stages for BTreeMap<String, Value> {
+    fn get(&self, name: &str) -> Option<&Value> {
+        self.get(name)
+    }
 }
 
 impl<'a> Upstream<'a> {
@@ -120,7 +132,7 @@ pub fn references(params: &Value) -> Vec<(String, Option<ArtifactType>)> {
         match value {
             Value::Object(fields) => {
                 if let Some(Value::String(reference)) = fields.get("$input") {
-                    let wants = fields.get("wants").and_then(|wants| serde_json::from_value(wants.clone()).ok());
+                    let wants = fields.get("wants").and_then(|wants| ArtifactType::named(wants.as_str()?));
                     found.push((reference.clone(), wants));
                 } else {
                     stack.extend(fields.values());

@@ -1,7 +1,7 @@
 //! One attempt at one stage, once its key and its inputs are known: the same for kinds that run in the driver and for
 //! those that run in the worker.
 //!
-//! Its order is its promise: lock, look again, verify what is used, run, look whether the user's files still are what the key
+//! Its order is its promise: lock, lease what it rests on, look again, verify what is used, run, look whether the user's files still are what the key
 //! says, publish. It knows no kind: what runs is a closure.
 
 use std::any::Any;
@@ -126,12 +126,15 @@ pub fn attempt(
         )));
     }
     let lock = lock(store, &request.key, &interrupt, waiting)?;
+    let rests_on: Vec<&Digest> =
+        std::iter::once(&request.key).chain(request.inputs.values().map(|input| &input.key)).collect();
+    store.lease(&rests_on)?;
     if !request.again {
         match store.lookup(&request.key)? {
             Lookup::Hit(manifest) => return Ok(Arc::unwrap_or_clone(manifest)),
             Lookup::Miss => {}
             Lookup::Damaged { what } => {
-                store.quarantine(&request.key, &what)?;
+                store.quarantine(&lock, &what)?;
                 events(StageEvent::Note { text: format!("the stored result was damaged and is made again: {what}") });
             }
         }
@@ -249,7 +252,10 @@ fn verified_inputs(
         }
         if !sound.contains(&&input.digest) {
             if let Err(what) = store.verify_digest(&input.digest)? {
-                store.quarantine(&input.key, &what)?;
+                // Whoever works on the producer makes its result anew.
+                if let Some(producer) = store.try_lock(&input.key)? {
+                    store.quarantine(&producer, &what)?;
+                }
                 store.quarantine_object(&input.digest, &what)?;
                 let (reference, producer) = (reference.clone(), input.key.clone());
                 return Err(AttemptError::DamagedInput { reference, producer, what });

@@ -7,32 +7,22 @@ use std::collections::HashMap;
 use serde_json::Value;
 
 use crate::pipeline::plan::reason::{InputNow, Now, Reason};
-use crate::pipeline::plan::{Edge, Node, NodeName, PlanError, State, key};
+use crate::pipeline::plan::{Edge, Node, NodeName, PlanError, State};
 use crate::pipeline::stage::Continues;
 use crate::pipeline::store::{Digest, KeyParts, Lookup, Store, StoreError};
 
 /// Gives every node its key, state and reasons.
-pub(super) fn assess(nodes: &mut [Node], params: &[Value], store: Option<&Store>) -> Result<(), PlanError> {
+pub(super) fn assess(nodes: &mut [Node], store: Option<&Store>) -> Result<(), PlanError> {
     let mut found: HashMap<Digest, Lookup> = HashMap::new();
     let mut last = LastRuns { store, manifests: HashMap::new() };
     for at in 0..nodes.len() {
         let (before, rest) = nodes.split_at_mut(at);
-        let (node, params) = (&mut rest[0], &params[at]);
-        let edges = &node.edges;
-        let input = |edge: &Edge| match (&before[edge.from].result, before[edge.from].state) {
-            (Some(manifest), _) => match manifest.outputs.iter().find(|output| output.name == edge.output) {
-                Some(output) => InputNow::Is(output.digest.clone()),
-                None => InputNow::Runs,
-            },
-            (None, State::Maybe) => InputNow::MayRun,
-            (None, _) => InputNow::Runs,
+        let node = &mut rest[0];
+        let digest = |edge: &Edge| {
+            let outputs = &before[edge.from].result.as_ref()?.outputs;
+            outputs.iter().find(|output| output.name == edge.output).map(|output| &output.digest)
         };
-        let parts = node.parts(params, &|edge| match input(edge) {
-            InputNow::Is(digest) => Value::String(digest.0),
-            InputNow::Runs | InputNow::MayRun => Value::Null,
-        });
-        let ready = edges.iter().all(|edge| matches!(input(edge), InputNow::Is(_)));
-        let key = ready.then(|| key::key(&parts)).transpose().map_err(|error| PlanError::stage(&node.spec, error))?;
+        let key = node.key_of(&digest);
         let lookup = match (&key, store) {
             (Some(key), Some(store)) => {
                 if !found.contains_key(key) {
@@ -46,16 +36,31 @@ pub(super) fn assess(nodes: &mut [Node], params: &[Value], store: Option<&Store>
             node.result = Some(manifest);
             (State::Cached, Vec::new())
         } else {
-            let by_reference =
-                |reference: &str| edges.iter().find(|edge| edge.reference == reference).map_or(InputNow::Runs, input);
-            let file = |path: &str| node.files.get(path).cloned();
-            let now = Now { parts: &parts, params, input: &by_reference, file: &file };
             let saved = match (&key, store) {
                 (Some(key), Some(store)) => store.has_saved_work(key),
                 _ => false,
             };
             let damage = if let Lookup::Damaged { what } = lookup { Some(what) } else { None };
-            judge(&now, damage, saved, key.is_some(), last.of(&node.names)?.as_ref())
+            let input = |edge: &Edge| match (digest(edge), before[edge.from].state) {
+                (Some(digest), _) => InputNow::Is(digest.clone()),
+                (None, State::Maybe) => InputNow::MayRun,
+                (None, _) => InputNow::Runs,
+            };
+            match (damage, last.of(&node.names)?) {
+                (Some(what), _) => (if saved { State::Resume } else { State::Run }, vec![Reason::Damaged { what }]),
+                (None, None) => judge(saved, key.is_some(), None),
+                (None, Some(last)) => {
+                    let params = node.spec.stage.params();
+                    let parts = node.parts(&params, &|edge| match digest(edge) {
+                        Some(digest) => Value::String(digest.0.clone()),
+                        None => Value::Null,
+                    });
+                    let by_reference = |reference: &str| node.edge(reference).map_or(InputNow::Runs, input);
+                    let file = |path: &str| node.files.get(path).cloned();
+                    let now = Now { parts: &parts, params: &params, input: &by_reference, file: &file };
+                    judge(saved, key.is_some(), Some((&now, &last)))
+                }
+            }
         };
         node.hint = node.spec.kind.continues.and_then(|continues| continuing(continues, &node.spec.name, &reasons));
         node.reasons = reasons.iter().map(ToString::to_string).collect();
@@ -64,25 +69,16 @@ pub(super) fn assess(nodes: &mut [Node], params: &[Value], store: Option<&Store>
     Ok(())
 }
 
-/// What a run would do with a node that has no result, and why.
-fn judge(
-    now: &Now<'_>,
-    damage: Option<String>,
-    saved: bool,
-    has_key: bool,
-    last: Option<&LastRun>,
-) -> (State, Vec<Reason>) {
-    if let Some(what) = damage {
-        return (if saved { State::Resume } else { State::Run }, vec![Reason::Damaged { what }]);
-    }
+/// What a run would do with a node that has no result, and why; `last` is what its last recorded run was, if there is one.
+fn judge(saved: bool, has_key: bool, last: Option<(&Now<'_>, &LastRun)>) -> (State, Vec<Reason>) {
     let mut reasons = if saved { vec![Reason::Interrupted] } else { Vec::new() };
     let differences = match last {
         None => Vec::new(),
-        Some(LastRun::Gone) => std::iter::once(Reason::Gone).chain(now.pending_inputs()).collect(),
-        Some(LastRun::Parts(parts)) => now.differences(parts),
+        Some((now, LastRun::Gone)) => std::iter::once(Reason::Gone).chain(now.pending_inputs()).collect(),
+        Some((now, LastRun::Parts(parts))) => now.differences(parts),
     };
     // Only one who has run before can be spared by an input that comes out as it was.
-    let may_be_spared = matches!(last, Some(LastRun::Parts(_))) && differences.iter().all(Reason::rests_on_a_run);
+    let may_be_spared = matches!(last, Some((_, LastRun::Parts(_)))) && differences.iter().all(Reason::rests_on_a_run);
     reasons.extend(differences);
     if reasons.is_empty() {
         reasons.push(if last.is_none() { Reason::NeverRun } else { Reason::Gone });

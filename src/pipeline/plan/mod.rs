@@ -16,6 +16,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::pipeline::plan::key::Outline;
 use crate::pipeline::spec::{Experiment, StageSpec};
 use crate::pipeline::stage::ArtifactType;
 use crate::pipeline::store::{Digest, KeyParts, Manifest, Store, StoreError, source_digest};
@@ -47,6 +48,14 @@ pub struct NodeName {
     pub stage: String,
 }
 
+impl fmt::Display for NodeName {
+    /// `EXPERIMENT[/TRIAL]/STAGE`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { experiment, trial, stage } = self;
+        if trial.is_empty() { write!(f, "{experiment}/{stage}") } else { write!(f, "{experiment}/{trial}/{stage}") }
+    }
+}
+
 /// An edge into a node.
 #[derive(Clone, Debug)]
 pub struct Edge {
@@ -71,7 +80,7 @@ pub struct Node {
     pub spec: StageSpec,
     /// Where it stands in experiments.
     pub names: Vec<NodeName>,
-    /// Its inputs.
+    /// Its inputs, sorted by reference.
     pub edges: Vec<Edge>,
     /// Digests of the user's files it declares, by absolute path.
     pub files: BTreeMap<String, Digest>,
@@ -83,6 +92,7 @@ pub struct Node {
     pub hint: Option<String>,
     /// The result, where it is cached.
     pub result: Option<Arc<Manifest>>,
+    outline: Arc<Outline>,
 }
 
 /// A trial as node indices.
@@ -152,12 +162,24 @@ impl Node {
         &self.names[0]
     }
 
+    /// The edge that a reference of its stage is.
+    pub fn edge(&self, reference: &str) -> Option<&Edge> {
+        let found = self.edges.binary_search_by(|edge| edge.reference.as_str().cmp(reference));
+        found.ok().map(|index| &self.edges[index])
+    }
+
     /// The parts of its key, with `digest` giving the content digest of each edge's output.
     pub fn parts(&self, params: &Value, digest: &dyn Fn(&Edge) -> Value) -> KeyParts {
-        let input =
-            |reference: &str| self.edges.iter().find(|edge| edge.reference == reference).map_or(Value::Null, digest);
+        let input = |reference: &str| self.edge(reference).map_or(Value::Null, digest);
         let file = |path: &str| self.files.get(path).map_or(Value::Null, |digest| Value::String(digest.0.clone()));
         key::parts(&self.spec, params, &input, &file)
+    }
+
+    /// Its key, with `digest` giving the content digest of each edge's output; `None` as soon as one has none.
+    pub fn key_of<'a>(&'a self, digest: &dyn Fn(&Edge) -> Option<&'a Digest>) -> Option<Digest> {
+        let inputs = self.edges.iter().map(digest).collect::<Option<Vec<&Digest>>>()?;
+        let files: Vec<&Digest> = self.files.values().collect();
+        Some(self.outline.key(|number| inputs[number], |number| files.get(number).copied()))
     }
 }
 
@@ -165,8 +187,8 @@ impl Plan {
     /// Merges the stages of all experiments, and looks up what the store has. Without a store everything would run.
     pub fn new(experiments: &[Experiment], store: Option<&Store>) -> Result<Self, PlanError> {
         let mut files: BTreeMap<String, PathBuf> = BTreeMap::new();
-        let mut merge =
-            Merge { store, nodes: Vec::new(), params: Vec::new(), known: HashMap::new(), files: HashMap::new() };
+        let outlines = graph::Outlines::of(experiments)?;
+        let mut merge = Merge { store, nodes: Vec::new(), known: HashMap::new(), files: HashMap::new() };
         let mut trials = Vec::new();
         for experiment in experiments {
             let path = std::path::absolute(&experiment.path).unwrap_or_else(|_| experiment.path.clone());
@@ -174,22 +196,23 @@ impl Plan {
                 return Err(PlanError::SameName { name: experiment.name.clone(), first, second: path });
             }
             for trial in &experiment.trials {
-                let mut stages = BTreeMap::new();
-                for placed in graph::order(trial)? {
+                // Which node each stage is, by the stage's number.
+                let mut at = vec![usize::MAX; trial.stages.len()];
+                for placed in graph::order(trial, &outlines)? {
                     let name = NodeName {
                         experiment: experiment.name.clone(),
                         trial: trial.name.clone(),
                         stage: placed.name.to_owned(),
                     };
-                    let stage = name.stage.clone();
-                    let node = merge.add(placed, &stages, name)?;
-                    stages.insert(stage, node);
+                    let number = placed.number;
+                    at[number] = merge.add(placed, &at, name)?;
                 }
+                let stages = trial.stages.keys().cloned().zip(at).collect();
                 trials.push(PlannedTrial { experiment: experiment.name.clone(), trial: trial.name.clone(), stages });
             }
         }
-        let Merge { mut nodes, params, .. } = merge;
-        assess::assess(&mut nodes, &params, store)?;
+        let mut nodes = merge.nodes;
+        assess::assess(&mut nodes, store)?;
         Ok(Self { nodes, trials, experiments: files })
     }
 }
@@ -198,8 +221,6 @@ impl Plan {
 struct Merge<'a> {
     store: Option<&'a Store>,
     nodes: Vec<Node>,
-    /// Serialised parameters of each node.
-    params: Vec<Value>,
     /// Recipe to node.
     known: HashMap<Digest, usize>,
     /// Digests of the user's files by path, each hashed once.
@@ -207,53 +228,43 @@ struct Merge<'a> {
 }
 
 impl Merge<'_> {
-    /// Adds a stage whose producers are in `stages`, or finds the node that has its recipe.
-    fn add(
-        &mut self,
-        placed: graph::Placed<'_>,
-        stages: &BTreeMap<String, usize>,
-        name: NodeName,
-    ) -> Result<usize, PlanError> {
-        let graph::Placed { spec, params, edges, .. } = placed;
+    /// Adds a stage whose producers are the nodes `at` their numbers, or finds the node that has its recipe.
+    fn add(&mut self, placed: graph::Placed<'_>, at: &[usize], name: NodeName) -> Result<usize, PlanError> {
+        let graph::Placed { spec, outline, edges, .. } = placed;
         let mut files = BTreeMap::new();
-        for path in key::files(&params) {
-            files.insert(path.to_owned(), self.file_digest(spec, path)?);
+        for path in &outline.files {
+            files.insert(path.clone(), self.file_digest(spec, path)?);
         }
-        let edges: Vec<Edge> = edges
-            .into_iter()
-            .map(|edge| Edge {
-                from: stages[edge.from],
-                reference: edge.reference,
-                output: edge.output,
-                artifact: edge.artifact,
-            })
-            .collect();
-        let input = |reference: &str| {
-            let edge = edges.iter().find(|edge| edge.reference == reference);
-            edge.map_or(Value::Null, |edge| key::made_by(&self.nodes[edge.from].recipe, &edge.output))
-        };
-        let file = |path: &str| files.get(path).map_or(Value::Null, |digest| Value::String(digest.0.clone()));
-        let parts = key::parts(spec, &params, &input, &file);
-        let recipe = key::recipe(&parts).map_err(|error| PlanError::stage(spec, error))?;
+        let digests: Vec<&Digest> = files.values().collect();
+        let recipe = outline.recipe(
+            |number| (&self.nodes[at[edges[number].from]].recipe, &edges[number].output),
+            |number| digests.get(number).copied(),
+        );
         if let Some(&node) = self.known.get(&recipe) {
             self.nodes[node].names.push(name);
             return Ok(node);
         }
         let node = self.nodes.len();
         self.known.insert(recipe.clone(), node);
+        let edge = |edge: graph::NumberedEdge| Edge {
+            reference: edge.reference,
+            from: at[edge.from],
+            output: edge.output,
+            artifact: edge.artifact,
+        };
         self.nodes.push(Node {
             recipe,
             key: None,
             spec: spec.clone(),
             names: vec![name],
-            edges,
+            edges: edges.into_iter().map(edge).collect(),
             files,
             state: State::Run,
             reasons: Vec::new(),
             hint: None,
             result: None,
+            outline: Arc::clone(outline),
         });
-        self.params.push(params);
         Ok(node)
     }
 

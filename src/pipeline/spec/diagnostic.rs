@@ -18,7 +18,7 @@ pub struct Diagnostic {
     pub label: String,
     /// What the user may do.
     pub hint: Option<String>,
-    /// Where a value that is wrong was taken from, when `${...}` brought it there.
+    /// Another place that takes part in it: where `${...}` brought a wrong value, where its counterpart stands.
     pub note: Option<String>,
     /// The place; none for a file that cannot be read at all.
     pub origin: Option<Origin>,
@@ -34,6 +34,7 @@ impl Serialize for Diagnostic {
             "file": origin.map(|origin| origin.file.to_string_lossy()),
             "line": origin.map(|origin| origin.line),
             "column": origin.map(|origin| origin.column),
+            "note": self.note,
             "hint": self.hint,
         })
         .serialize(serializer)
@@ -113,7 +114,8 @@ fn without_empty_gutters(text: &str) -> String {
 #[derive(Clone, Debug)]
 pub(super) struct Mistake {
     span: Option<Span>,
-    via: Option<Span>,
+    /// Another place, with what is said of it.
+    other: Option<(Span, &'static str)>,
     /// What it is about where several mistakes may share a place, such as fields missing in one table.
     about: Option<String>,
     absence: Absence,
@@ -135,7 +137,7 @@ impl Mistake {
     pub(super) fn at(span: Span, message: impl Into<String>) -> Self {
         Self {
             span: Some(span),
-            via: None,
+            other: None,
             about: None,
             absence: Absence::No,
             message: message.into(),
@@ -148,7 +150,7 @@ impl Mistake {
     pub(super) fn nowhere(message: impl Into<String>) -> Self {
         let message = message.into();
         let about = Some(message.clone());
-        Self { span: None, via: None, about, absence: Absence::No, message, label: String::new(), hint: None }
+        Self { span: None, other: None, about, absence: Absence::No, message, label: String::new(), hint: None }
     }
 
     /// With `label` beneath the carets.
@@ -165,7 +167,13 @@ impl Mistake {
 
     /// Noting that `${...}` at `via` brought the value there.
     pub(super) fn via(mut self, via: Option<Span>) -> Self {
-        self.via = via;
+        self.other = via.map(|via| (via, "the value is used")).or(self.other);
+        self
+    }
+
+    /// Noting that what is said of it stands at `span`.
+    pub(super) fn also(mut self, span: Span, what: &'static str) -> Self {
+        self.other = Some((span, what));
         self
     }
 
@@ -208,6 +216,11 @@ impl Report {
         mistakes.into_iter().for_each(|mistake| self.add(mistake));
     }
 
+    /// Adds the mistakes of another report.
+    pub(super) fn absorb(&mut self, other: Self) {
+        self.extend(other.mistakes);
+    }
+
     /// Whether nothing was wrong.
     pub(super) fn is_empty(&self) -> bool {
         self.mistakes.is_empty()
@@ -222,10 +235,10 @@ impl Report {
             Absence::OfStage => !broken_header,
         };
         let shown = |mistake: Mistake| {
-            let note = mistake.via.map(|via| {
-                let origin = sources.origin(via);
+            let note = mistake.other.map(|(span, what)| {
+                let origin = sources.origin(span);
                 let (file, line, column) = (origin.file.display(), origin.line, origin.column);
-                format!("the value is used at {file}:{line}:{column}")
+                format!("{what} at {file}:{line}:{column}")
             });
             Diagnostic {
                 message: mistake.message,

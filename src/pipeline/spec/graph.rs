@@ -1,22 +1,24 @@
 //! The edges between stages: each must lead to a stage and an output of the type that is wanted, and none may lead round.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::sync::Arc;
+use std::fmt;
+use std::sync::{Arc, OnceLock};
 
 use petgraph::algo::kosaraju_scc;
 use petgraph::graph::{DiGraph, NodeIndex};
 use petgraph::visit::EdgeRef;
+use serde_json::Value;
 
 use crate::pipeline::spec::StageSpec;
 use crate::pipeline::spec::diagnostic::{Mistake, Report, did_you_mean, expected};
 use crate::pipeline::spec::tree::Entry;
 use crate::pipeline::spec::walk::{Edge, with_article};
-use crate::pipeline::stage::{Output, meant};
+use crate::pipeline::stage::{ArtifactType, Output, Stages, meant};
 
 /// A stage that was walked.
 pub(super) struct Checked {
     /// Its name.
-    pub(super) name: String,
+    pub(super) name: Arc<str>,
     /// Its table, parameters substituted.
     pub(super) entry: Entry,
     /// What became of it; none where it is wrong.
@@ -25,18 +27,40 @@ pub(super) struct Checked {
     pub(super) outputs: Vec<Output>,
     /// Its inputs.
     pub(super) edges: Vec<Edge>,
+    /// Its serialised parameters, once someone has asked for them.
+    pub(super) params: OnceLock<Value>,
+}
+
+/// The stages of a trial by name.
+pub(super) type CheckedStages = BTreeMap<Arc<str>, Arc<Checked>>;
+
+/// The same as a stage's own checks see them.
+pub(super) struct Serialized<'a>(pub(super) &'a CheckedStages);
+
+impl fmt::Debug for Serialized<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
+    }
+}
+
+impl Stages for Serialized<'_> {
+    fn get(&self, name: &str) -> Option<&Value> {
+        let checked = self.0.get(name)?;
+        let spec = checked.spec.as_ref()?;
+        Some(checked.params.get_or_init(|| spec.stage.params()))
+    }
 }
 
 type Graph<'a> = DiGraph<&'a Arc<Checked>, &'a Edge>;
 
 /// Checks the edges and gives the stages that are right together with everything that they rest on.
-pub(super) fn check<'a>(stages: &'a BTreeMap<String, Arc<Checked>>, report: &mut Report) -> Vec<&'a Arc<Checked>> {
+pub(super) fn check<'a>(stages: &'a CheckedStages, report: &mut Report) -> Vec<&'a Arc<Checked>> {
     let mut graph = Graph::with_capacity(stages.len(), stages.len());
     let indices: HashMap<&str, NodeIndex> =
-        stages.iter().map(|(name, checked)| (name.as_str(), graph.add_node(checked))).collect();
+        stages.iter().map(|(name, checked)| (name.as_ref(), graph.add_node(checked))).collect();
     let mut unsound: Vec<NodeIndex> = Vec::new();
     for (name, consumer) in stages {
-        let to = indices[name.as_str()];
+        let to = indices[name.as_ref()];
         if consumer.spec.is_none() {
             unsound.push(to);
         }
@@ -63,20 +87,20 @@ pub(super) fn check<'a>(stages: &'a BTreeMap<String, Arc<Checked>>, report: &mut
     graph.node_indices().filter(|node| !reached.contains(node)).map(|node| graph[node]).collect()
 }
 
-fn dangling(stage: &str, consumer: &str, edge: &Edge, stages: &BTreeMap<String, Arc<Checked>>) -> Mistake {
+fn dangling(stage: &str, consumer: &str, edge: &Edge, stages: &CheckedStages) -> Mistake {
     let message = format!("unknown stage `{stage}` in `{}` of stage `{consumer}`", edge.field);
     // Only stages that make what is wanted are worth naming, where that is known.
     let fits = |checked: &&Arc<Checked>| {
-        checked.name != consumer
+        *checked.name != *consumer
             && (checked.outputs.is_empty() || checked.outputs.iter().any(|output| takes(&edge.wants, output)))
     };
-    let names = || stages.values().filter(fits).map(|checked| checked.name.as_str());
-    let hint = did_you_mean(stage, names()).or_else(|| did_you_mean(stage, stages.keys().map(String::as_str)));
+    let names = || stages.values().filter(fits).map(|checked| checked.name.as_ref());
+    let hint = did_you_mean(stage, names()).or_else(|| did_you_mean(stage, stages.keys().map(AsRef::as_ref)));
     Mistake::at(edge.span, message).label(expected(names())).hint(hint).via(edge.via).absent_stage()
 }
 
 fn takes(wants: &str, output: &Output) -> bool {
-    wants == "any" || output.artifact.to_string() == wants
+    wants == "any" || output.artifact.name() == wants
 }
 
 /// What is wrong with an edge to `producer`, as far as that can be told.
@@ -84,7 +108,7 @@ fn mismatch(producer: &Checked, output: Option<&str>, consumer: &str, edge: &Edg
     producer.outputs.first()?;
     let name = &producer.name;
     let (field, wants) = (&edge.field, &edge.wants);
-    let wanted = serde_json::from_value(serde_json::Value::String(wants.clone())).ok();
+    let wanted = ArtifactType::named(wants);
     let found = match (meant(&producer.outputs, output, wanted), output) {
         (Ok(found) | Err(Some(found)), _) => found,
         (Err(None), output) => {
@@ -132,7 +156,7 @@ fn round<'a>(graph: &Graph<'a>, start: NodeIndex) -> (Vec<&'a str>, Option<&'a E
     while let Some(node) = queue.pop_front() {
         for edge in graph.edges(node) {
             if edge.target() == start {
-                let mut names = vec![graph[start].name.as_str()];
+                let mut names = vec![graph[start].name.as_ref()];
                 let mut at = node;
                 while at != start {
                     names.push(&graph[at].name);

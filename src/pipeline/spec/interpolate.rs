@@ -87,6 +87,9 @@ impl Params {
 
     /// `node` with every reference replaced; `None` where it has none.
     pub(super) fn apply(&self, node: &Node, sources: &Sources, report: &mut Report) -> Option<Node> {
+        if !mentions_any(node) {
+            return None;
+        }
         self.apply_among(node, &self.values.keys().map(AsRef::as_ref).collect(), sources, report)
     }
 
@@ -155,6 +158,16 @@ impl Params {
         }
         let value = if valid { Value::String(joined.into()) } else { Value::Invalid };
         Node { value, ..*node }
+    }
+}
+
+/// Whether anything in a value may refer to a parameter.
+fn mentions_any(node: &Node) -> bool {
+    match &node.value {
+        Value::String(text) => text.contains("${"),
+        Value::Array(items) => items.iter().any(mentions_any),
+        Value::Table(table) => table.values().any(|entry| mentions_any(&entry.node)),
+        _ => false,
     }
 }
 

@@ -6,6 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use rayon::iter::{IntoParallelRefIterator as _, ParallelIterator as _};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -16,11 +17,17 @@ use crate::pipeline::spec::tree::{Entry, Node, Table, Value};
 /// More broken statements than this in one text are not told one by one.
 const PATIENCE: usize = 50;
 
+/// Bytes of a piece of a long text.
+const PIECE: usize = 1 << 15;
+
 /// The largest magnitude that every integer up to it is told apart in canonical JSON.
 const LARGEST_INTEGER: i128 = 1 << 53;
 
 /// The tree of the text number `source`.
 pub(super) fn parse(sources: &mut Sources, source: u32, report: &mut Report) -> Node {
+    if let Some(node) = in_pieces(sources.whole(source), source, PIECE) {
+        return node;
+    }
     let mut text = sources.whole(source).to_owned();
     let mut stand_ins: Vec<String> = Vec::new();
     for _ in 0..PATIENCE {
@@ -63,6 +70,88 @@ pub(super) fn parse(sources: &mut Sources, source: u32, report: &mut Report) -> 
         stand_ins.extend(blank(&mut text, statement, stand_ins.len()));
     }
     Node::empty(Span::new(source, 0..0))
+}
+
+/// The tree of a long text without mistakes, parsed in pieces of about `size` bytes, side by side; `None` where it is short,
+/// or where anything is or may be wrong, so that the whole must be parsed to tell what.
+///
+/// A piece begins at a header `[stages.NAME]`. Where such a line is none, because it lies in a string or in an array, the
+/// piece before it is left open, which is an error. Headers are absolute, so a piece means the same by itself; what two pieces
+/// both say is for the whole to judge.
+fn in_pieces(text: &str, source: u32, size: usize) -> Option<Node> {
+    if text.len() < 2 * size {
+        return None;
+    }
+    let mut starts = vec![0];
+    let mut at = 0;
+    for line in text.split_inclusive('\n') {
+        let is_first = starts.len() == 1;
+        if begins_stage(line) && (is_first || at >= starts[starts.len() - 1] + size) {
+            starts.push(at);
+        } else if line.trim_start().starts_with('[') && is_stages(line) {
+            return None;
+        }
+        at += line.len();
+    }
+    let ends = starts.iter().skip(1).copied().chain([text.len()]);
+    let pieces: Vec<Range<usize>> = starts.iter().copied().zip(ends).map(|(start, end)| start..end).collect();
+    let parsed: Option<Vec<Node>> =
+        pieces.par_iter().map(|piece| whole(&text[piece.clone()], source, piece.start)).collect();
+    let mut parsed = parsed?.into_iter();
+    let first = parsed.next()?;
+    let Value::Table(mut root) = first.value else { return None };
+    if root.contains_key("stages") {
+        return None;
+    }
+    let mut header: Option<Entry> = None;
+    let mut stages: Vec<(Arc<str>, Entry)> = Vec::new();
+    let top = Arc::make_mut(&mut root);
+    for node in parsed {
+        let Value::Table(table) = node.value else { return None };
+        for (name, entry) in Arc::unwrap_or_clone(table) {
+            if *name != *"stages" {
+                if top.insert(name, entry).is_some() {
+                    return None;
+                }
+                continue;
+            }
+            let empty = Entry { node: Node::empty(entry.node.span), ..entry };
+            header.get_or_insert(empty);
+            let Value::Table(table) = entry.node.value else { return None };
+            stages.extend(Arc::unwrap_or_clone(table));
+        }
+    }
+    let count = stages.len();
+    let stages: Table = stages.into_iter().collect();
+    if stages.len() < count {
+        return None;
+    }
+    let mut header = header?;
+    header.node.value = Value::Table(Arc::new(stages));
+    top.insert("stages".into(), header);
+    Some(Node { value: Value::Table(root), ..first })
+}
+
+/// The tree of a text without mistakes that begins at byte `offset` of the source.
+fn whole(text: &str, source: u32, offset: usize) -> Option<Node> {
+    let (table, errors) = DeTable::parse_recoverable(text);
+    let mut report = Report::default();
+    let node = errors.is_empty().then(|| Converter { source, offset, report: &mut report }.table(&table))?;
+    report.is_empty().then_some(node)
+}
+
+/// Whether a line is the header of a stage's own table.
+fn begins_stage(line: &str) -> bool {
+    let name = line.strip_prefix("[stages.").and_then(|rest| rest.trim_end().strip_suffix(']'));
+    name.is_some_and(|name| {
+        !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-')
+    })
+}
+
+/// Whether a line may be the header `[stages]`, however it is written.
+fn is_stages(line: &str) -> bool {
+    let inner = line.trim_start().trim_start_matches('[').split(']').next().unwrap_or_default();
+    inner.chars().filter(|c| !matches!(c, ' ' | '\t' | '"' | '\'')).eq("stages".chars())
 }
 
 /// The value of a `--set` argument from byte `start` on: TOML, or else the text itself.
@@ -243,6 +332,39 @@ mod tests {
         let mut report = Report::default();
         let node = parse(&mut sources, source, &mut report);
         (node.json(), report.finish(&sources).render(false))
+    }
+
+    #[test]
+    fn pieces_are_the_whole() {
+        let text = "description = \"d\"\n[params]\nseed = 1\n\n[stages.b]\nkind = \"draw\"\nx = [\n  [1, 2],\n  [3]]\n\
+                    [stages.b.run]\ncpus = 2\n[stages.a]  \ny = { z = \"é\" }\n[stages.a.\"x.y\"]\nq.r = 1\n[table]\nmetrics = [\"a\"]\n";
+        let mut sources = Sources::default();
+        let source = sources.add("a.toml".into(), "".into(), text.to_owned());
+        let expected = whole(text, source, 0).unwrap();
+        for size in [1, 20, 60] {
+            assert_eq!(in_pieces(text, source, size).as_ref(), Some(&expected), "{size}");
+        }
+        assert_eq!(in_pieces(text, source, 1000), None, "it is short");
+    }
+
+    #[test]
+    fn pieces_that_are_none_or_touch_are_left_to_the_whole() {
+        for text in [
+            "[stages.a]\nx = \"\"\"\n[stages.b]\n\"\"\"\ny = 1\n",
+            "[stages.a]\nx = [\n[stages.b]\n]\n",
+            "[stages.a]\nx = 1\n[stages.a]\ny = 1\n",
+            "[stages.a.run]\nx = 1\n[stages.a]\ny = 1\n[stages.b]\n",
+            "[stages.a]\nx = 1\n[stages.b]\nx 1\n",
+            "[stages.a]\nx = 1\n[stages.b]\nx = 1\nx = 2\n",
+            "[stages.a]\nx = 1\n[stages.b]\nx = inf\n",
+            "stages = { c = 1 }\n[stages.a]\nx = 1\n[stages.b]\nx = 1\n",
+            "stages.c.x = 1\n[stages.a]\nx = 1\n[stages.b]\nx = 1\n",
+            "[stages]\n[stages.a]\nx = 1\n[ 'stages' ]\n[stages.b]\nx = 1\n",
+            "[stages.a]\nx = 1\n[params]\n[stages.b]\nx = 1\n[params]\n",
+            "[stages.a]\nx = 1\n[[stages.b]]\n[stages.c]\nx = 1\n[[stages.b]]\n",
+        ] {
+            assert_eq!(in_pieces(text, 0, 1), None, "{text}");
+        }
     }
 
     #[test]

@@ -3,20 +3,20 @@
 //! A stage that is the same in two trials is walked once. A stage that is wrong takes part in the graph, so that its
 //! consumers are not blamed for it.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use serde_json::Value as Json;
+use rayon::iter::{IntoParallelRefIterator as _, ParallelIterator as _};
 
 use crate::pipeline::spec::compose::Document;
 use crate::pipeline::spec::diagnostic::{Mistake, Report, did_you_mean, expected};
-use crate::pipeline::spec::graph::{self, Checked};
+use crate::pipeline::spec::graph::{self, Checked, CheckedStages, Serialized};
 use crate::pipeline::spec::interpolate::{Params, referred};
 use crate::pipeline::spec::schema::Section;
 use crate::pipeline::spec::shape::Shapes;
 use crate::pipeline::spec::source::Sources;
-use crate::pipeline::spec::sweep::{self, Assignment, Axis};
+use crate::pipeline::spec::sweep::{Assignment, Sweep};
 use crate::pipeline::spec::tree::{Entry, Node, Table, Value};
 use crate::pipeline::spec::walk::{Edge, locate, meant_sibling, walk};
 use crate::pipeline::spec::{Experiment, StageSpec, TableSpec, Trial, parse_duration, table};
@@ -40,31 +40,30 @@ pub(super) fn experiment(
     let is_described = section(Section::Description);
     let is_swept = section(Section::Sweep);
     let is_tabled = section(Section::Table);
-    let axes = if is_swept { sweep::axes(root, report) } else { Vec::new() };
-    check_params(document, &axes, report);
-    let table = if is_tabled && is_swept { table::table(root, &axes, report) } else { TableSpec::default() };
+    let sweep = if is_swept { Sweep::read(root, report) } else { Sweep::default() };
+    check_params(document, &sweep, report);
+    let table = if is_tabled && is_swept { table::table(root, &sweep.axes, report) } else { TableSpec::default() };
     let description = root.get("description").filter(|_| is_described).and_then(|entry| entry.node.text());
     let mut resolver = Resolver::new(kinds, sources);
-    let trials =
-        sweep::assignments(&axes, report).into_iter().map(|assignment| resolver.trial(root, assignment, report));
+    let trials = sweep.assignments(report).into_iter().map(|assignment| resolver.trial(root, assignment, report));
     Experiment {
         name: document.name.clone(),
         path: document.path.clone(),
         description: description.unwrap_or_default().to_owned(),
         trials: trials.collect(),
         table,
-        max_failures: root.get("sweep").filter(|_| is_swept).and_then(|entry| sweep::max_failures(&entry.node)),
+        max_failures: sweep.max_failures,
     }
 }
 
 /// A parameter that is swept or laid over must be read by something: else a slip of the pen changes nothing in silence.
-fn check_params(document: &Document, axes: &[Axis], report: &mut Report) {
-    let swept = |axis: &&Axis| axis.path.starts_with("params.");
-    if document.overlaid_params.is_empty() && !axes.iter().any(|axis| swept(&axis)) {
+fn check_params(document: &Document, sweep: &Sweep, report: &mut Report) {
+    let swept = || sweep.paths().filter(|(path, _)| path[0] == "params");
+    if document.overlaid_params.is_empty() && swept().next().is_none() {
         return;
     }
     let mut read = BTreeSet::new();
-    for name in ["params", "stages"] {
+    for name in ["params", "stages", "sweep"] {
         if let Some(entry) = document.root.get(name) {
             collect_references(&entry.node, &mut read);
         }
@@ -77,12 +76,10 @@ fn check_params(document: &Document, axes: &[Axis], report: &mut Report) {
             report.add(Mistake::at(entry.key, message).hint(hint(name)));
         }
     }
-    for axis in axes.iter().filter(swept) {
-        let name = axis.path.trim_start_matches("params.");
-        if !read.contains(name) {
-            let message = format!("nothing reads the swept parameter `{name}`, so its trials would all be the same");
-            report.add(Mistake::at(axis.key, message).hint(hint(name)));
-        }
+    for (path, key) in swept().filter(|(path, _)| !read.contains(path[1].as_str())) {
+        let name = &path[1];
+        let message = format!("nothing reads the swept parameter `{name}`, so its trials would all be the same");
+        report.add(Mistake::at(key, message).hint(hint(name)));
     }
 }
 
@@ -95,20 +92,25 @@ fn collect_references<'a>(node: &'a Node, read: &mut BTreeSet<&'a str>) {
     }
 }
 
+/// From this many stages on, more than one thread is worth waking.
+const MANY: usize = 256;
+
+/// What `each` makes of every item, in their order.
+fn mapped<T: Sync, R: Send>(items: &[T], each: impl Fn(&T) -> R + Sync + Send) -> Vec<R> {
+    if items.len() < MANY { items.iter().map(each).collect() } else { items.par_iter().map(each).collect() }
+}
+
 /// Resolves the trials of one experiment.
 struct Resolver<'a> {
     kinds: &'static [Kind],
     sources: &'a Sources,
     /// Stages that were checked before, by the hash of their name and value.
     known: HashMap<u64, Vec<Arc<Checked>>>,
-    current: BTreeMap<String, Arc<Checked>>,
-    /// The parameters of the current trial's stages.
-    upstream: BTreeMap<String, Json>,
 }
 
 impl<'a> Resolver<'a> {
     fn new(kinds: &'static [Kind], sources: &'a Sources) -> Self {
-        Self { kinds, sources, known: HashMap::new(), current: BTreeMap::new(), upstream: BTreeMap::new() }
+        Self { kinds, sources, known: HashMap::new() }
     }
 
     fn trial(&mut self, root: &Node, assignment: Assignment, report: &mut Report) -> Trial {
@@ -126,27 +128,20 @@ impl<'a> Resolver<'a> {
             }),
             None => &none,
         };
-        self.current.retain(|name, _| table.contains_key(name.as_str()));
-        self.upstream.retain(|name, _| table.contains_key(name.as_str()));
+        let mut entries = Vec::with_capacity(table.len());
         for (name, entry) in table {
             let node = params.apply(&entry.node, self.sources, report).unwrap_or_else(|| entry.node.clone());
-            let checked = self.checked(name, Entry { key: entry.key, node }, table, report);
-            if self.current.get(name.as_ref()).is_some_and(|current| Arc::ptr_eq(current, &checked)) {
-                continue;
-            }
-            match &checked.spec {
-                Some(spec) => self.upstream.insert(name.to_string(), spec.stage.params()),
-                None => self.upstream.remove(name.as_ref()),
-            };
-            self.current.insert(name.to_string(), checked);
+            entries.push((name, Entry { key: entry.key, node }));
         }
-        let sound = graph::check(&self.current, report);
-        let upstream = Upstream { stages: &self.upstream };
-        for checked in sound {
-            let problems = checked.spec.as_ref().map(|spec| spec.stage.check(&upstream)).unwrap_or_default();
+        let stages: CheckedStages = table.keys().cloned().zip(self.checked(&entries, table, report)).collect();
+        let sound = graph::check(&stages, report);
+        let upstream = Upstream { stages: &Serialized(&stages) };
+        let problems =
+            mapped(&sound, |checked| checked.spec.as_ref().map(|spec| spec.stage.check(&upstream)).unwrap_or_default());
+        for (checked, problems) in sound.into_iter().zip(problems) {
             report.extend(problems.into_iter().map(|problem| from_problem(problem, &checked.name, &checked.entry)));
         }
-        let stages = self.current.iter().filter_map(|(name, checked)| Some((name.clone(), checked.spec.clone()?)));
+        let stages = stages.iter().filter_map(|(name, checked)| Some((name.to_string(), checked.spec.clone()?)));
         Trial {
             name: assignment.name,
             arm: assignment.arm,
@@ -156,20 +151,38 @@ impl<'a> Resolver<'a> {
         }
     }
 
-    /// The stage `name`, checked now or before.
-    fn checked(&mut self, name: &str, entry: Entry, siblings: &Table, report: &mut Report) -> Arc<Checked> {
-        let mut hasher = DefaultHasher::new();
-        name.hash(&mut hasher);
-        entry.node.hash(&mut hasher);
-        let same = self.known.entry(hasher.finish()).or_default();
-        if let Some(known) = same.iter().find(|known| *known.name == *name && known.entry == entry) {
-            return Arc::clone(known);
+    /// The stages of `entries`, each checked now or before.
+    fn checked(&mut self, entries: &[(&Arc<str>, Entry)], siblings: &Table, report: &mut Report) -> Vec<Arc<Checked>> {
+        let hashes = mapped(entries, |(name, entry)| {
+            let mut hasher = DefaultHasher::new();
+            name.hash(&mut hasher);
+            entry.node.hash(&mut hasher);
+            hasher.finish()
+        });
+        let mut all: Vec<Option<Arc<Checked>>> = Vec::with_capacity(entries.len());
+        let mut fresh = Vec::new();
+        for (index, (name, entry)) in entries.iter().enumerate() {
+            let same = self.known.get(&hashes[index]).map_or(&[][..], Vec::as_slice);
+            let known = same.iter().find(|known| known.name == **name && known.entry == *entry);
+            if known.is_none() {
+                fresh.push(index);
+            }
+            all.push(known.map(Arc::clone));
         }
-        let (spec, edges) = stage(name, &entry, siblings, self.kinds, self.sources, report);
-        let outputs = spec.as_ref().map(|spec| spec.stage.outputs()).unwrap_or_default();
-        let checked = Arc::new(Checked { name: name.to_owned(), entry, spec, outputs, edges });
-        same.push(Arc::clone(&checked));
-        checked
+        let made = mapped(&fresh, |&index| {
+            let (name, entry) = &entries[index];
+            let mut report = Report::default();
+            let (spec, edges) = stage(name, entry, siblings, self.kinds, self.sources, &mut report);
+            let outputs = spec.as_ref().map(|spec| spec.stage.outputs()).unwrap_or_default();
+            let (name, entry) = (Arc::clone(name), entry.clone());
+            (Arc::new(Checked { name, entry, spec, outputs, edges, params: OnceLock::new() }), report)
+        });
+        for (index, (checked, found)) in fresh.into_iter().zip(made) {
+            report.absorb(found);
+            self.known.entry(hashes[index]).or_default().push(Arc::clone(&checked));
+            all[index] = Some(checked);
+        }
+        all.into_iter().flatten().collect()
     }
 }
 

@@ -6,7 +6,7 @@ use serde_json::Value as Json;
 
 use crate::pipeline::spec::TableSpec;
 use crate::pipeline::spec::diagnostic::{Mistake, Report, did_you_mean, expected};
-use crate::pipeline::spec::sweep::{Axis, is_same};
+use crate::pipeline::spec::sweep::{Axis, find, is_same, leaves, not_swept};
 use crate::pipeline::spec::tree::{Entry, Node};
 
 /// The `[table]` of the document `root`, whose form is already checked.
@@ -52,36 +52,39 @@ fn check_metric(text: &str, node: &Node, stages: &[&str], report: &mut Report) {
     }
 }
 
-/// The baseline by full paths, with the values as the axes write them.
+/// The baseline by full names, with the values as the axes write them.
 fn baseline(entry: &Entry, axes: &[Axis], report: &mut Report) -> BTreeMap<String, Json> {
     let mut fixed = BTreeMap::new();
-    let open: Vec<&Axis> = axes.iter().filter(|axis| !axis.is_seed).collect();
-    for (name, value) in entry.node.table().into_iter().flatten() {
-        let labels = || open.iter().flat_map(|axis| [axis.path.as_str(), axis.label.as_str()]);
-        let Some(axis) = open.iter().find(|axis| axis.path == **name || axis.label == **name) else {
-            let mistake = Mistake::at(value.key, format!("nothing sweeps `{name}`, which the baseline fixes"));
-            let label = if open.is_empty() {
+    let mut is_fixed = vec![false; axes.len()];
+    let open = || axes.iter().filter(|axis| !axis.is_seed()).flat_map(|axis| &axis.columns);
+    for (segments, key, value) in leaves(&entry.node) {
+        let name = segments.join(".");
+        let found = find(axes, &name).filter(|(index, _)| !axes[*index].is_seed());
+        let Some((index, column)) = found else {
+            let mistake = Mistake::at(key, format!("nothing sweeps `{name}`, which the baseline fixes"));
+            let label = if open().next().is_none() {
                 "the sweep has no axis but the seeds".to_owned()
             } else {
-                expected(open.iter().map(|axis| axis.label.as_str()))
+                expected(open().map(|column| column.label.as_str()))
             };
-            report.add(mistake.label(label).hint(did_you_mean(name, labels())));
+            let names = open().flat_map(|column| [column.name.as_str(), column.label.as_str()]);
+            report.add(mistake.label(label).hint(did_you_mean(&name, names)));
             continue;
         };
-        let given = value.node.json();
-        if let Some(swept) = axis.values.iter().map(Node::json).find(|swept| is_same(swept, &given)) {
-            fixed.insert(axis.path.clone(), swept);
+        is_fixed[index] = true;
+        let given = value.json();
+        if let Some(swept) = axes[index].values(column).map(Node::json).find(|swept| is_same(swept, &given)) {
+            fixed.insert(axes[index].columns[column].name.clone(), swept);
         } else {
-            let swept: Vec<String> = axis.values.iter().filter_map(Node::scalar_text).collect();
             let message = format!("the baseline's `{name}` is not among the swept values");
-            report.add(Mistake::at(value.node.span, message).label(expected(swept.iter().map(String::as_str))));
+            report.add(not_swept(&axes[index], column, value, message));
         }
     }
-    let given = |axis: &&&Axis| entry.node.get(&axis.path).or_else(|| entry.node.get(&axis.label)).is_none();
-    for axis in open.iter().filter(given) {
-        let message = format!("the baseline does not fix `{}`", axis.label);
+    for (axis, _) in axes.iter().zip(is_fixed).filter(|(axis, is_fixed)| !is_fixed && !axis.is_seed()) {
+        let labels: Vec<&str> = axis.columns.iter().map(|column| column.label.as_str()).collect();
+        let message = format!("the baseline does not fix `{}`", labels.join("` or `"));
         let label = "the baseline fixes every axis but the seeds";
-        report.add(Mistake::at(entry.key, message).label(label).about(axis.path.clone()));
+        report.add(Mistake::at(entry.key, message).label(label).about(axis.columns[0].name.clone()));
     }
     fixed
 }

@@ -217,6 +217,11 @@ pub(super) fn mistakes(text: &str) -> String {
     Files::new(&[("a.toml", text)]).bad("a.toml", &[])
 }
 
+/// [`PIPELINE`] with this laid over it as `a.toml`.
+pub(super) fn swept(sweep: &str) -> Files {
+    Files::new(&[("p.toml", PIPELINE), ("a.toml", &format!("pipeline = \"p.toml\"\n{sweep}"))])
+}
+
 /// A pipeline of three stages that is right.
 pub(super) const PIPELINE: &str = r#"[params]
 seed = 1

@@ -45,8 +45,7 @@ impl Findings {
 
 /// Walks `entry` against `shapes`; `owner` is how messages call what the value belongs to, such as "stage `sft`".
 pub(super) fn walk(shapes: &Shapes, entry: &Entry, owner: &str, sources: &Sources, extra: &[&str]) -> (Json, Findings) {
-    let mut walk =
-        Walk { shapes, sources, owner, extra, path: Vec::new(), siblings: Vec::new(), found: Findings::default() };
+    let mut walk = Walk { shapes, sources, owner, extra, path: Vec::new(), siblings: None, found: Findings::default() };
     let json = walk.value(shapes.root(), &entry.node, entry.key);
     (json, walk.found)
 }
@@ -58,13 +57,13 @@ struct Walk<'a> {
     /// Names that the outermost table also knows, for suggestions.
     extra: &'a [&'a str],
     path: Vec<String>,
-    /// The other names in the map of which the walk is at an entry: what a stray entry may have meant.
-    siblings: Vec<String>,
+    /// The map of which the walk is at an entry, and the entry's name: what a stray entry may have meant.
+    siblings: Option<(&'a Table, &'a str)>,
     found: Findings,
 }
 
-impl Walk<'_> {
-    fn value(&mut self, shape: ShapeId, node: &Node, key: Span) -> Json {
+impl<'a> Walk<'a> {
+    fn value(&mut self, shape: ShapeId, node: &'a Node, key: Span) -> Json {
         let shapes = self.shapes;
         match (shapes.get(shape), &node.value) {
             (_, Value::Invalid) => {
@@ -212,7 +211,7 @@ impl Walk<'_> {
         }
     }
 
-    fn array(&mut self, array: &Array, items: &[Node], node: &Node) -> Json {
+    fn array(&mut self, array: &Array, items: &'a [Node], node: &Node) -> Json {
         if items.len() < array.least || items.len() > array.most {
             let message = format!("wrong length of {} in {}", self.here(), self.owner);
             let asked = match (array.least, array.most) {
@@ -234,7 +233,7 @@ impl Walk<'_> {
         Json::Array(walked.collect())
     }
 
-    fn table(&mut self, fields: &Fields, table: &Table, node: &Node, key: Span) -> Json {
+    fn table(&mut self, fields: &Fields, table: &'a Table, node: &Node, key: Span) -> Json {
         let mut json = Map::new();
         let mut misspelt = Vec::new();
         let known = || fields.named.keys().map(String::as_str);
@@ -255,8 +254,7 @@ impl Walk<'_> {
             };
             self.path.push(name.to_string());
             let is_named = fields.named.contains_key(name.as_ref());
-            let others = table.keys().filter(|other| !is_named && *other != name).map(ToString::to_string).collect();
-            let outer = std::mem::replace(&mut self.siblings, others);
+            let outer = std::mem::replace(&mut self.siblings, (!is_named).then_some((table, name.as_ref())));
             let value = self.value(shape, &entry.node, entry.key);
             self.siblings = outer;
             self.path.pop();
@@ -277,7 +275,11 @@ impl Walk<'_> {
 
     /// Which other entry of the map was meant, where this one lacks what makes it whole.
     fn meant(&self) -> Option<String> {
-        did_you_mean(self.path.last()?, self.siblings.iter().map(String::as_str))
+        let others = self
+            .siblings
+            .into_iter()
+            .flat_map(|(table, own)| table.keys().map(AsRef::as_ref).filter(move |other| *other != own));
+        did_you_mean(self.path.last()?, others)
     }
 
     fn missing(&mut self, name: &str, fields: &Fields, node: &Node, key: Span) {
@@ -293,8 +295,8 @@ impl Walk<'_> {
         &mut self,
         tag: &str,
         forms: &std::collections::BTreeMap<String, ShapeId>,
-        table: &Table,
-        node: &Node,
+        table: &'a Table,
+        node: &'a Node,
         key: Span,
     ) -> Json {
         let names = || forms.keys().map(String::as_str);
@@ -326,7 +328,7 @@ impl Walk<'_> {
     }
 
     /// The alternative that fits, or the one that fits best.
-    fn choice(&mut self, choices: &[ShapeId], node: &Node, key: Span) -> Json {
+    fn choice(&mut self, choices: &[ShapeId], node: &'a Node, key: Span) -> Json {
         let fitting: Vec<ShapeId> =
             choices.iter().copied().filter(|choice| self.shapes.get(*choice).takes(&node.value)).collect();
         if fitting.is_empty() {

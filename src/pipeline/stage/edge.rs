@@ -34,9 +34,22 @@ pub enum ArtifactType {
     Files,
 }
 
-impl fmt::Display for ArtifactType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl ArtifactType {
+    /// Every type.
+    const ALL: [Self; 8] = [
+        Self::Dataset,
+        Self::Tokenizer,
+        Self::Tokens,
+        Self::Checkpoint,
+        Self::TrainingState,
+        Self::Rollouts,
+        Self::Evaluation,
+        Self::Files,
+    ];
+
+    /// Its name in files and messages.
+    pub const fn name(self) -> &'static str {
+        match self {
             Self::Dataset => "dataset",
             Self::Tokenizer => "tokenizer",
             Self::Tokens => "tokens",
@@ -45,7 +58,18 @@ impl fmt::Display for ArtifactType {
             Self::Rollouts => "rollouts",
             Self::Evaluation => "evaluation",
             Self::Files => "files",
-        })
+        }
+    }
+
+    /// The type of a name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|artifact| artifact.name() == name)
+    }
+}
+
+impl fmt::Display for ArtifactType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }
 

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::disk::{Disk, Entry, Native, Sort, Stat};
 use super::error::At as _;
-use super::{Digest, StoreError, StoredFile};
+use super::{Digest, StoreError, StoredFile, canonical};
 
 /// Integers beyond this have no exact number in canonical JSON, which knows doubles only.
 const EXACT: u64 = 1 << 53;
@@ -32,14 +32,20 @@ impl From<blake3::Hash> for Digest {
 ///
 /// Integers beyond 2^53 are refused with their place: the canonical form would merge neighbours.
 pub fn hash_json(domain: &str, value: &Value) -> Result<Digest, StoreError> {
-    let unhashable = |problem: String| StoreError::Unhashable { domain: domain.to_owned(), problem };
-    if let Some((place, number)) = inexact(value) {
-        return Err(unhashable(format!("the integer `{number}` at `{place}` is beyond 2^53; write it as a string")));
+    let mut text = Vec::with_capacity(256);
+    if canonical::write(value, &mut text).is_err() {
+        let (place, number) = inexact(value).unwrap_or_default();
+        let problem = format!("the integer `{number}` at `{place}` is beyond 2^53; write it as a string");
+        return Err(StoreError::Unhashable { domain: domain.to_owned(), problem });
     }
-    let text = serde_json_canonicalizer::to_vec(value).map_err(|error| unhashable(error.to_string()))?;
+    Ok(hash_canonical(domain, &text))
+}
+
+/// [`hash_json`] of what is canonical JSON already.
+pub(crate) fn hash_canonical(domain: &str, text: &[u8]) -> Digest {
     let mut hasher = blake3::Hasher::new_derive_key(&format!("pipe v1 {domain}"));
-    hasher.update(&text);
-    Ok(hasher.finalize().into())
+    hasher.update(text);
+    hasher.finalize().into()
 }
 
 /// The place and text of an integer that a double cannot hold apart from its neighbours.
@@ -95,7 +101,8 @@ pub(super) fn source_digest_by(disk: &dyn Disk, path: &Path, hash: HashOne<'_>) 
     if hashed.stat.is_executable() { hash_json("executable file", &json!(hashed.digest)) } else { Ok(hashed.digest) }
 }
 
-fn digest_list(files: &[StoredFile]) -> Result<Digest, StoreError> {
+/// The digest of a folder of these files, which are sorted.
+pub(super) fn digest_list(files: &[StoredFile]) -> Result<Digest, StoreError> {
     let rows = files.iter().map(|file| json!([file.path, file.executable, file.size, file.digest])).collect();
     hash_json("folder", &Value::Array(rows))
 }

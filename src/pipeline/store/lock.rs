@@ -46,6 +46,11 @@ impl Store {
         }
     }
 
+    /// Waits for the right to put the object of this digest aside.
+    pub(super) fn lock_object(&self, digest: &Digest) -> Result<KeyLock, StoreError> {
+        self.lock(&Digest(format!("object-{digest}")))
+    }
+
     /// The right to work on `key`, or `None` while another has it.
     pub fn try_lock(&self, key: &Digest) -> Result<Option<KeyLock>, StoreError> {
         let file = self.lock_file(key)?;
@@ -57,6 +62,12 @@ impl Store {
                 Err(TryLockError::Error(error)) => return Err(error).at("lock", &self.folder("locks").join(&key.0)),
             }
         }
+    }
+
+    /// Whether another works on `key`. Nothing is made where nobody ever did.
+    pub(super) fn is_locked(&self, key: &Digest) -> Result<bool, StoreError> {
+        let is_there = self.disk.is_there(&self.folder("locks").join(&key.0));
+        Ok(is_there && self.try_lock(key)?.is_none())
     }
 
     fn lock_file(&self, key: &Digest) -> Result<File, StoreError> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::digest::digest_folder_on;
 use super::disk::{Disk, Sort};
 use super::error::At as _;
-use super::{Digest, Manifest, Store, StoreError, StoredFile, StoredOutput, sealed};
+use super::{Digest, KeyLock, Manifest, Store, StoreError, StoredFile, StoredOutput, sealed};
 
 /// What the store knows of a key.
 #[derive(Clone, Debug)]
@@ -111,11 +111,12 @@ impl Store {
         }
     }
 
-    /// Puts aside what is damaged of the result of `key`, so that the next run rebuilds it. `what` is kept beside it.
+    /// Puts aside what is damaged of the result of the lock's key, so that the next run rebuilds it. `what` is kept beside it.
     ///
-    /// Everything is checked once more: what another process has rebuilt meanwhile stays. The manifest goes first, so
-    /// that a kill in between leaves a miss.
-    pub fn quarantine(&self, key: &Digest, what: &str) -> Result<(), StoreError> {
+    /// It needs the lock, because between a look and a rename another process could have rebuilt the result, and what is
+    /// whole would be lost. The manifest goes first, so that a kill in between leaves a miss.
+    pub fn quarantine(&self, lock: &KeyLock, what: &str) -> Result<(), StoreError> {
+        let key = lock.key();
         let mut bad_objects = Vec::new();
         match self.manifest(key)? {
             None => return Ok(()),
@@ -133,20 +134,28 @@ impl Store {
         }
         let aside = self.put_aside(key, what)?;
         move_if_there(&*self.disk, &self.manifest_path(key), &aside.join("manifest.json"))?;
-        bad_objects.dedup();
         for digest in bad_objects {
-            move_if_there(&*self.disk, &self.object(&digest), &aside.join(&digest.0))?;
+            self.move_bad_object(&digest, &aside)?;
         }
         Ok(())
     }
 
     /// Puts a damaged object aside, whichever results it belongs to. It does nothing to one that is whole.
     pub fn quarantine_object(&self, digest: &Digest, what: &str) -> Result<(), StoreError> {
+        if !self.disk.is_there(&self.object(digest)) || self.verify_digest(digest)?.is_ok() {
+            return Ok(());
+        }
+        self.move_bad_object(digest, &self.put_aside(digest, what)?)
+    }
+
+    /// Moves an object that is still damaged once nobody else can put it aside: only where nothing lies can a whole one appear.
+    fn move_bad_object(&self, digest: &Digest, aside: &Path) -> Result<(), StoreError> {
+        let _lock = self.lock_object(digest)?;
         let object = self.object(digest);
         if !self.disk.is_there(&object) || self.verify_digest(digest)?.is_ok() {
             return Ok(());
         }
-        move_if_there(&*self.disk, &object, &self.put_aside(digest, what)?.join(&digest.0))
+        move_if_there(&*self.disk, &object, &aside.join(&digest.0))
     }
 
     /// A new folder of `quarantine/` with a note of the reason.
@@ -223,7 +232,7 @@ mod tests {
         let what = damage(&sandbox, &key(1));
         assert!(what.contains("/data` does not have the content"), "{what}");
         assert!(sandbox.store.verify_object(&manifest.outputs[0]).unwrap().is_err());
-        sandbox.store.quarantine(&key(1), &what).unwrap();
+        sandbox.quarantine(1, &what);
         assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Miss));
         assert!(!object.exists());
         let aside = std::fs::read_dir(sandbox.store.root().join("quarantine")).unwrap().next().unwrap().unwrap().path();
@@ -264,7 +273,7 @@ mod tests {
             harm(&sandbox.store, &object.join("data"));
             let what = damage(&sandbox, &key(1));
             assert!(what.contains(words), "{what}");
-            sandbox.store.quarantine(&key(1), &what).unwrap();
+            sandbox.quarantine(1, &what);
             sandbox.publish(1, &[("data", "one")]);
             assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Hit(_)), "{words}");
         }
@@ -284,8 +293,8 @@ mod tests {
     fn what_is_whole_is_never_put_aside() {
         let sandbox = Sandbox::new();
         let manifest = sandbox.publish(1, &[("data", "one")]);
-        sandbox.store.quarantine(&key(1), "a false alarm").unwrap();
-        sandbox.store.quarantine(&key(2), "not there at all").unwrap();
+        sandbox.quarantine(1, "a false alarm");
+        sandbox.quarantine(2, "not there at all");
         sandbox.store.quarantine_object(&manifest.outputs[0].digest, "a false alarm").unwrap();
         assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Hit(_)));
         assert_eq!(std::fs::read_dir(sandbox.store.root().join("quarantine")).unwrap().count(), 0);

@@ -5,6 +5,8 @@
 //! objects/ab/<digest>/         folders named by their content, read-only, never changed
 //! manifests/ab/<key>.json      one per finished stage; its rename into place is the only commit point
 //! locks/<key>                  held by whoever works on the key; never removed
+//! leases/                      what running processes rest on, and when each result was last used
+//! pins/                        results that are never collected
 //! work/<key>/                  survives a kill: training states, the files of a failed attempt
 //! logs/<key>/                  log.txt, metrics.jsonl, tensorboard/: never part of a result
 //! runs/, tensorboard/          views by people's names, which can be rebuilt
@@ -15,7 +17,10 @@
 //! Nothing else in the project writes there, except a running stage into the folders that it is handed. The store knows
 //! no kind: a draft goes in, a manifest comes out.
 
+mod accept;
+mod adopt;
 mod cache;
+pub(crate) mod canonical;
 pub mod digest;
 mod disk;
 mod durable;
@@ -24,8 +29,11 @@ mod error;
 mod faults;
 #[cfg(test)]
 pub(crate) mod fixture;
+mod gc;
+mod lease;
 mod lock;
 mod lookup;
+mod pins;
 #[cfg(test)]
 mod proof;
 mod publish;
@@ -45,12 +53,19 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::pipeline::stage::{ArtifactType, Part};
+pub use accept::{AcceptError, Acceptance, AcceptanceDraft};
+use adopt::IMPORT_MARK;
+pub(crate) use adopt::{digest_of_files, open_sealed, seal};
+pub(crate) use digest::hash_canonical;
 pub use digest::{digest_folder, hash_json, source_digest};
 use disk::{Disk, Entry, Native, Sort};
 use error::At as _;
 pub use error::StoreError;
+pub use gc::{Garbage, GarbageKind, GcPlan, GcPolicy, GcReport, Gone, Kept, Removal, Tally};
+pub use lease::Hold;
 pub use lock::KeyLock;
 pub use lookup::Lookup;
+pub use pins::Pin;
 pub use publish::{DraftOutput, ManifestDraft};
 pub use record::RunRecord;
 pub use verify::{Damage, VerifyReport};
@@ -60,8 +75,8 @@ pub use work::Attempts;
 const FORMAT: &str = "1";
 
 /// The folders of a store.
-const FOLDERS: [&str; 9] =
-    ["objects", "manifests", "locks", "work", "logs", "runs", "tensorboard", "quarantine", "cache"];
+const FOLDERS: [&str; 11] =
+    ["objects", "manifests", "locks", "leases", "pins", "work", "logs", "runs", "tensorboard", "quarantine", "cache"];
 
 /// A BLAKE3 digest as 64 hexadecimal digits: of a folder object, a recipe or a key.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -72,6 +87,11 @@ impl Digest {
     /// The first ten digits, for people.
     pub fn short(&self) -> &str {
         &self.0[..self.0.len().min(10)]
+    }
+
+    /// Whether it has the form of a digest.
+    fn is_whole(&self) -> bool {
+        self.0.len() == 64 && self.0.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
     }
 }
 
@@ -129,6 +149,9 @@ pub struct Manifest {
     pub numerics: BTreeMap<String, String>,
     /// The headline numbers of the stage's `metrics.json`, where it wrote one.
     pub metrics: BTreeMap<String, f64>,
+    /// That it was accepted as another key's result, and not computed under its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accepted: Option<Acceptance>,
 }
 
 /// A named output in the store.
@@ -169,6 +192,7 @@ pub struct Store {
     root: PathBuf,
     disk: Arc<dyn Disk>,
     cache: Arc<cache::StatCache>,
+    lease: Arc<lease::Lease>,
 }
 
 impl Store {
@@ -215,7 +239,7 @@ impl Store {
 
     fn at(disk: Arc<dyn Disk>, root: &Path, writable: bool) -> Self {
         let cache = cache::StatCache::new(disk.clone(), root.join("cache/stat.json"), writable);
-        Self { root: root.to_owned(), disk, cache: Arc::new(cache) }
+        Self { root: root.to_owned(), disk, cache: Arc::new(cache), lease: Arc::default() }
     }
 
     /// Its folder, absolute.
@@ -264,6 +288,18 @@ impl Store {
 
     fn manifest_path(&self, key: &Digest) -> PathBuf {
         sharded(&self.folder("manifests"), key).join(format!("{key}.json"))
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        // It says when results were last used, and no result rests on that. Two copies that go at once may leave it as a kill
+        // would.
+        if Arc::get_mut(&mut self.lease).is_some()
+            && let Err(error) = self.end_lease()
+        {
+            tracing::debug!(%error, "the lease is not ended");
+        }
     }
 }
 

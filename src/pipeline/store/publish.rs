@@ -53,6 +53,8 @@ pub struct DraftOutput {
 impl Store {
     /// Makes a draft the result of the lock's key, durably, in place of any earlier one; then drops the work folder.
     pub fn publish(&self, lock: &KeyLock, draft: ManifestDraft) -> Result<Manifest, StoreError> {
+        // From here to the manifest nothing may be collected: an object that is there already has no other owner yet.
+        let hold = self.hold()?;
         let mut outputs = Vec::with_capacity(draft.outputs.len());
         for output in draft.outputs {
             let (digest, files) = self.place(&output.folder)?;
@@ -70,13 +72,21 @@ impl Store {
             finished: jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string(),
             numerics: draft.numerics,
             metrics: draft.metrics,
+            accepted: None,
         };
-        let path = self.manifest_path(lock.key());
-        let body = serde_json::to_vec(&manifest).expect("a manifest is plain data");
-        self.disk.ensure_folder(path.parent().expect("manifests lie in a folder"), true)?;
-        self.disk.write_atomically(&path, &sealed::seal(&body), true)?;
+        self.commit(lock, &manifest)?;
+        drop(hold);
         self.drop_work(lock);
         Ok(manifest)
+    }
+
+    /// Writes the manifest of the lock's key, durably: from here on the result is there. The caller holds the collector off
+    /// since it has looked at the objects.
+    pub(super) fn commit(&self, lock: &KeyLock, manifest: &Manifest) -> Result<(), StoreError> {
+        let path = self.manifest_path(lock.key());
+        let body = serde_json::to_vec(manifest).expect("a manifest is plain data");
+        self.disk.ensure_folder(path.parent().expect("manifests lie in a folder"), true)?;
+        self.disk.write_atomically(&path, &sealed::seal(&body), true)
     }
 
     /// Removes the work folder of a key whose result is there.
@@ -89,7 +99,7 @@ impl Store {
     }
 
     /// Makes a folder an object, durably.
-    fn place(&self, folder: &Path) -> Result<(Digest, Vec<StoredFile>), StoreError> {
+    pub(super) fn place(&self, folder: &Path) -> Result<(Digest, Vec<StoredFile>), StoreError> {
         let disk = &*self.disk;
         if !make_fit(disk, folder)? {
             return Err(StoreError::unfit(folder, "holds no file"));

@@ -23,7 +23,13 @@ pub struct RunRecord {
     pub kind: String,
     /// The experiment's file, absolute.
     pub file: PathBuf,
+    /// The keys that it had before, newest first, without those it came back to. Whoever records a run leaves it empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub earlier: Vec<Digest>,
 }
+
+/// Earlier keys that are remembered.
+const EARLIER: usize = 100;
 
 /// A record as it lies on disk, with the name that its path only hints at.
 #[derive(Serialize, Deserialize)]
@@ -33,20 +39,49 @@ struct OnDisk {
     record: RunRecord,
 }
 
+impl OnDisk {
+    fn bytes(&self) -> Vec<u8> {
+        let mut bytes = serde_json::to_vec_pretty(self).expect("a record is plain data");
+        bytes.push(b'\n');
+        bytes
+    }
+}
+
 impl Store {
-    /// Keeps what a stage was in this run.
+    /// Keeps what a stage was in this run, and the keys that it had before.
     pub fn record(&self, name: &NodeName, record: &RunRecord) -> Result<(), StoreError> {
         let path = self.record_path(&name.experiment, &name.trial, &name.stage);
-        let on_disk = OnDisk { name: name.clone(), record: record.clone() };
-        let mut bytes = serde_json::to_vec_pretty(&on_disk).expect("a record is plain data");
-        bytes.push(b'\n');
+        let mut on_disk = OnDisk { name: name.clone(), record: record.clone() };
         // In most runs most records stand already, and reading is cheaper than writing.
-        if self.disk.read(&path).is_ok_and(|old| old == bytes) {
-            return Ok(());
+        if let Ok(bytes) = self.disk.read(&path) {
+            if bytes == on_disk.bytes() {
+                return Ok(());
+            }
+            if let Ok(old) = serde_json::from_slice::<OnDisk>(&bytes) {
+                let before = (old.record.key != record.key).then_some(old.record.key);
+                let earlier = before.into_iter().chain(old.record.earlier).filter(|key| *key != record.key);
+                on_disk.record.earlier = earlier.take(EARLIER).collect();
+                if bytes == on_disk.bytes() {
+                    return Ok(());
+                }
+            }
         }
         let folder = path.parent().expect("records lie in a folder");
         self.disk.ensure_folder(folder, false)?;
-        self.disk.write_atomically(&path, &bytes, false)
+        self.disk.write_atomically(&path, &on_disk.bytes(), false)
+    }
+
+    /// Every recorded stage of every experiment.
+    pub(super) fn every_record(&self) -> Result<Vec<(NodeName, RunRecord)>, StoreError> {
+        let mut records = Vec::new();
+        for experiment in entries(&*self.disk, &self.folder("runs"))? {
+            for trial in entries(&*self.disk, &experiment)? {
+                for stage in entries(&*self.disk, &trial)? {
+                    records.extend(read(&*self.disk, &stage)?.map(|on_disk| (on_disk.name, on_disk.record)));
+                }
+            }
+        }
+        Ok(records)
     }
 
     /// What a stage was in the last run that had it.
@@ -128,7 +163,7 @@ impl Store {
 
 /// A name as one component of a path: `/`, `%`, control characters and a leading `.` or lone `_` are escaped, and what is too
 /// long for a file name ends in a digest instead.
-fn segment(name: &str) -> String {
+pub(super) fn segment(name: &str) -> String {
     let mut text = String::with_capacity(name.len());
     for (index, character) in name.chars().enumerate() {
         let escape =
@@ -192,6 +227,7 @@ mod tests {
             key: Digest("k".into()),
             kind: kind.into(),
             file: "/a/maze.toml".into(),
+            earlier: Vec::new(),
         };
         let trials = ["", "_", "seed=1,path=../../x/%", &long, "."];
         for trial in trials {

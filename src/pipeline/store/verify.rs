@@ -106,7 +106,10 @@ impl Store {
     pub fn repair(&self, report: &VerifyReport) -> Result<usize, StoreError> {
         let mut keys = BTreeSet::new();
         for damage in report.damaged.iter().chain(&report.missing) {
-            self.quarantine(&damage.key, &damage.what)?;
+            // Whoever works on the key makes its result anew.
+            if let Some(lock) = self.try_lock(&damage.key)? {
+                self.quarantine(&lock, &damage.what)?;
+            }
             keys.insert(&damage.key);
         }
         Ok(keys.len())

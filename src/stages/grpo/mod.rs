@@ -299,7 +299,8 @@ mod tests {
             serde_json::from_value::<Grpo>(file).unwrap()
         };
         let problems = |source: &Value, own: &Value| -> Vec<String> {
-            let stages = [("other".to_owned(), serde_json::to_value(file(source)).unwrap())].into();
+            let stages: BTreeMap<String, Value> =
+                [("other".to_owned(), serde_json::to_value(file(source)).unwrap())].into();
             let mut own = own.clone();
             own["replay"] = json!("other.rollouts");
             let found = Stage::check(&file(&own), &Upstream { stages: &stages });

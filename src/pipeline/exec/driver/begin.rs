@@ -33,6 +33,8 @@ impl Driver<'_, '_> {
             self.as_planned[node] = true;
             return Ok(Input::Found { node, key, cached: true });
         }
+        // What is found now must stay until the run ends.
+        self.store.lease(&[&key]).map_err(|error| error.to_string())?;
         let cached = match self.store.lookup(&key).map_err(|error| error.to_string())? {
             Lookup::Hit(manifest) => {
                 self.made[node] = Some(made_of(&manifest));
@@ -41,8 +43,8 @@ impl Driver<'_, '_> {
             }
             Lookup::Miss => false,
             Lookup::Damaged { what } => {
-                self.store.quarantine(&key, &what).map_err(|error| error.to_string())?;
-                let text = format!("the result of `{}` is damaged and was put aside: {what}", shown(planned));
+                // The attempt puts it aside, once it holds the key.
+                let text = format!("the result of `{}` is damaged and is made again: {what}", shown(planned));
                 (self.events)(&Event::Warning { text });
                 false
             }

@@ -91,7 +91,7 @@ impl Driver<'_, '_> {
         for name in &planned.names {
             let file = self.plan.experiments.get(&name.experiment).cloned().unwrap_or_default();
             let (recipe, kind) = (planned.recipe.clone(), planned.spec.kind.name.to_owned());
-            let record = RunRecord { recipe, key: key.clone(), kind, file };
+            let record = RunRecord { recipe, key: key.clone(), kind, file, earlier: Vec::new() };
             let written = self.store.record(name, &record).and_then(|()| self.store.link_tensorboard(name, key));
             if let Err(error) = written {
                 let text = format!("the run of `{}` is not recorded: {error}", shown(planned));

@@ -277,6 +277,27 @@ fn rot(folder: &Path) {
 }
 
 #[test]
+fn a_damaged_result_that_another_makes_again_is_left_to_it() {
+    let place = Place::new();
+    let stages = toys(vec![echo("a", "a", &[])]);
+    place.run(&stages);
+    let key = place.plan(&stages).nodes[0].key.clone().unwrap();
+    let whole = place.folder.path().join("whole");
+    let objects = place.store.root().join("objects");
+    assert!(std::process::Command::new("cp").arg("-a").args([&objects, &whole]).status().unwrap().success());
+    rot(&objects);
+    let mut lock = place.store.try_lock(&key).unwrap();
+    let came = place.run_watched(&stages, &mut |event| {
+        if matches!(event, Event::Waiting { .. }) {
+            std::fs::rename(&objects, place.folder.path().join("rotten")).unwrap();
+            std::fs::rename(&whole, &objects).unwrap();
+            lock = None;
+        }
+    });
+    assert_eq!((came.outcome.run, came.outcome.cached, came.ran.len()), (0, 1, 0), "{:?}", came.events);
+}
+
+#[test]
 fn a_key_held_elsewhere_is_waited_for() {
     let place = Place::new();
     let stages = toys(vec![echo("a", "a", &[])]);

@@ -1,0 +1,110 @@
+//! Results that come from another store: manifests in a form that names no machine, and their way through the commit
+//! protocol.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use super::digest::digest_folder_on;
+use super::error::At as _;
+use super::{Digest, FORMAT, Lookup, Manifest, Store, StoreError, StoredFile, hash_json, sealed};
+
+/// The file of a work folder that holds an import on its way.
+pub(super) const IMPORT_MARK: &str = "import";
+
+impl Manifest {
+    /// Its bytes without what belongs to one disk, sealed: equal results give equal bytes wherever they lie.
+    pub(crate) fn portable(&self) -> Vec<u8> {
+        let mut manifest = self.clone();
+        for file in manifest.outputs.iter_mut().flat_map(|output| &mut output.files) {
+            file.stat = (0, 0, file.size, 0, 0);
+        }
+        sealed::seal(&serde_json::to_vec(&manifest).expect("a manifest is plain data"))
+    }
+
+    /// Reads what [`Manifest::portable`] wrote; the error says what is wrong, as the end of a sentence.
+    pub(crate) fn from_portable(bytes: &[u8]) -> Result<Self, String> {
+        let body = sealed::open(bytes).ok_or("does not have the digest that it carries")?;
+        let manifest: Self = serde_json::from_slice(&body).map_err(|error| format!("cannot be understood: {error}"))?;
+        match manifest.key_is_right() {
+            true => Ok(manifest),
+            false => Err("has a key that is not the hash of its parts".to_owned()),
+        }
+    }
+
+    /// Whether its key is the hash of its parts.
+    pub(crate) fn key_is_right(&self) -> bool {
+        let parts = serde_json::to_value(&self.parts).expect("the parts of a key are plain data");
+        hash_json("key", &parts).is_ok_and(|key| key == self.key)
+    }
+}
+
+/// Seals a JSON object: whoever opens it again knows that no byte has changed.
+pub(crate) fn seal(body: &[u8]) -> Vec<u8> {
+    sealed::seal(body)
+}
+
+/// The JSON object that was sealed, or `None` where any byte differs.
+pub(crate) fn open_sealed(bytes: &[u8]) -> Option<Vec<u8>> {
+    sealed::open(bytes)
+}
+
+/// The digest of a folder of these files.
+pub(crate) fn digest_of_files(files: &[StoredFile]) -> Result<Digest, StoreError> {
+    super::digest::digest_list(files)
+}
+
+impl Store {
+    /// The layout of every store that this program writes.
+    pub(crate) const LAYOUT: &str = FORMAT;
+
+    /// Makes a result of another store one of this store, durably, unless there is one already. `folders` holds its objects on
+    /// the store's own disk, by digest; what is used is taken away. Gives whether it was taken.
+    pub(crate) fn adopt(
+        &self,
+        mut manifest: Manifest,
+        folders: &BTreeMap<Digest, PathBuf>,
+    ) -> Result<bool, StoreError> {
+        let lock = self.lock(&manifest.key)?;
+        match self.lookup(&manifest.key)? {
+            Lookup::Hit(_) => return Ok(false),
+            Lookup::Damaged { what } => self.quarantine(&lock, &what)?,
+            Lookup::Miss => {}
+        }
+        let _hold = self.hold()?;
+        for output in &mut manifest.outputs {
+            let object = self.object(&output.digest);
+            let (digest, files) = match folders.get(&output.digest).filter(|folder| self.disk.is_there(folder)) {
+                Some(folder) => self.place(folder)?,
+                // Another result brought it.
+                None => digest_folder_on(&*self.disk, &object)?,
+            };
+            if digest != output.digest {
+                return Err(StoreError::unfit(&object, "does not have the content that the bundle says"));
+            }
+            output.files = files;
+        }
+        self.commit(&lock, &manifest)?;
+        Ok(true)
+    }
+
+    /// Makes an empty folder in which an import gathers what it reads. Whoever calls holds the lock of `bundle`.
+    pub(crate) fn begin_import(&self, bundle: &Digest) -> Result<PathBuf, StoreError> {
+        let work = self.work(bundle);
+        self.disk.clear(&work)?;
+        self.disk.ensure_folder(&work, false)?;
+        let mark = work.join(IMPORT_MARK);
+        self.disk.create(&mark, b"").at("write", &mark)?;
+        Ok(work)
+    }
+
+    /// Removes what an import has gathered.
+    pub(crate) fn end_import(&self, bundle: &Digest) -> Result<(), StoreError> {
+        self.disk.clear(&self.work(bundle))
+    }
+
+    /// Moves a folder of logs to its place, unless there are logs already.
+    pub(crate) fn adopt_logs(&self, key: &Digest, folder: &std::path::Path) -> Result<(), StoreError> {
+        let logs = self.logs(key);
+        if self.disk.is_there(&logs) { Ok(()) } else { self.disk.rename(folder, &logs).at("write", &logs) }
+    }
+}
