@@ -9,4 +9,5 @@ mod generated;
 mod learning;
 mod rewards;
 mod sandbox;
+mod scheduling;
 mod traps;

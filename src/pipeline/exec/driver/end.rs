@@ -6,33 +6,38 @@ use super::{Driver, made_of, shown};
 use crate::pipeline::exec::event::Event;
 use crate::pipeline::exec::local::{Ending, News};
 use crate::pipeline::exec::scheduler::Input;
-use crate::pipeline::store::{Digest, Lookup, Manifest, RunRecord};
+use crate::pipeline::store::{Digest, Lookup, Manifest, RunRecord, StoredResult};
 
 impl Driver<'_, '_> {
     pub(super) fn hear(&mut self, node: usize, news: News) {
         let ending = match news {
             News::Event(event) => return (self.events)(&Event::Stage { node, event }),
-            News::Waiting => return self.inbox.push_back(Input::Waiting(node)),
-            News::Freed => return self.inbox.push_back(Input::Freed(node)),
             News::Ended(ending) => ending,
         };
-        let seconds = self.running.remove(&node).map_or(0.0, |(_, began)| began.elapsed().as_secs_f64());
+        self.alarms.cancel(node);
+        let live = self.running.remove(&node);
+        let seconds = live.as_ref().map_or(0.0, |live| live.began.elapsed().as_secs_f64());
         let input = match ending {
             Ending::Done(manifest) => match self.done(node, manifest, seconds) {
                 Ok(()) => Input::Done(node),
-                Err(problem) => {
-                    self.fail(node, problem);
-                    Input::Failed(node)
-                }
+                Err(problem) => self.failed(node, problem, false),
             },
+            Ending::Elsewhere => Input::Elsewhere(node),
+            Ending::Interrupted if live.is_some_and(|live| live.timed_out) => {
+                let timeout = self.plan.nodes[node].spec.run.timeout.clone().unwrap_or_default();
+                let problem = format!("timed out after {timeout}");
+                if let Some(Err(error)) =
+                    self.keys[node].as_ref().map(|key| self.store.append_log(key, &format!("failed: {problem}")))
+                {
+                    tracing::warn!(%error, "the reason of a failure is not in its log");
+                }
+                self.failed(node, problem, false)
+            }
             Ending::Interrupted => {
                 (self.events)(&Event::Interrupted { node, name: self.plan.nodes[node].name().clone() });
                 Input::Interrupted(node)
             }
-            Ending::Failed(problem) => {
-                self.fail(node, problem);
-                Input::Failed(node)
-            }
+            Ending::Failed { problem, lasting } => self.failed(node, problem, lasting),
             Ending::Damaged { reference, what } => self.damaged(node, &reference, &what),
         };
         self.inbox.push_back(input);
@@ -48,8 +53,9 @@ impl Driver<'_, '_> {
                 Lookup::Damaged { what } => return Err(format!("the result is damaged already: {what}")),
             },
         };
-        self.made[node] = Some(made_of(&manifest));
+        self.made[node] = Some(made_of(&StoredResult::of(&manifest)));
         self.as_planned[node] = false;
+        self.again.remove(&node);
         self.record(node, &key);
         let name = self.plan.nodes[node].name().clone();
         (self.events)(&Event::Done { node, name, key, seconds, metrics: manifest.metrics });
@@ -66,9 +72,8 @@ impl Driver<'_, '_> {
     fn damaged(&mut self, node: usize, reference: &str, what: &str) -> Input {
         let planned = &self.plan.nodes[node];
         let problem = format!("the input `{reference}` is damaged: {what}");
-        let Some(edge) = planned.edges.iter().find(|edge| edge.reference == reference) else {
-            self.fail(node, problem);
-            return Input::Failed(node);
+        let Some(edge) = planned.edge(reference) else {
+            return self.failed(node, problem, true);
         };
         self.as_planned[edge.from] = false;
         let text = format!("the input `{reference}` of `{}` is damaged and was put aside: {what}", shown(planned));
@@ -77,8 +82,15 @@ impl Driver<'_, '_> {
         Input::Damaged { node, producer: edge.from }
     }
 
-    pub(super) fn fail(&mut self, node: usize, error: String) {
-        self.errors.insert(node, error.clone());
+    /// Keeps why a node failed; whether that is its end is the scheduler's to say.
+    pub(super) fn failed(&mut self, node: usize, problem: String, lasting: bool) -> Input {
+        self.errors.insert(node, problem);
+        Input::Failed { node, lasting }
+    }
+
+    /// Tells that `node` failed for the reason of `other`.
+    pub(super) fn tell_failure(&mut self, node: usize, other: usize) {
+        let error = self.errors.get(&other).cloned().unwrap_or_default();
         let log = self.keys[node].as_ref().map(|key| self.store.logs(key).join("log.txt"));
         let log = log.filter(|log| log.is_file()).map_or_else(String::new, |log| log.display().to_string());
         (self.events)(&Event::Failed { node, name: self.plan.nodes[node].name().clone(), error, log });
