@@ -11,7 +11,7 @@
 //! logs/<key>/                  log.txt, metrics.jsonl, tensorboard/: never part of a result
 //! runs/, tensorboard/          views by people's names, which can be rebuilt
 //! quarantine/                  what was found damaged
-//! cache/                       what spares hashing unchanged files again
+//! cache/                       what spares hashing unchanged files and reading manifests again
 //! ```
 //!
 //! Nothing else in the project writes there, except a running stage into the folders that it is handed. The store knows
@@ -30,6 +30,7 @@ mod faults;
 #[cfg(test)]
 pub(crate) mod fixture;
 mod gc;
+mod index;
 mod lease;
 mod lock;
 mod lookup;
@@ -58,12 +59,13 @@ use disk::{Disk, Entry, Native, Sort};
 use error::At as _;
 pub use error::StoreError;
 pub use gc::{Garbage, GarbageKind, GcPlan, GcPolicy, GcReport, Gone, Kept, Removal, Tally};
+pub use index::{Found, StoredName, StoredResult};
 pub use lease::Hold;
 pub use lock::KeyLock;
 pub use lookup::Lookup;
 pub use pins::Pin;
 pub use publish::{DraftOutput, ManifestDraft};
-pub use record::RunRecord;
+pub use record::{RunRecord, TrialRecords};
 pub use verify::{Damage, VerifyReport};
 pub use work::{Attempts, Owner};
 
@@ -188,6 +190,8 @@ pub struct Store {
     root: PathBuf,
     disk: Arc<dyn Disk>,
     cache: Arc<cache::StatCache>,
+    index: Arc<index::Index>,
+    journals: Arc<record::Journals>,
     lease: Arc<lease::Lease>,
 }
 
@@ -235,7 +239,15 @@ impl Store {
 
     fn at(disk: Arc<dyn Disk>, root: &Path, writable: bool) -> Self {
         let cache = cache::StatCache::new(disk.clone(), root.join("cache/stat.json"), writable);
-        Self { root: root.to_owned(), disk, cache: Arc::new(cache), lease: Arc::default() }
+        let index = index::Index::new(disk.clone(), root.join("cache/index"), writable);
+        Self {
+            root: root.to_owned(),
+            disk,
+            cache: Arc::new(cache),
+            index: Arc::new(index),
+            journals: Arc::default(),
+            lease: Arc::default(),
+        }
     }
 
     /// Its folder, absolute.
