@@ -11,3 +11,4 @@ mod rewards;
 mod sandbox;
 mod scheduling;
 mod traps;
+mod tuning;
