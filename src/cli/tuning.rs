@@ -13,7 +13,7 @@ use crate::cli::{Session, render};
 use crate::pipeline::plan::Plan;
 use crate::pipeline::spec::Experiment;
 use crate::pipeline::spec::tune::{Choice, Goal, Purpose, Tuning, TuningRun};
-use crate::pipeline::store::Store;
+use crate::pipeline::store::{Lookup, Store};
 
 /// What was tuned and how, as tables show it and stores keep it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -67,9 +67,10 @@ fn measured<'a>(
     let mut runs = BTreeMap::new();
     for trial in plan.trials.iter().filter(|trial| trial.experiment == experiment) {
         let Some(node) = trial.stages.get(stage).map(|node| &plan.nodes[*node]) else { continue };
-        let (Some(result), Some(key)) = (&node.result, &node.key) else { continue };
+        let Some(key) = &node.key else { continue };
+        let Lookup::Hit(manifest) = store.lookup(key).map_err(|error| Failure::stage(&error))? else { continue };
         let trial = trial.trial.as_str();
-        let result = StageResult::read(result, store)
+        let result = StageResult::read(&manifest, store)
             .map_err(|error| Failure::failed(format!("stage `{stage}` of `{trial}`: {error:#}")))?;
         let Some(values) = result.values(metric) else {
             let message =

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::{At as _, BundleError, CONTENTS, Contents, Entry, FORMAT, Layout, Record, hash};
 use crate::pipeline::plan::Plan;
-use crate::pipeline::store::{self, Digest, Manifest, Store};
+use crate::pipeline::store::{self, Digest, Lookup, Manifest, Store};
 use crate::random::RNG_ABI;
 
 /// What is packed.
@@ -54,8 +54,12 @@ pub fn pack(
         entries.insert(format!("files/{path}"), (hash(file)?, From::File(file.clone())));
     }
     let mut report = PackReport { files: entries.len(), ..PackReport::default() };
-    let results: BTreeMap<&Digest, &Arc<Manifest>> =
-        packing.plan.nodes.iter().filter_map(|node| node.result.as_ref()).map(|one| (&one.key, one)).collect();
+    let mut results: BTreeMap<&Digest, Arc<Manifest>> = BTreeMap::new();
+    for result in packing.plan.nodes.iter().filter_map(|node| node.result.as_ref()) {
+        if let Lookup::Hit(manifest) = store.lookup(&result.key)? {
+            results.insert(&result.key, manifest);
+        }
+    }
     report.results = results.len();
     report.missing = packing.plan.nodes.iter().filter(|node| node.result.is_none()).count();
     for manifest in results.values() {

@@ -158,7 +158,7 @@ fn publish(store: &Store, disk: &Volatile, number: usize) -> Result<(), StoreErr
         |name: &String| DraftOutput { name: name.clone(), artifact: ArtifactType::Files, folder: out.join(name) };
     let draft = ManifestDraft {
         recipe: key(number),
-        parts: parts(),
+        parts: parts(number),
         params: Value::Null,
         inputs: [].into(),
         outputs: names.iter().map(output).collect(),
