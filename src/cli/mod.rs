@@ -4,11 +4,15 @@
 //! read, plan, execute and a printer. [`ui`] is the one way to the terminal, [`failure`] the one way to an exit code.
 //! Nothing here computes a result.
 
+pub mod accept;
 pub mod arms;
 pub mod audit;
+pub mod bundle;
 pub mod check;
 pub mod comparison;
 pub mod failure;
+pub mod gc;
+pub mod import;
 pub mod pace;
 pub mod plan;
 pub mod progress;
@@ -76,8 +80,12 @@ pub struct Global {
 
 #[derive(Debug, clap::Subcommand)]
 enum Command {
+    Accept(accept::Args),
     Audit(audit::Args),
+    Bundle(bundle::Args),
     Check(check::Args),
+    Gc(gc::Args),
+    Import(import::Args),
     Plan(plan::Args),
     Rescore(rescore::Args),
     Run(run::Args),
@@ -94,6 +102,8 @@ pub struct Session {
     pub ui: Ui,
     /// The folder of results.
     pub store: PathBuf,
+    /// Whether the user has named it.
+    pub store_is_named: bool,
 }
 
 /// The whole program: the exit code is 0 done, 1 a stage failed, 2 the user's input is wrong, 70 a bug, 130 interrupted.
@@ -110,7 +120,9 @@ pub fn main() -> ExitCode {
     let outcome = std::panic::catch_unwind(move || {
         let Global { store, json, color, quiet } = cli.global;
         let store = store.or_else(|| std::env::var_os("PIPE_STORE").filter(|dir| !dir.is_empty()).map(PathBuf::from));
-        let session = Session { ui: Ui::new(json, quiet, color), store: store.unwrap_or_else(|| "artifacts".into()) };
+        let store_is_named = store.is_some();
+        let store = store.unwrap_or_else(|| "artifacts".into());
+        let session = Session { ui: Ui::new(json, quiet, color), store, store_is_named };
         let logs = crate::telemetry::logging::to_terminal(session.ui.log_writer());
         match logs.map_err(|error| Failure::wrong(format!("{error:#}"))).and_then(|()| dispatch(&cli.command, &session))
         {
@@ -126,8 +138,12 @@ pub fn main() -> ExitCode {
 
 fn dispatch(command: &Command, session: &Session) -> Result<(), Failure> {
     match command {
+        Command::Accept(args) => accept::run(args, session),
         Command::Audit(args) => audit::run(args, session),
+        Command::Bundle(args) => bundle::run(args, session),
         Command::Check(args) => check::run(args, session),
+        Command::Gc(args) => gc::run(args, session),
+        Command::Import(args) => import::run(args, session),
         Command::Plan(args) => plan::run(args, session),
         Command::Rescore(args) => rescore::run(args, session),
         Command::Run(args) => run::run(args, session),

@@ -81,7 +81,11 @@ impl<'a> Progress<'a> {
     pub fn on(&mut self, event: &Event) {
         match event {
             Event::Started { nodes } => self.total = *nodes,
-            Event::Cached { .. } => self.settle(),
+            Event::Cached { node, .. } => {
+                // It may have begun, and found what another run had made meanwhile.
+                self.stop(*node);
+                self.settle();
+            }
             Event::Waiting { name, owner, .. } => self.line("waiting", Look::Dim, name, &owner_text(owner.as_ref())),
             Event::Retrying { node, name, error, attempt, attempts, seconds } => {
                 self.stop(*node);
@@ -133,14 +137,14 @@ impl<'a> Progress<'a> {
             return;
         }
         let count = render::plural(self.failures.len(), "stage");
-        let mut text = Look::Red.on(&format!("{count} failed:"), self.ui.error_color());
+        let mut lines = vec![Look::Red.on(&format!("{count} failed:"), self.ui.error_color())];
         for Failed { label, error, log } in &self.failures {
-            text.push_str(&format!("\n  {label}: {error}"));
+            lines.push(format!("  {label}: {error}"));
             if !log.is_empty() {
-                text.push_str(&format!("\n    {}", Look::Dim.on(log, self.ui.error_color())));
+                lines.push(format!("    {}", Look::Dim.on(log, self.ui.error_color())));
             }
         }
-        self.ui.note(&text);
+        self.ui.note(&lines.join("\n"));
     }
 
     /// Takes every bar away.
@@ -282,11 +286,11 @@ fn owner_text(owner: Option<&Owner>) -> String {
     };
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
     let time = render::duration(now.saturating_sub(*since) as f64);
-    let mut text = format!("process {process} on {host} has been working on it for {time}");
-    if let Some((done, total, unit)) = progress {
-        text.push_str(&format!(", {}/{} {unit}", render::count(*done), render::count(*total)));
+    let text = format!("process {process} on {host} has been working on it for {time}");
+    match progress {
+        Some((done, total, unit)) => format!("{text}, {}/{} {unit}", render::count(*done), render::count(*total)),
+        None => text,
     }
-    text
 }
 
 /// A rate with three digits: `0.42`, `21.3`, `1,250`.

@@ -178,6 +178,11 @@ impl Ui {
         }
     }
 
+    /// Asks something, which no option keeps quiet.
+    pub fn ask(&self, text: &str) {
+        self.say(text);
+    }
+
     /// Tells something that may be wrong.
     pub fn warn(&self, text: &str) {
         self.say(&format!("{} {text}", Look::Yellow.on("warning:", self.error_color)));

@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::pipeline::spec::tune::Purpose;
 use crate::pipeline::spec::{Experiment, Origin, StageSpec, TableSpec, Trial};
 use crate::pipeline::stage::{
     Any, ArtifactType, Input, Interrupted, Kind, Output, Part, Place, RunOptions, SourceFile, Stage, StageContext,
@@ -161,7 +162,14 @@ pub(crate) fn with_file(name: &str, file: &Path) -> StageSpec {
 /// A trial of these stages.
 pub(crate) fn trial(name: &str, stages: Vec<StageSpec>) -> Trial {
     let stages = stages.into_iter().map(|stage| (stage.name.clone(), stage)).collect();
-    Trial { name: name.to_owned(), arm: name.to_owned(), assignment: BTreeMap::new(), seed: None, stages }
+    Trial {
+        name: name.to_owned(),
+        arm: name.to_owned(),
+        assignment: BTreeMap::new(),
+        seed: None,
+        purpose: Purpose::Report,
+        stages,
+    }
 }
 
 /// An experiment of these trials.
@@ -173,6 +181,7 @@ pub(crate) fn experiment(name: &str, trials: Vec<Trial>) -> Experiment {
         trials,
         table: TableSpec::default(),
         max_failures: None,
+        tuning: None,
     }
 }
 

@@ -8,6 +8,7 @@
 //! exec::execute   plan, store          ->  outcome        events in between; only what is missing runs
 //! ```
 
+pub mod bundle;
 pub mod exec;
 #[cfg(test)]
 mod fixture;

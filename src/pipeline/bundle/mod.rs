@@ -19,7 +19,7 @@ mod unpack;
 
 pub use layout::Layout;
 pub use pack::{PackReport, Packing, pack};
-pub use unpack::{ImportReport, import};
+pub use unpack::{ImportReport, check, import};
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -129,7 +129,8 @@ fn many(paths: &[PathBuf]) -> String {
 fn first(paths: &[PathBuf]) -> String {
     let shown: Vec<String> = paths.iter().take(5).map(|path| format!("`{}`", path.display())).collect();
     let more = if paths.len() > shown.len() { ", ..." } else { "" };
-    format!("{}{more}, which differ", shown.join(", ")).replace(", which differ", if paths.len() == 1 { ", which differs" } else { ", which differ" })
+    let differ = if paths.len() == 1 { "which differs" } else { "which differ" };
+    format!("{}{more}, {differ}", shown.join(", "))
 }
 
 /// Adds the file and the action to an error of the system.
@@ -141,6 +142,16 @@ impl<T> At<T> for Result<T, std::io::Error> {
     fn at(self, action: &'static str, path: &std::path::Path) -> Result<T, BundleError> {
         self.map_err(|cause| BundleError::Io { action, path: path.to_owned(), cause })
     }
+}
+
+/// A user's file as an entry.
+fn hash(path: &std::path::Path) -> Result<Entry, BundleError> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let mut hasher = blake3::Hasher::new();
+    let file = std::fs::File::open(path).at("read", path)?;
+    let executable = file.metadata().at("read", path)?.permissions().mode() & 0o111 != 0;
+    hasher.update_reader(file).at("read", path)?;
+    Ok(Entry { size: hasher.count(), digest: hasher.finalize().into(), executable })
 }
 
 /// The parts of an entry's path, if it leads nowhere but down: no `..`, no root, nothing empty, no other separator.

@@ -6,9 +6,9 @@ use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{At as _, BundleError, CONTENTS, Contents, Entry, FORMAT, Layout, Record};
+use super::{At as _, BundleError, CONTENTS, Contents, Entry, FORMAT, Layout, Record, hash};
 use crate::pipeline::plan::Plan;
-use crate::pipeline::store::{self, Digest, Manifest, Store, hash_file};
+use crate::pipeline::store::{self, Digest, Manifest, Store};
 use crate::random::RNG_ABI;
 
 /// What is packed.
@@ -51,8 +51,7 @@ pub fn pack(
 ) -> Result<PackReport, BundleError> {
     let mut entries: BTreeMap<String, (Entry, From)> = BTreeMap::new();
     for (path, file) in &packing.layout.files {
-        let (entry, from) = file_entry(file)?;
-        entries.insert(format!("files/{path}"), (entry, from));
+        entries.insert(format!("files/{path}"), (hash(file)?, From::File(file.clone())));
     }
     let mut report = PackReport { files: entries.len(), ..PackReport::default() };
     let results: BTreeMap<&Digest, &Arc<Manifest>> =
@@ -94,12 +93,6 @@ pub fn pack(
     file.as_file().sync_all().at("write", out)?;
     file.persist(out).map_err(|error| error.error).at("write", out)?;
     Ok(report)
-}
-
-fn file_entry(file: &Path) -> Result<(Entry, From), BundleError> {
-    let hashed = hash_file(file)?;
-    let entry = Entry { size: hashed.size, digest: hashed.digest, executable: hashed.executable };
-    Ok((entry, From::File(file.to_owned())))
 }
 
 fn result_entries(
@@ -147,7 +140,7 @@ fn log_entries(
                 open.push(path);
             } else if let (true, Some(inside)) = (sort.is_file(), path.strip_prefix(&logs).ok().and_then(Path::to_str)) {
                 let name = format!("logs/{key}/{inside}");
-                entries.insert(name, file_entry(&path)?);
+                entries.insert(name, (hash(&path)?, From::File(path)));
             }
         }
     }

@@ -89,6 +89,15 @@ pub struct RequestInput {
     pub artifact: ArtifactType,
 }
 
+/// What came of an attempt that went well.
+#[derive(Debug)]
+pub struct Attempted {
+    /// The result.
+    pub manifest: Manifest,
+    /// Whether the stage ran, or found the result that another process had made since it was looked for.
+    pub ran: bool,
+}
+
 /// Why an attempt has no result.
 #[derive(Debug, thiserror::Error)]
 pub enum AttemptError {
@@ -130,7 +139,7 @@ pub fn attempt(
     run: &dyn Fn(&mut StageContext) -> anyhow::Result<()>,
     interrupt: Arc<AtomicBool>,
     mut events: Box<dyn FnMut(StageEvent) + Send>,
-) -> Result<Manifest, AttemptError> {
+) -> Result<Attempted, AttemptError> {
     if request.protocol != PROTOCOL {
         return Err(AttemptError::Lasting(anyhow!(
             "the request has protocol `{}`, and this program speaks `{PROTOCOL}`; build both programs from one source",
@@ -143,7 +152,7 @@ pub fn attempt(
     store.lease(&rests_on)?;
     if !request.again {
         match store.lookup(&request.key)? {
-            Lookup::Hit(manifest) => return Ok(Arc::unwrap_or_clone(manifest)),
+            Lookup::Hit(manifest) => return Ok(Attempted { manifest: Arc::unwrap_or_clone(manifest), ran: false }),
             Lookup::Miss => {}
             Lookup::Damaged { what } => {
                 store.quarantine(&lock, &what)?;
@@ -212,7 +221,8 @@ pub fn attempt(
                 numerics: attempts.numerics,
                 metrics,
             };
-            store.publish(&lock, draft).map_err(|error| match error {
+            let published = store.publish(&lock, draft).map(|manifest| Attempted { manifest, ran: true });
+            published.map_err(|error| match error {
                 // A stage that writes what cannot be stored has failed; the store is well.
                 StoreError::Unfit { .. } => AttemptError::Failed(fail(store, &lock, &out, &ended, error.into())),
                 error => AttemptError::Store(error),
@@ -502,7 +512,7 @@ mod tests {
             key: key(number),
             recipe: key(number + 1000),
             kind: "test".into(),
-            parts: parts(),
+            parts: parts(number),
             params: Value::Null,
             outputs: vec![Output::new("out", ArtifactType::Files)],
             inputs: [].into(),
@@ -523,7 +533,7 @@ mod tests {
     }
 
     fn go(sandbox: &Sandbox, request: &Request, run: Run<'_>) -> Result<Manifest, AttemptError> {
-        attempt(&sandbox.store, request, run, Arc::default(), quiet())
+        attempt(&sandbox.store, request, run, Arc::default(), quiet()).map(|attempted| attempted.manifest)
     }
 
     fn write(context: &StageContext, text: &str) -> anyhow::Result<()> {

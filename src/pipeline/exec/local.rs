@@ -19,7 +19,7 @@ use std::time::Instant;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid};
 
 use crate::pipeline::exec::ExecError;
-use crate::pipeline::exec::attempt::{AttemptError, Request, attempt};
+use crate::pipeline::exec::attempt::{AttemptError, Attempted, Request, attempt};
 use crate::pipeline::exec::throttle::Throttle;
 use crate::pipeline::exec::worker::Message;
 use crate::pipeline::stage::{AnyStage, StageEvent};
@@ -40,8 +40,13 @@ pub(super) enum News {
 
 /// How a stage ended.
 pub(super) enum Ending {
-    /// Published; a thread has the manifest at hand.
-    Done(Option<Box<Manifest>>),
+    /// The result is there.
+    Done {
+        /// The manifest; a thread has it at hand.
+        manifest: Option<Box<Manifest>>,
+        /// Whether the stage ran, or found what another process had made meanwhile.
+        ran: bool,
+    },
     /// Its work is saved.
     Interrupted,
     /// Another process works on its key.
@@ -125,7 +130,7 @@ pub(super) fn start_thread<'scope>(
         });
         let ended = attempt(store, &request, &|context| stage.run(context), asked, events);
         let ending = match ended {
-            Ok(manifest) => Ending::Done(Some(Box::new(manifest))),
+            Ok(Attempted { manifest, ran }) => Ending::Done { manifest: Some(Box::new(manifest)), ran },
             Err(AttemptError::Interrupted) => Ending::Interrupted,
             Err(AttemptError::Elsewhere) => Ending::Elsewhere,
             Err(AttemptError::DamagedInput { reference, what, .. }) => Ending::Damaged { reference, what },
@@ -281,7 +286,7 @@ fn listen(mut socket: UnixStream, request: &str, node: usize, driver: &ToDriver)
     for line in BufReader::new(socket).split(b'\n').map_while(Result::ok) {
         match serde_json::from_slice(&line) {
             Ok(Message::Event { event }) => tell(driver, node, News::Event(event)),
-            Ok(Message::Done) => ending = Some(Ending::Done(None)),
+            Ok(Message::Done { ran }) => ending = Some(Ending::Done { manifest: None, ran }),
             Ok(Message::Interrupted) => ending = Some(Ending::Interrupted),
             Ok(Message::Elsewhere) => ending = Some(Ending::Elsewhere),
             Ok(Message::Failed { causes, lasting }) => {

@@ -129,7 +129,8 @@ impl Scheduler {
                     self.find_if_ready(node, &mut actions);
                 }
             }
-            Input::Done(node) => self.done(node, &mut actions),
+            Input::Done(node) => self.done(node, Phase::Done, &mut actions),
+            Input::Taken(node) => self.done(node, Phase::Cached, &mut actions),
             Input::Failed { node, lasting } => self.failed(node, lasting, &mut actions),
             Input::Due(node) => {
                 if self.nodes[node].phase == Phase::Retrying {
@@ -247,7 +248,7 @@ impl Scheduler {
         }
     }
 
-    fn done(&mut self, node: usize, actions: &mut Vec<Action>) {
+    fn done(&mut self, node: usize, phase: Phase, actions: &mut Vec<Action>) {
         self.leave_running(node);
         // Forced once is enough: a rebuild after damage is decided by what the store has.
         self.nodes[node].shape.again = false;
@@ -256,7 +257,7 @@ impl Scheduler {
         if let Some(key) = key {
             self.made.insert(key, node);
         }
-        self.settle_ok(node, Phase::Done, actions);
+        self.settle_ok(node, phase, actions);
         for follower in followers {
             actions.push(Action::Share(follower, node));
             self.settle_ok(follower, Phase::Cached, actions);
@@ -896,7 +897,8 @@ mod tests {
                 } else {
                     stored.insert(keys[node].clone());
                     outputs[node] = Some(world.output(node, &keys[node]));
-                    inbox.push_back(Input::Done(node));
+                    let taken = world.trouble && choose(5) == 0;
+                    inbox.push_back(if taken { Input::Taken(node) } else { Input::Done(node) });
                 }
             }
         }

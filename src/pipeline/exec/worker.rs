@@ -32,8 +32,11 @@ pub enum Message {
         /// What.
         event: StageEvent,
     },
-    /// The end: the result is published.
-    Done,
+    /// The end: the result is there.
+    Done {
+        /// Whether the stage ran, or found what another process had made meanwhile.
+        ran: bool,
+    },
     /// The end: the work is saved.
     Interrupted,
     /// The end: another process works on the key.
@@ -91,7 +94,7 @@ pub fn serve(program: &Program<'_>) -> anyhow::Result<u8> {
         })
         .context("cannot start a thread")?;
     let ending = match one_request(program, &line, &interrupt, &speaker) {
-        Ok(()) => Message::Done,
+        Ok(ran) => Message::Done { ran },
         Err(AttemptError::Interrupted) => Message::Interrupted,
         Err(AttemptError::Elsewhere) => Message::Elsewhere,
         Err(AttemptError::DamagedInput { reference, what, .. }) => Message::DamagedInput { reference, what },
@@ -101,7 +104,7 @@ pub fn serve(program: &Program<'_>) -> anyhow::Result<u8> {
     };
     speaker.say(&ending);
     Ok(match ending {
-        Message::Done => 0,
+        Message::Done { .. } => 0,
         Message::Interrupted => 130,
         _ => 1,
     })
@@ -111,12 +114,13 @@ fn causes(error: &anyhow::Error) -> Vec<String> {
     error.chain().map(ToString::to_string).collect()
 }
 
+/// Runs what the request asks for; gives whether that was still to do.
 fn one_request(
     program: &Program<'_>,
     line: &str,
     interrupt: &Arc<AtomicBool>,
     speaker: &Speaker,
-) -> Result<(), AttemptError> {
+) -> Result<bool, AttemptError> {
     let request = serde_json::from_str::<Request>(line).context(
         "cannot understand the request; build `pipe` and `pipe-worker` from one source: `cargo build --workspace`",
     );
@@ -142,7 +146,7 @@ fn one_request(
         (program.set_threads)(context.resources.threads);
         runner(&request.params, context)
     };
-    attempt(&store, &request, &run, Arc::clone(interrupt), events).map(drop)
+    attempt(&store, &request, &run, Arc::clone(interrupt), events).map(|attempted| attempted.ran)
 }
 
 /// The worker's side of the socket, shared by the stage's events and the ending.

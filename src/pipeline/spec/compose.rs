@@ -107,6 +107,11 @@ impl Composer {
         whole.then(|| Document { name, path: file.to_owned(), span, root, overlaid_params })
     }
 
+    /// Every file that was read, by its absolute path.
+    pub(super) fn paths(&self) -> BTreeSet<PathBuf> {
+        self.files.keys().cloned().collect()
+    }
+
     /// Adds the layers of `file`, those it extends beneath it.
     fn layers(
         &mut self,

@@ -23,7 +23,7 @@ pub(crate) struct Sandbox {
 
 /// A key by number.
 pub(crate) fn key(number: usize) -> Digest {
-    blake3::hash(&number.to_le_bytes()).into()
+    super::hash_json("key", &serde_json::to_value(parts(number)).unwrap()).unwrap()
 }
 
 impl Sandbox {
@@ -94,7 +94,7 @@ impl Sandbox {
         let output = DraftOutput { name: "out".into(), artifact: ArtifactType::Files, folder: folder.to_owned() };
         let draft = ManifestDraft {
             recipe: key(number),
-            parts: parts(),
+            parts: parts(number),
             params: Value::Null,
             inputs: [].into(),
             outputs: vec![output],
@@ -114,7 +114,7 @@ impl Drop for Sandbox {
     }
 }
 
-/// The parts of a key of no kind.
-pub(crate) fn parts() -> KeyParts {
-    KeyParts { kind: "test".into(), version: 1, parts: vec![], params: Value::Null, rng_abi: 1 }
+/// The parts of the key of a number, of no kind.
+pub(crate) fn parts(number: usize) -> KeyParts {
+    KeyParts { kind: "test".into(), version: 1, parts: vec![], params: number.into(), rng_abi: 1 }
 }

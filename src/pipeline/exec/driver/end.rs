@@ -18,10 +18,10 @@ impl Driver<'_, '_> {
         let live = self.running.remove(&node);
         let seconds = live.as_ref().map_or(0.0, |live| live.began.elapsed().as_secs_f64());
         let input = match ending {
-            Ending::Done(manifest) => match self.done(node, manifest, seconds) {
-                Ok(()) => Input::Done(node),
-                Err(problem) => self.failed(node, problem, false),
-            },
+            Ending::Done { manifest, ran } => {
+                let ended = self.done(node, manifest, ran.then_some(seconds));
+                ended.unwrap_or_else(|problem| self.failed(node, problem, false))
+            }
             Ending::Elsewhere => Input::Elsewhere(node),
             Ending::Interrupted if live.is_some_and(|live| live.timed_out) => {
                 let timeout = self.plan.nodes[node].spec.run.timeout.clone().unwrap_or_default();
@@ -43,7 +43,8 @@ impl Driver<'_, '_> {
         self.inbox.push_back(input);
     }
 
-    fn done(&mut self, node: usize, manifest: Option<Box<Manifest>>, seconds: f64) -> Result<(), String> {
+    /// Takes in a node's result, for which it ran so many seconds, if it did.
+    fn done(&mut self, node: usize, manifest: Option<Box<Manifest>>, seconds: Option<f64>) -> Result<Input, String> {
         let key = self.keys[node].clone().ok_or("the stage has no key")?;
         let manifest = match manifest {
             Some(manifest) => *manifest,
@@ -56,10 +57,14 @@ impl Driver<'_, '_> {
         self.made[node] = Some(made_of(&StoredResult::of(&manifest)));
         self.as_planned[node] = false;
         self.again.remove(&node);
+        let Some(seconds) = seconds else {
+            self.cached(node);
+            return Ok(Input::Taken(node));
+        };
         self.record(node, &key);
         let name = self.plan.nodes[node].name().clone();
         (self.events)(&Event::Done { node, name, key, seconds, metrics: manifest.metrics });
-        Ok(())
+        Ok(Input::Done(node))
     }
 
     pub(super) fn cached(&mut self, node: usize) {

@@ -40,6 +40,8 @@ pub enum Input {
     Freed(usize),
     /// A running node published its result.
     Done(usize),
+    /// A running node found the result that another process had made meanwhile.
+    Taken(usize),
     /// A node failed.
     Failed {
         /// The node.

@@ -146,20 +146,19 @@ impl Store {
     }
 }
 
-/// A manifest, or none where it is damaged or gone. One that is whole and says what this program does not understand is an
-/// error: what it refers to is not known, so nothing may be called garbage.
+/// A manifest, or none where it is damaged or gone. One that the disk does not give, and one that is whole and says what
+/// this program does not understand, are errors: what they refer to is not known, so nothing may be called garbage.
 fn read(store: &Store, key: &Digest) -> Result<Option<Manifest>, StoreError> {
-    match store.manifest(key)? {
-        Some(Ok(manifest)) => return Ok(Some(manifest)),
-        Some(Err(_)) => {}
-        None => return Ok(None),
-    }
     let path = store.manifest_path(key);
-    match store.disk.read(&path).ok().and_then(|bytes| sealed::open(&bytes)) {
-        Some(body) if serde_json::from_slice::<Manifest>(&body).is_err() => Err(StoreError::unfit(
-            &path,
-            "was written by another version of this program, so it is not known what may go; collect with that version",
-        )),
-        _ => Ok(None),
-    }
+    let bytes = match store.disk.read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error).at("read", &path),
+    };
+    let Some(body) = sealed::open(&bytes) else { return Ok(None) };
+    let manifest = serde_json::from_slice::<Manifest>(&body).map_err(|_| {
+        let problem = "was written by another version of this program, so it is not known what may go";
+        StoreError::unfit(&path, format!("{problem}; collect with that version"))
+    })?;
+    Ok((manifest.key == *key).then_some(manifest))
 }

@@ -208,3 +208,226 @@ impl Store {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use std::time::Duration;
+
+    use crate::pipeline::plan::NodeName;
+    use crate::pipeline::store::faults::FAULTS;
+    use crate::pipeline::store::fixture::{Sandbox, key};
+    use crate::pipeline::store::{GcPlan, GcPolicy, GcReport, Lookup, RunRecord, Store};
+
+    /// Every result that nothing holds.
+    fn everything() -> GcPolicy {
+        GcPolicy { max_size: Some(0), ..GcPolicy::default() }
+    }
+
+    fn plan(store: &Store, policy: &GcPolicy) -> GcPlan {
+        store.plan_gc(policy, &|_, _| ()).unwrap()
+    }
+
+    fn collect(store: &Store, policy: &GcPolicy) -> GcReport {
+        store.collect_garbage(&plan(store, policy), &mut |_, _| (), &mut || ()).unwrap()
+    }
+
+    fn is_hit(store: &Store, number: usize) -> bool {
+        match store.lookup(&key(number)).unwrap() {
+            Lookup::Hit(_) => true,
+            Lookup::Miss => false,
+            Lookup::Damaged { what } => panic!("{what}"),
+        }
+    }
+
+    /// Files below a folder of the store.
+    fn count(store: &Store, folder: &str) -> usize {
+        let mut open = vec![store.root().join(folder)];
+        let mut files = 0;
+        while let Some(folder) = open.pop() {
+            for entry in std::fs::read_dir(folder).into_iter().flatten() {
+                let path = entry.unwrap().path();
+                if path.is_dir() && !path.is_symlink() { open.push(path) } else { files += 1 }
+            }
+        }
+        files
+    }
+
+    #[test]
+    fn what_goes_goes_whole_and_shared_content_stays() {
+        let sandbox = Sandbox::new();
+        sandbox.publish(1, &[("data", "one")]);
+        sandbox.publish(2, &[("data", "one")]);
+        sandbox.publish(3, &[("data", "three")]);
+        std::fs::create_dir_all(sandbox.store.logs(&key(3))).unwrap();
+        std::fs::write(sandbox.store.logs(&key(3)).join("log.txt"), "said").unwrap();
+        sandbox.store.pin(&key(2).0).unwrap().unwrap();
+        let plan = plan(&sandbox.store, &everything());
+        assert_eq!((plan.results.len(), plan.freed, plan.over), (2, 5 + 4, 3));
+        let report = sandbox.store.collect_garbage(&plan, &mut |_, _| (), &mut || ()).unwrap();
+        assert_eq!((report.results, report.objects, report.busy), (2, 1, 0));
+        assert_eq!([1, 2, 3].map(|number| is_hit(&sandbox.store, number)), [false, true, false]);
+        assert_eq!(["objects", "manifests", "logs", "trash"].map(|folder| count(&sandbox.store, folder)), [1, 1, 0, 0]);
+        assert!(self::plan(&sandbox.store, &GcPolicy::default()).is_empty());
+    }
+
+    #[test]
+    fn leftovers_go_and_what_serves_somebody_stays() {
+        let sandbox = Sandbox::new();
+        let store = &sandbox.store;
+        let manifest = sandbox.publish(1, &[("data", "one")]);
+        sandbox.publish(2, &[("data", "two")]);
+        std::fs::remove_file(store.manifest_path(&key(2))).unwrap();
+        let write = |path: std::path::PathBuf| {
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, "0123456789").unwrap();
+        };
+        write(store.work(&key(1)).join("state/old"));
+        write(store.work(&key(3)).join("state/saved"));
+        write(store.work(&key(3)).join("out-1/out/half"));
+        write(store.work(&key(3)).join("failed/out/look"));
+        write(store.work(&key(4)).join("out-1/out/half"));
+        write(store.logs(&key(3)).join("log.txt"));
+        write(store.logs(&key(5)).join("log.txt"));
+        write(store.root().join("quarantine/now/data"));
+        write(store.root().join("trash/object-0/data"));
+        std::fs::create_dir_all(store.root().join("tensorboard/e")).unwrap();
+        std::os::unix::fs::symlink("../../logs/none", store.root().join("tensorboard/e/s")).unwrap();
+        let _working = Store::open(store.root()).unwrap().lock(&key(4)).unwrap();
+        collect(store, &GcPolicy::default());
+        assert!(is_hit(store, 1) && store.object(&manifest.outputs[0].digest).exists());
+        assert_eq!(count(store, "objects"), 1);
+        let there = |path: std::path::PathBuf| path.exists();
+        assert!(!there(store.work(&key(1))) && there(store.work(&key(3)).join("state/saved")));
+        assert!(!there(store.work(&key(3)).join("out-1")) && there(store.work(&key(3)).join("failed/out/look")));
+        assert!(there(store.work(&key(4)).join("out-1")), "somebody works there");
+        assert!(there(store.logs(&key(3))) && !there(store.logs(&key(5))));
+        assert!(there(store.root().join("quarantine/now")) && count(store, "trash") == 0);
+        assert!(std::fs::symlink_metadata(store.root().join("tensorboard/e/s")).is_err());
+        std::thread::sleep(Duration::from_millis(20));
+        collect(store, &GcPolicy { older_than: Some(Duration::from_millis(1)), ..GcPolicy::default() });
+        assert!(!there(store.work(&key(3))) && count(store, "quarantine") == 0 && !is_hit(store, 1));
+    }
+
+    #[test]
+    fn names_keep_their_newest_results() {
+        let sandbox = Sandbox::new();
+        let name = NodeName { experiment: "e".into(), trial: String::new(), stage: "s".into() };
+        for number in [1, 2, 3, 2, 4] {
+            sandbox.publish(number, &[("data", &number.to_string())]);
+            let record = RunRecord {
+                recipe: key(number),
+                key: key(number),
+                kind: "test".into(),
+                file: "/e.toml".into(),
+                earlier: Vec::new(),
+            };
+            sandbox.store.record(&name, &record).unwrap();
+        }
+        let last = |last| GcPolicy { keep_last: Some(last), ..GcPolicy::default() };
+        assert!(plan(&sandbox.store, &last(4)).is_empty());
+        collect(&sandbox.store, &last(2));
+        assert_eq!([1, 2, 3, 4].map(|number| is_hit(&sandbox.store, number)), [false, true, false, true]);
+        sandbox.publish(1, &[("data", "1")]);
+        collect(&sandbox.store, &last(3));
+        assert!(is_hit(&sandbox.store, 1), "what is gone takes no place among the newest");
+    }
+
+    #[test]
+    fn what_is_used_or_pinned_after_the_plan_stays() {
+        let mut sandbox = Sandbox::new();
+        for number in 1..=4 {
+            sandbox.publish(number, &[("data", &number.to_string())]);
+        }
+        let old = plan(&sandbox.store, &everything());
+        assert_eq!(old.results.len(), 4);
+        let other = Store::open(sandbox.store.root()).unwrap();
+        other.lease(&[&key(1)]).unwrap();
+        std::thread::sleep(Duration::from_millis(5));
+        sandbox.store.lease(&[&key(2)]).unwrap();
+        sandbox.reopen();
+        sandbox.store.pin(&key(3).0[..12]).unwrap().unwrap();
+        let report = sandbox.store.collect_garbage(&old, &mut |_, _| (), &mut || ()).unwrap();
+        assert_eq!((report.results, report.busy), (1, 3));
+        assert_eq!([1, 2, 3, 4].map(|number| is_hit(&sandbox.store, number)), [true, true, true, false]);
+        drop(other);
+        assert!(sandbox.store.unpin(&key(3).0[..12]).unwrap());
+        assert_eq!(collect(&sandbox.store, &everything()).results, 3);
+        assert_eq!(count(&sandbox.store, "objects"), 0);
+    }
+
+    #[test]
+    fn a_failure_or_a_kill_at_any_operation_leaves_whole_results_and_the_next_collection_ends_the_work() {
+        // Most operations list shelves. With a step of 1 every one fails in turn, which takes minutes.
+        let step: usize = std::env::var("PIPE_FAULT_STEP").map_or(61, |step| step.parse().unwrap());
+        for (begin, fault) in FAULTS.into_iter().enumerate() {
+            for number in (begin % step..).step_by(step) {
+                let (mut sandbox, disk) = Sandbox::faulty();
+                for number in 1..=3 {
+                    sandbox.publish(number, &[("data", &number.to_string())]);
+                }
+                sandbox.publish(4, &[("data", "1")]);
+                std::fs::create_dir_all(sandbox.store.work(&key(1)).join("state")).unwrap();
+                sandbox.store.pin(&key(4).0).unwrap().unwrap();
+                let plan = plan(&sandbox.store, &everything());
+                disk.fail_at(number, fault);
+                let ended = sandbox.store.collect_garbage(&plan, &mut |_, _| (), &mut || ());
+                let operations = disk.heal();
+                sandbox.reopen();
+                for number in 1..=4 {
+                    // It panics where something is damaged.
+                    assert!(is_hit(&sandbox.store, number) || number < 4, "{fault:?} at {number}");
+                }
+                collect(&sandbox.store, &everything());
+                let left = ["objects", "manifests", "trash", "work"].map(|folder| count(&sandbox.store, folder));
+                assert_eq!(left, [1, 1, 0, 0], "{fault:?} at {number}");
+                assert!(is_hit(&sandbox.store, 4));
+                if number >= operations {
+                    ended.unwrap();
+                    break;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn publishers_and_readers_never_lose_what_they_hold_to_collectors() {
+        let sandbox = Sandbox::new();
+        let root = sandbox.store.root();
+        let (over, collected) = (AtomicBool::new(false), AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            for worker in 0..3_usize {
+                let (sandbox, over, collected) = (&sandbox, &over, &collected);
+                scope.spawn(move || {
+                    for round in 0_usize.. {
+                        if round >= 60 && (collected.load(Ordering::Relaxed) > 20 || round == 3000) {
+                            break;
+                        }
+                        // As a process of its own: it leases, looks, makes what is missing, and rests on it.
+                        let store = Store::open(root).unwrap();
+                        let number = (worker * 31 + round * 7) % 60;
+                        // Every key has the same content, so publishers meet each other's objects all the time.
+                        store.lease(&[&key(number)]).unwrap();
+                        if !is_hit(&store, number) {
+                            sandbox.publish(number, &[("data", "same")]);
+                        }
+                        let Lookup::Hit(found) = store.lookup(&key(number)).unwrap() else { panic!("it went") };
+                        std::thread::sleep(Duration::from_micros(300));
+                        store.verify_object(&found.outputs[0]).unwrap().unwrap();
+                    }
+                    over.store(true, Ordering::Relaxed);
+                });
+            }
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    let store = Store::open(root).unwrap();
+                    while !over.load(Ordering::Relaxed) {
+                        collected.fetch_add(collect(&store, &everything()).results, Ordering::Relaxed);
+                    }
+                });
+            }
+        });
+        assert!(collected.into_inner() > 20, "hardly anything was ever collected");
+        assert!(sandbox.store.verify(None, &mut |_, _| ()).unwrap().is_sound());
+    }
+}
