@@ -27,6 +27,7 @@ pub mod table;
 pub mod ui;
 pub mod verify;
 
+use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -167,9 +168,11 @@ pub struct Files {
 }
 
 impl Session {
-    /// Reads experiments; every mistake of every file is in the failure.
-    pub fn read(&self, files: &[PathBuf], sets: &[String]) -> Result<Vec<Experiment>, Failure> {
-        spec::read(files, sets, KINDS).map_err(|mistakes| Failure::diagnostics(mistakes.render(self.ui.error_color())))
+    /// Reads experiments; every mistake of every file is in the failure. They are never taken apart: the process ends soon,
+    /// and what it holds ends with it at once.
+    pub fn read(&self, files: &[PathBuf], sets: &[String]) -> Result<ManuallyDrop<Vec<Experiment>>, Failure> {
+        let read = spec::read(files, sets, KINDS);
+        read.map(ManuallyDrop::new).map_err(|mistakes| Failure::diagnostics(mistakes.render(self.ui.error_color())))
     }
 
     /// The store as it is; `None` where there is none yet. Changes nothing.
@@ -177,9 +180,9 @@ impl Session {
         Store::open_existing(&self.store).map_err(|error| Failure::input(&error).hint(store_hint(&self.store)))
     }
 
-    /// The plan of `experiments` over the store as it is. Changes nothing.
-    pub fn plan(&self, experiments: &[Experiment], store: Option<&Store>) -> Result<Plan, Failure> {
-        Plan::new(experiments, store).map_err(|error| match error {
+    /// The plan of `experiments` over the store as it is. Changes nothing. It is never taken apart, as what was read is not.
+    pub fn plan(&self, experiments: &[Experiment], store: Option<&Store>) -> Result<ManuallyDrop<Plan>, Failure> {
+        Plan::new(experiments, store).map(ManuallyDrop::new).map_err(|error| match error {
             PlanError::Store(error) => Failure::input(&error).hint(store_hint(&self.store)),
             other => Failure::input(&other),
         })

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::{At as _, BundleError, CONTENTS, Contents, Entry, FORMAT, Layout, Record, hash};
 use crate::pipeline::plan::Plan;
-use crate::pipeline::store::{self, Digest, Manifest, Store};
+use crate::pipeline::store::{self, Digest, Lookup, Manifest, Store};
 use crate::random::RNG_ABI;
 
 /// What is packed.
@@ -54,8 +54,15 @@ pub fn pack(
         entries.insert(format!("files/{path}"), (hash(file)?, From::File(file.clone())));
     }
     let mut report = PackReport { files: entries.len(), ..PackReport::default() };
-    let results: BTreeMap<&Digest, &Arc<Manifest>> =
-        packing.plan.nodes.iter().filter_map(|node| node.result.as_ref()).map(|one| (&one.key, one)).collect();
+    let mut results: BTreeMap<&Digest, Arc<Manifest>> = BTreeMap::new();
+    for key in packing.plan.nodes.iter().filter_map(|node| node.result.as_ref()).map(|one| &one.key) {
+        let damaged = |what: String| BundleError::Damaged { key: key.clone(), what };
+        match store.lookup(key)? {
+            Lookup::Hit(manifest) => results.insert(key, manifest),
+            Lookup::Miss => return Err(damaged("it was removed meanwhile".to_owned())),
+            Lookup::Damaged { what } => return Err(damaged(what)),
+        };
+    }
     report.results = results.len();
     report.missing = packing.plan.nodes.iter().filter(|node| node.result.is_none()).count();
     for manifest in results.values() {
@@ -120,11 +127,7 @@ fn result_entries(
 }
 
 /// The logs of a key; what a stage writes nowhere but there.
-fn log_entries(
-    key: &Digest,
-    store: &Store,
-    entries: &mut BTreeMap<String, (Entry, From)>,
-) -> Result<(), BundleError> {
+fn log_entries(key: &Digest, store: &Store, entries: &mut BTreeMap<String, (Entry, From)>) -> Result<(), BundleError> {
     let logs = store.logs(key);
     let mut open = vec![logs.clone()];
     while let Some(folder) = open.pop() {
@@ -138,7 +141,8 @@ fn log_entries(
             let (path, sort) = (entry.path(), entry.file_type().at("list", &folder)?);
             if sort.is_dir() {
                 open.push(path);
-            } else if let (true, Some(inside)) = (sort.is_file(), path.strip_prefix(&logs).ok().and_then(Path::to_str)) {
+            } else if let (true, Some(inside)) = (sort.is_file(), path.strip_prefix(&logs).ok().and_then(Path::to_str))
+            {
                 let name = format!("logs/{key}/{inside}");
                 entries.insert(name, (hash(&path)?, From::File(path)));
             }
@@ -161,7 +165,8 @@ fn records(packing: &Packing<'_>) -> Result<Vec<Record>, BundleError> {
             records.insert((name.clone(), node.recipe.clone(), result.key.clone(), node.spec.kind.name, file));
         }
     }
-    let record = |(name, recipe, key, kind, file): (_, _, _, &str, _)| Record { name, recipe, key, kind: kind.to_owned(), file };
+    let record =
+        |(name, recipe, key, kind, file): (_, _, _, &str, _)| Record { name, recipe, key, kind: kind.to_owned(), file };
     Ok(records.into_iter().map(record).collect())
 }
 
@@ -201,7 +206,8 @@ fn write(
                 Err(error) => return Err(error).at("read", path),
             },
         };
-        let mut watched = Watched { inner: reader, left: entry.size, hasher: blake3::Hasher::new(), done, total, progress };
+        let mut watched =
+            Watched { inner: reader, left: entry.size, hasher: blake3::Hasher::new(), done, total, progress };
         let appended = append(&mut tar, &path, entry.size, entry.executable, &mut watched);
         let Watched { left, mut inner, hasher, .. } = watched;
         appended.at("write", out)?;

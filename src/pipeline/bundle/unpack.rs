@@ -96,7 +96,8 @@ fn contents(entry: &mut tar::Entry<'_, Box<dyn Read>>) -> Result<(Vec<u8>, Conte
     }
     let mut sealed = Vec::new();
     entry.read_to_end(&mut sealed).map_err(|error| ends_early(&error))?;
-    let body = store::open_sealed(&sealed).ok_or("is damaged: its list of contents does not have the digest that it carries")?;
+    let body = store::open_sealed(&sealed)
+        .ok_or("is damaged: its list of contents does not have the digest that it carries")?;
     #[derive(serde::Deserialize)]
     struct Versions {
         format: u32,
@@ -208,10 +209,13 @@ impl Import<'_> {
     fn manifests(&self, broken: Broken<'_>) -> Result<Vec<Manifest>, BundleError> {
         let mut manifests = Vec::new();
         for name in self.contents.entries.keys() {
-            let Some(key) = name.strip_prefix("manifests/").and_then(|name| name.strip_suffix(".json")) else { continue };
+            let Some(key) = name.strip_prefix("manifests/").and_then(|name| name.strip_suffix(".json")) else {
+                continue;
+            };
             let path = self.aside.join(name);
             let bytes = std::fs::read(&path).at("read", &path)?;
-            let manifest = Manifest::from_portable(&bytes).map_err(|what| broken(format!("holds `{name}`, which {what}")))?;
+            let manifest =
+                Manifest::from_portable(&bytes).map_err(|what| broken(format!("holds `{name}`, which {what}")))?;
             if manifest.key.0 != key {
                 return Err(broken(format!("holds `{name}`, which is that of another key")));
             }

@@ -45,6 +45,8 @@ pub struct StoredResult {
     pub key: Digest,
     /// Wall seconds over all attempts.
     pub seconds: f64,
+    /// Whether it was accepted as another key's result, and not computed under its own.
+    pub is_accepted: bool,
     /// Its outputs, default one first.
     pub outputs: Vec<StoredName>,
 }
@@ -69,7 +71,8 @@ impl StoredResult {
             digest: output.digest.clone(),
         };
         let outputs = manifest.outputs.iter().map(output).collect();
-        Self { key: manifest.key.clone(), seconds: manifest.seconds, outputs }
+        let (key, is_accepted) = (manifest.key.clone(), manifest.accepted.is_some());
+        Self { key, seconds: manifest.seconds, is_accepted, outputs }
     }
 }
 
@@ -93,6 +96,7 @@ struct Record<'a> {
     /// The manifest's.
     stat: FileStat,
     seconds: f64,
+    is_accepted: bool,
     #[serde(borrow)]
     outputs: Vec<(Cow<'a, str>, ArtifactType, Cow<'a, str>, Vec<File<'a>>)>,
 }
@@ -149,7 +153,12 @@ impl Index {
                 files(&output.files).into_iter().map(|(path, executable, stat)| (path.into(), executable, stat));
             (output.name.as_str().into(), output.artifact, output.digest.0.as_str().into(), files.collect())
         });
-        let record = Record { stat, seconds: manifest.seconds, outputs: outputs.collect() };
+        let record = Record {
+            stat,
+            seconds: manifest.seconds,
+            is_accepted: manifest.accepted.is_some(),
+            outputs: outputs.collect(),
+        };
         let json = serde_json::to_string(&record).expect("a record is plain data");
         let rest = format!("{} {json}", manifest.key);
         let line: Arc<[u8]> = format!("{} {rest}", seal(rest.as_bytes())).into_bytes().into();
@@ -258,7 +267,8 @@ impl Store {
             }
             outputs.push(StoredName { name: name.clone().into_owned(), artifact: *artifact, digest });
         }
-        Some(StoredResult { key: key.clone(), seconds: record.seconds, outputs })
+        let (seconds, is_accepted) = (record.seconds, record.is_accepted);
+        Some(StoredResult { key: key.clone(), seconds, is_accepted, outputs })
     }
 
     /// Adds a manifest to the index that was written just now; the caller holds the key's lock, so it is the one that lies
