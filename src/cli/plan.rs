@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::cli::failure::Failure;
 use crate::cli::ui::Look;
-use crate::cli::{Files, Session, render, same_arms};
+use crate::cli::{Files, Session, render, same_arms, tuning};
 use crate::pipeline::exec::device;
 use crate::pipeline::plan::forecast::{Forecast, Total, Width};
 use crate::pipeline::plan::reason::Reason;
@@ -55,6 +55,9 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         if let [Reason::Damaged { what }] = node.reasons.as_slice() {
             session.ui.warn(&format!("`{}` would be made again: {what}", render::node(node.name())));
         }
+    }
+    for note in experiments.iter().filter_map(tuning::waiting) {
+        session.ui.note(&note);
     }
     for hint in plan.nodes.iter().filter_map(|node| node.hint.as_deref()) {
         session.ui.note(&format!("hint: {hint}"));

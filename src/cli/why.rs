@@ -3,6 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 
@@ -17,7 +18,7 @@ use crate::pipeline::plan::reason::Reason;
 use crate::pipeline::plan::{NodeName, Plan};
 use crate::pipeline::spec::origin::Origins;
 use crate::pipeline::spec::{Experiment, Origin};
-use crate::pipeline::store::{Acceptance, Store, StoreError};
+use crate::pipeline::store::{Acceptance, Manifest, Store, StoreError};
 use crate::stages::KINDS;
 
 /// Inputs upstream that are told one below the other; beyond them only the causes are.
@@ -180,6 +181,14 @@ impl<'a> Told<'a> {
         }
     }
 
+    /// The record of the result of a node that is cached.
+    fn made(&self, node: usize) -> Result<Option<Arc<Manifest>>, StoreError> {
+        match (self.store, &self.plan.nodes[node].result) {
+            (Some(store), Some(result)) => store.manifest_of(&result.key),
+            _ => Ok(None),
+        }
+    }
+
     /// The nearest cause in one sentence, where it lies upstream.
     fn because(&self, node: usize) -> Option<String> {
         let way = self.plan.way_to_cause(node, &self.distances);
@@ -214,7 +223,7 @@ impl<'a> Told<'a> {
             if let (0, Some(because), Some(1..)) = (depth, self.because(node), self.distances[node]) {
                 let _ = writeln!(text, "{indent}  because {because}");
             }
-            if let Some(manifest) = &planned.result {
+            if let Some(manifest) = self.made(node)? {
                 let by = if manifest.recipe == planned.recipe {
                     String::new()
                 } else {
@@ -300,7 +309,7 @@ impl<'a> Told<'a> {
                     "name": compared.with,
                     "differences": compared.differences,
                 })),
-                "made": planned.result.as_ref().map(|manifest| json!({
+                "made": self.made(node)?.map(|manifest| json!({
                     "finished": manifest.finished, "seconds": manifest.seconds, "recipe": manifest.recipe,
                     "accepted": manifest.accepted,
                 })),

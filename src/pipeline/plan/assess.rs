@@ -3,6 +3,7 @@
 //! It must never change the store, and looks no key up twice.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -10,11 +11,11 @@ use serde_json::Value;
 use crate::pipeline::plan::reason::{InputNow, Now, Reason};
 use crate::pipeline::plan::{Edge, Node, NodeName, PlanError, State};
 use crate::pipeline::stage::Continues;
-use crate::pipeline::store::{Digest, Lookup, Manifest, Store, StoreError};
+use crate::pipeline::store::{Digest, Found, Manifest, Store, StoreError, TrialRecords};
 
 /// Gives every node its key, state and reasons.
 pub(super) fn assess(nodes: &mut [Node], store: Option<&Store>) -> Result<(), PlanError> {
-    let mut found: HashMap<Digest, Lookup> = HashMap::new();
+    let mut known: HashMap<Digest, Found> = HashMap::new();
     let mut last = LastRuns::new(store);
     for at in 0..nodes.len() {
         let (before, rest) = nodes.split_at_mut(at);
@@ -26,15 +27,15 @@ pub(super) fn assess(nodes: &mut [Node], store: Option<&Store>) -> Result<(), Pl
         let key = node.key_of(&digest);
         let lookup = match (&key, store) {
             (Some(key), Some(store)) => {
-                if !found.contains_key(key) {
-                    found.insert(key.clone(), store.lookup(key)?);
+                if !known.contains_key(key) {
+                    known.insert(key.clone(), store.find(key)?);
                 }
-                found[key].clone()
+                known[key].clone()
             }
-            _ => Lookup::Miss,
+            _ => Found::Miss,
         };
-        let (state, reasons) = if let Lookup::Hit(manifest) = lookup {
-            node.result = Some(manifest);
+        let (state, reasons) = if let Found::Hit(stored) = lookup {
+            node.result = Some(stored);
             (State::Cached, Vec::new())
         } else {
             let begun = match (&key, store) {
@@ -44,7 +45,7 @@ pub(super) fn assess(nodes: &mut [Node], store: Option<&Store>) -> Result<(), Pl
             let last = last.of(&node.names, &node.recipe, key.as_ref())?;
             let input = |edge: &Edge| input_now(before, edge);
             match lookup {
-                Lookup::Damaged { what } => {
+                Found::Damaged { what } => {
                     (if begun.saved { State::Resume } else { State::Run }, vec![Reason::Damaged { what }])
                 }
                 _ => judge(node, &input, begun, key.is_some(), &last),
@@ -178,24 +179,26 @@ enum LastRun {
 /// The last recorded runs by name.
 struct LastRuns<'a> {
     store: Option<&'a Store>,
+    /// By experiment and trial.
+    records: HashMap<(String, String), Arc<TrialRecords>>,
     manifests: HashMap<Digest, Option<Arc<Manifest>>>,
-    /// Whether anything of an experiment, or of a trial, is recorded.
-    recorded: HashMap<(String, Option<String>), bool>,
+    /// Whether anything of an experiment is recorded.
+    recorded: HashMap<String, bool>,
 }
 
 impl<'a> LastRuns<'a> {
     fn new(store: Option<&'a Store>) -> Self {
-        Self { store, manifests: HashMap::new(), recorded: HashMap::new() }
+        Self { store, records: HashMap::new(), manifests: HashMap::new(), recorded: HashMap::new() }
     }
 
     /// The last run of the first name that has one; `recipe` and `key` say what would run now.
     fn of(&mut self, names: &[NodeName], recipe: &Digest, key: Option<&Digest>) -> Result<LastRun, StoreError> {
         let Some(store) = self.store else { return Ok(LastRun::Never) };
         for name in names {
-            let Some(record) = store.recorded(&name.experiment, &name.trial, &name.stage)? else { continue };
-            let known = match self.manifests.get(&record.key) {
-                Some(known) => known,
-                None => self.manifests.entry(record.key.clone()).or_insert(store.manifest_of(&record.key)?),
+            let Some(record) = self.trial(store, name)?.get(&name.stage).cloned() else { continue };
+            let known = match self.manifests.entry(record.key.clone()) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(unknown) => unknown.insert(store.manifest_of(&record.key)?),
             };
             let same = record.recipe == *recipe || Some(&record.key) == key;
             return Ok(match known {
@@ -205,21 +208,28 @@ impl<'a> LastRuns<'a> {
                 _ => LastRun::ChangedSinceRemoved,
             });
         }
-        let mut is_new = false;
         for name in names {
-            is_new |= self.is_recorded(store, &name.experiment, None)?
-                && !self.is_recorded(store, &name.experiment, Some(&name.trial))?;
+            if self.trial(store, name)?.is_empty() && self.is_recorded(store, &name.experiment)? {
+                return Ok(LastRun::NeverThisTrial);
+            }
         }
-        Ok(if is_new { LastRun::NeverThisTrial } else { LastRun::Never })
+        Ok(LastRun::Never)
     }
 
-    fn is_recorded(&mut self, store: &Store, experiment: &str, trial: Option<&str>) -> Result<bool, StoreError> {
-        let name = (experiment.to_owned(), trial.map(str::to_owned));
-        if let Some(known) = self.recorded.get(&name) {
+    /// What is recorded of the trial of a name.
+    fn trial(&mut self, store: &Store, name: &NodeName) -> Result<&Arc<TrialRecords>, StoreError> {
+        Ok(match self.records.entry((name.experiment.clone(), name.trial.clone())) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(unknown) => unknown.insert(store.recorded_trial(&name.experiment, &name.trial)?),
+        })
+    }
+
+    fn is_recorded(&mut self, store: &Store, experiment: &str) -> Result<bool, StoreError> {
+        if let Some(known) = self.recorded.get(experiment) {
             return Ok(*known);
         }
-        let is_recorded = store.is_recorded(experiment, trial)?;
-        self.recorded.insert(name, is_recorded);
+        let is_recorded = store.is_recorded(experiment)?;
+        self.recorded.insert(experiment.to_owned(), is_recorded);
         Ok(is_recorded)
     }
 }

@@ -67,10 +67,11 @@ impl Plan {
         let mut candidates: Vec<(NodeName, Arc<Manifest>)> = Vec::new();
         for other in self.nodes.iter().filter(|other| other.spec.kind.name == kind) {
             let with = other.names.iter().find(|with| with.stage == name.stage);
-            if let (Some(with), Some(manifest)) = (with.filter(|_| seen.len() < COMPARED), &other.result) {
-                seen.insert(manifest.key.clone());
-                candidates.push((with.clone(), Arc::clone(manifest)));
-            }
+            let Some((with, result)) = with.filter(|_| seen.len() < COMPARED).zip(other.result.as_ref()) else {
+                continue;
+            };
+            seen.insert(result.key.clone());
+            candidates.extend(store.manifest_of(&result.key)?.map(|manifest| (with.clone(), manifest)));
         }
         let others = store.recorded_experiments()?.into_iter().filter(|other| *other != name.experiment);
         for experiment in std::iter::once(name.experiment.clone()).chain(others.take(OTHER_EXPERIMENTS)) {

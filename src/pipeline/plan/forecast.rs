@@ -79,7 +79,7 @@ impl Forecast {
         for (index, node) in plan.nodes.iter().enumerate() {
             let kind = &node.spec.kind;
             let taken = match (&node.result, store) {
-                (Some(manifest), _) => Some(Taken::of(kind.continues, manifest)),
+                (Some(result), _) => Some(Taken { seconds: result.seconds, size: size(node) }),
                 (None, Some(store)) if left > 0 => {
                     left -= 1;
                     spent[index] = spent_on(node, store)?;
@@ -148,6 +148,12 @@ impl Forecast {
         total.wall = longest.max(cores_taken / width.cpus.max(1) as f64).max(jobs_taken / width.jobs.max(1) as f64);
         total
     }
+}
+
+/// The number that grows with the work of a node, where its kind has one.
+fn size(node: &Node) -> Option<f64> {
+    let continues = node.spec.kind.continues?;
+    node.spec.stage.params().get(continues.grows)?.as_f64()
 }
 
 /// Seconds that attempts at a node have taken whose saved work it would go on from.

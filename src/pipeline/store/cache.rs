@@ -4,6 +4,7 @@
 //! hashed that a later change could bear the same times is not remembered (git's racy rule).
 
 use std::collections::HashMap;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -17,7 +18,7 @@ use super::{Digest, FileStat, StoreError, sealed};
 
 /// A change within this many nanoseconds before hashing may be followed by one with the same times. Two seconds is the
 /// coarsest clock of any file system in use.
-const RACY: i128 = 2_000_000_000;
+pub(super) const RACY: i128 = 2_000_000_000;
 
 /// Entries that are kept, at most; beyond, only those that this process has met.
 const MOST: usize = 200_000;
@@ -62,10 +63,13 @@ impl StatCache {
             if let Some(digest) = self.find(&stat.identity) {
                 return Ok(HashedFile { digest, stat });
             }
-            let mut file = self.disk.open(path).at("read", path)?;
+            let file = self.disk.open(path).at("read", path)?;
             let stat = file.stat().at("read", path)?;
             let begun = now();
-            let digest = hash_content(&mut *file, stat.size()).at("read", path)?;
+            let digest = match hash_content(&*file, stat.size()) {
+                Err(error) if error.kind() == ErrorKind::UnexpectedEof => continue,
+                digest => digest.at("read", path)?,
+            };
             if file.stat().at("read", path)?.identity == stat.identity {
                 self.remember(stat.identity, &digest, begun);
                 return Ok(HashedFile { digest, stat });
@@ -140,7 +144,7 @@ impl Drop for StatCache {
     }
 }
 
-fn now() -> i128 {
+pub(super) fn now() -> i128 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i128::try_from(since.as_nanos()).expect("a clock this side of the year 10^22")
 }
