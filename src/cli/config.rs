@@ -214,7 +214,7 @@ fn inline(value: &Json) -> String {
         Json::Object(fields) => inline_table(fields),
         Json::String(text) => toml::Value::String(text.clone()).to_string(),
         // Numbers and truths are written alike in both.
-        Json::Number(number) if number.is_f64() => toml::Value::Float(number.as_f64().unwrap_or_default()).to_string(),
+        Json::Number(number) if number.is_f64() => format!("{:?}", number.as_f64().unwrap_or_default()),
         other => other.to_string(),
     }
 }

@@ -318,3 +318,22 @@ fn a_graph_is_written_as_its_file_is_called() {
     assert!(refused.stderr.contains("--format dot"), "{}", refused.stderr);
     assert_eq!(sandbox.ok(&["graph", "large.toml", "--format", "dot"]).stdout.matches("[label").count(), 501);
 }
+
+#[test]
+fn who_goes_back_to_an_earlier_value_may_be_spared() {
+    let sandbox = sandbox();
+    said_and_done(&sandbox, "chain.toml", "/first");
+    edit(&sandbox, "chain.toml", "keep = 1", "keep = 2");
+    said_and_done(&sandbox, "chain.toml", "/first");
+    edit(&sandbox, "chain.toml", "keep = 2", "keep = 1");
+    // It is sorted anew and comes out as before, so what rested on it with this value is there.
+    sandbox.write("numbers.txt", "2\n1\n3\n");
+    let (state, reasons) = plan(&sandbox, "chain.toml")["/first"].clone();
+    assert_eq!((state.as_str(), reasons.len()), ("maybe", 2), "{reasons:?}");
+    assert!(reasons[0].starts_with("command.2 changed"), "{reasons:?}");
+    assert_eq!(ran(&sandbox, "chain.toml"), ["/sorted"]);
+    // With a value that it never had there is nothing to come back to.
+    edit(&sandbox, "chain.toml", "keep = 1", "keep = 3");
+    sandbox.write("numbers.txt", "3\n2\n1\n");
+    assert_eq!(said_and_done(&sandbox, "chain.toml", "/first").0, "run");
+}

@@ -13,6 +13,9 @@ use crate::pipeline::plan::{Edge, Node, NodeName, PlanError, State};
 use crate::pipeline::stage::Continues;
 use crate::pipeline::store::{Digest, Found, Manifest, Store, StoreError, TrialRecords};
 
+/// Earlier results of a stage that are looked at for one that it may come back to, at most.
+const LOOKED_BACK: usize = 16;
+
 /// Gives every node its key, state and reasons.
 pub(super) fn assess(nodes: &mut [Node], store: Option<&Store>) -> Result<(), PlanError> {
     let mut known: HashMap<Digest, Found> = HashMap::new();
@@ -42,13 +45,21 @@ pub(super) fn assess(nodes: &mut [Node], store: Option<&Store>) -> Result<(), Pl
                 (Some(key), Some(store)) => Begun::of(store, key)?,
                 _ => Begun::default(),
             };
-            let last = last.of(&node.names, &node.recipe, key.as_ref())?;
+            let made = last.of(&node.names, &node.recipe, key.as_ref())?;
             let input = |edge: &Edge| input_now(before, edge);
             match lookup {
                 Found::Damaged { what } => {
                     (if begun.saved { State::Resume } else { State::Run }, vec![Reason::Damaged { what }])
                 }
-                _ => judge(node, &input, begun, key.is_some(), &last),
+                _ => match judge(node, &input, begun, key.is_some(), &made) {
+                    (State::Run, reasons) if key.is_none() => {
+                        let may_return = last.any_earlier(&made, |manifest| {
+                            differences(node, &input, manifest).iter().all(Reason::rests_on_a_run)
+                        })?;
+                        (if may_return { State::Maybe } else { State::Run }, reasons)
+                    }
+                    judged => judged,
+                },
             }
         };
         node.hint = node.spec.kind.continues.and_then(|continues| continuing(continues, &node.spec.name, &reasons));
@@ -132,10 +143,10 @@ fn judge(
         LastRun::ChangedSinceRemoved => {
             std::iter::once(Reason::ChangedSinceRemoved).chain(pending_inputs(node, input)).collect()
         }
-        LastRun::Made(manifest) => differences(node, input, manifest),
+        LastRun::Made(manifest, _) => differences(node, input, manifest),
     };
     // Only one who has run before can be spared by an input that comes out as it was.
-    let may_be_spared = matches!(last, LastRun::Made(_)) && differences.iter().all(Reason::rests_on_a_run);
+    let may_be_spared = matches!(last, LastRun::Made(..)) && differences.iter().all(Reason::rests_on_a_run);
     reasons.extend(differences);
     if reasons.is_empty() {
         reasons.push(if matches!(last, LastRun::NeverThisTrial) { Reason::NewTrial } else { Reason::NeverRun });
@@ -172,8 +183,8 @@ enum LastRun {
     Removed,
     /// It was another, of which nothing is left.
     ChangedSinceRemoved,
-    /// What it made.
-    Made(Arc<Manifest>),
+    /// What it made, and the keys that the stage had before.
+    Made(Arc<Manifest>, Vec<Digest>),
 }
 
 /// The last recorded runs by name.
@@ -203,7 +214,7 @@ impl<'a> LastRuns<'a> {
             let same = record.recipe == *recipe || Some(&record.key) == key;
             return Ok(match known {
                 // A result that is not there would be taken if it were.
-                Some(manifest) if Some(&record.key) != key => LastRun::Made(Arc::clone(manifest)),
+                Some(manifest) if Some(&record.key) != key => LastRun::Made(Arc::clone(manifest), record.earlier),
                 _ if same => LastRun::Removed,
                 _ => LastRun::ChangedSinceRemoved,
             });
@@ -214,6 +225,21 @@ impl<'a> LastRuns<'a> {
             }
         }
         Ok(LastRun::Never)
+    }
+
+    /// Whether anything that the stage was before its last run has what is asked for: who goes back to it may be spared.
+    fn any_earlier(&mut self, last: &LastRun, has: impl Fn(&Manifest) -> bool) -> Result<bool, StoreError> {
+        let (Some(store), LastRun::Made(_, earlier)) = (self.store, last) else { return Ok(false) };
+        for key in earlier.iter().take(LOOKED_BACK) {
+            let known = match self.manifests.entry(key.clone()) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(unknown) => unknown.insert(store.manifest_of(key)?),
+            };
+            if known.as_ref().is_some_and(|manifest| has(manifest)) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// What is recorded of the trial of a name.
