@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cache::{RACY, now};
 use super::disk::Disk;
-use super::{Digest, FileStat, Lookup, Manifest, Store, StoreError};
+use super::{Acceptance, Digest, FileStat, Lookup, Manifest, Store, StoreError};
 use crate::pipeline::stage::ArtifactType;
 
 /// Digits of a record's own digest.
@@ -45,10 +45,10 @@ pub struct StoredResult {
     pub key: Digest,
     /// Wall seconds over all attempts.
     pub seconds: f64,
-    /// Whether it was accepted as another key's result, and not computed under its own.
-    pub is_accepted: bool,
     /// Its outputs, default one first.
     pub outputs: Vec<StoredName>,
+    /// See [`Manifest::accepted`].
+    pub accepted: Option<Acceptance>,
 }
 
 /// A named output without its files.
@@ -71,8 +71,7 @@ impl StoredResult {
             digest: output.digest.clone(),
         };
         let outputs = manifest.outputs.iter().map(output).collect();
-        let (key, is_accepted) = (manifest.key.clone(), manifest.accepted.is_some());
-        Self { key, seconds: manifest.seconds, is_accepted, outputs }
+        Self { key: manifest.key.clone(), seconds: manifest.seconds, outputs, accepted: manifest.accepted.clone() }
     }
 }
 
@@ -96,9 +95,10 @@ struct Record<'a> {
     /// The manifest's.
     stat: FileStat,
     seconds: f64,
-    is_accepted: bool,
     #[serde(borrow)]
     outputs: Vec<Output<'a>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    accepted: Option<Acceptance>,
 }
 
 /// Name, type, digest, files.
@@ -155,12 +155,8 @@ impl Index {
             let digest = output.digest.0.as_str().into();
             (output.name.as_str().into(), output.artifact, digest, files(&output.files))
         });
-        let record = Record {
-            stat,
-            seconds: manifest.seconds,
-            is_accepted: manifest.accepted.is_some(),
-            outputs: outputs.collect(),
-        };
+        let accepted = manifest.accepted.clone();
+        let record = Record { stat, seconds: manifest.seconds, outputs: outputs.collect(), accepted };
         let json = serde_json::to_string(&record).expect("a record is plain data");
         let rest = format!("{} {json}", manifest.key);
         let line: Arc<[u8]> = format!("{} {rest}", seal(rest.as_bytes())).into_bytes().into();
@@ -269,8 +265,7 @@ impl Store {
             }
             outputs.push(StoredName { name: name.clone().into_owned(), artifact: *artifact, digest });
         }
-        let (seconds, is_accepted) = (record.seconds, record.is_accepted);
-        Some(StoredResult { key: key.clone(), seconds, is_accepted, outputs })
+        Some(StoredResult { key: key.clone(), seconds: record.seconds, outputs, accepted: record.accepted.clone() })
     }
 
     /// Adds a manifest to the index that was written just now; the caller holds the key's lock, so it is the one that lies

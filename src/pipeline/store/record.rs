@@ -191,6 +191,19 @@ impl Store {
         Ok(())
     }
 
+    /// Keeps how the arms of an experiment were tuned as `tuned.json` beside its trials: a view, which results can give again.
+    pub fn record_tuning(&self, experiment: &str, tuned: &impl Serialize) -> Result<(), StoreError> {
+        let folder = self.folder("runs").join(segment(experiment));
+        let path = folder.join("tuned.json");
+        let mut bytes = serde_json::to_vec_pretty(tuned).expect("what was tuned is plain data");
+        bytes.push(b'\n');
+        if self.disk.read(&path).is_ok_and(|old| old == bytes) {
+            return Ok(());
+        }
+        self.disk.ensure_folder(&folder, false)?;
+        self.disk.write_atomically(&path, &bytes, false)
+    }
+
     /// Every recorded stage of every experiment.
     pub(super) fn every_record(&self) -> Result<Vec<(NodeName, RunRecord)>, StoreError> {
         let mut records = Vec::new();
@@ -351,7 +364,8 @@ pub(super) fn segment(name: &str) -> String {
 fn entries(disk: &dyn Disk, folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
     let found = match disk.list(folder) {
         Ok(found) => found,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        // Beside the folders of trials lies what was chosen, which is a file.
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(Vec::new()),
         Err(error) => return Err(error).at("list", folder),
     };
     let shown = found.iter().filter(|entry| !entry.name.as_encoded_bytes().starts_with(b"."));
@@ -387,6 +401,8 @@ mod tests {
         for trial in trials {
             assert_eq!(store.recorded("maze", trial, "sft").unwrap(), Some(record(trial)), "{trial}");
         }
+        store.record_tuning("maze", &["chosen"]).unwrap();
+        assert!(std::fs::read_to_string(place.path().join("runs/maze/tuned.json")).unwrap().contains("chosen"));
         assert_eq!(store.recorded("maze", "", "grpo").unwrap(), None);
         assert_eq!(store.recorded_trials("maze").unwrap().len(), trials.len());
         assert_eq!(store.recorded_experiments().unwrap(), ["maze"]);
