@@ -35,9 +35,13 @@ mod lease;
 mod lock;
 mod lookup;
 mod pins;
+#[cfg(test)]
+mod proof;
 mod publish;
 mod record;
 mod verify;
+#[cfg(test)]
+mod volatile;
 mod work;
 
 use std::collections::BTreeMap;
@@ -212,11 +216,11 @@ impl Store {
         disk.check_writable(root).at("write to the store", root)?;
         let is_new = !is_store(&*disk, root)?;
         for folder in FOLDERS {
-            disk.ensure_folder(&root.join(folder), false)?;
+            disk.ensure_folder(&root.join(folder), !is_new)?;
         }
         if is_new {
             make_shelves(&*disk, root)?;
-            // Last, because it says that everything else is there. Its folder is synced with it.
+            // Last, because it says that everything else is there for good.
             disk.write_atomically(&root.join("FORMAT"), format!("{FORMAT}\n").as_bytes(), true)?;
         }
         Ok(Self::at(disk, root, true))
@@ -316,8 +320,8 @@ fn sharded(folder: &Path, digest: &Digest) -> PathBuf {
     folder.join(digest.0.get(..2).unwrap_or("__"))
 }
 
-/// Makes every shelf of objects and manifests at once, so that the first results need not each sync a new one. A shelf
-/// that is missing is made when it is needed.
+/// Makes every shelf of objects and manifests at once and for good, so that the first results need not each sync a new
+/// one. A shelf that is missing is made when it is needed.
 fn make_shelves(disk: &dyn Disk, root: &Path) -> Result<(), StoreError> {
     for folder in ["objects", "manifests"] {
         let folder = root.join(folder);
@@ -326,7 +330,7 @@ fn make_shelves(disk: &dyn Disk, root: &Path) -> Result<(), StoreError> {
         }
         disk.sync(&folder).at("write", &folder)?;
     }
-    Ok(())
+    disk.sync(root).at("write", root)
 }
 
 /// Whether `root` is a store of this format; `false` where it is empty, or where a store was begun. Anything else is an
