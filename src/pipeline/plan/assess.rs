@@ -33,8 +33,9 @@ pub(super) fn assess(nodes: &mut [Node], store: Option<&Store>) -> Result<(), Pl
             _ => Lookup::Miss,
         };
         let (state, reasons) = if let Lookup::Hit(manifest) = lookup {
+            let accepted = manifest.accepted.as_ref().map(|one| Reason::Accepted { reason: one.reason.clone() });
             node.result = Some(manifest);
-            (State::Cached, Vec::new())
+            (State::Cached, accepted.into_iter().collect())
         } else {
             let saved = match (&key, store) {
                 (Some(key), Some(store)) => store.has_saved_work(key),
