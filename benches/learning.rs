@@ -31,6 +31,7 @@ fn main() -> Result<()> {
         device: "cpu".to_owned(),
         threads,
         save_every: std::time::Duration::from_secs(60),
+        visible_devices: None,
     })?;
     let folder = tempfile::tempdir()?;
     let architecture: Architecture =

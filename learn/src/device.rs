@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     fn resources(device: &str) -> Resources {
-        Resources { device: device.to_owned(), threads: 2, save_every: Duration::from_secs(60) }
+        Resources { device: device.to_owned(), threads: 2, visible_devices: None, save_every: Duration::from_secs(60) }
     }
 
     #[test]

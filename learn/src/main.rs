@@ -66,7 +66,12 @@ fn run_score(asked: &Score) -> Result<(), Failed> {
         "auto" => "cpu",
         other => other,
     };
-    let device = device::open(&Resources { device: device.to_owned(), threads, save_every: Duration::from_secs(60) })?;
+    let device = device::open(&Resources {
+        device: device.to_owned(),
+        threads,
+        visible_devices: None,
+        save_every: Duration::from_secs(60),
+    })?;
     let config = ModelConfig::read(&asked.model).map_err(input)?;
     let rows = score::read_rows(&asked.rows, &asked.model, &config).map_err(input)?;
     let model = Transformer::load_frozen(&asked.model, device).map_err(input)?;

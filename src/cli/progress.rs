@@ -3,7 +3,7 @@
 //! It turns events into lines and bars and knows nothing else of the run.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
@@ -13,6 +13,7 @@ use crate::cli::ui::{Look, Ui};
 use crate::pipeline::exec::event::Event;
 use crate::pipeline::plan::{NodeName, Plan};
 use crate::pipeline::stage::StageEvent;
+use crate::pipeline::store::Owner;
 
 /// Without a terminal a running stage says how far it is at most this often.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
@@ -33,6 +34,17 @@ pub struct Progress<'a> {
     running: BTreeMap<usize, Running>,
     overall: Option<ProgressBar>,
     begun: Instant,
+    /// What failed, to be told again at the end.
+    failures: Vec<Failed>,
+    /// Whether something was told since the last failure.
+    went_on: bool,
+}
+
+/// A stage that failed.
+struct Failed {
+    label: String,
+    error: String,
+    log: String,
 }
 
 /// A stage that runs now.
@@ -60,6 +72,8 @@ impl<'a> Progress<'a> {
             running: BTreeMap::new(),
             overall: None,
             begun: Instant::now(),
+            failures: Vec::new(),
+            went_on: false,
         }
     }
 
@@ -67,9 +81,17 @@ impl<'a> Progress<'a> {
     pub fn on(&mut self, event: &Event) {
         match event {
             Event::Started { nodes } => self.total = *nodes,
-            Event::Cached { .. } => self.settle(),
-            Event::Waiting { name, .. } => {
-                self.line("waiting", Look::Dim, name, "another run is working on it");
+            Event::Cached { node, .. } => {
+                // It may have begun, and found what another run had made meanwhile.
+                self.stop(*node);
+                self.settle();
+            }
+            Event::Waiting { name, owner, .. } => self.line("waiting", Look::Dim, name, &owner_text(owner.as_ref())),
+            Event::Retrying { node, name, error, attempt, attempts, seconds } => {
+                self.stop(*node);
+                let when = if *seconds >= 1.0 { format!(" in {}", render::duration(*seconds)) } else { String::new() };
+                let text = format!("retrying{when}, attempt {attempt} of {attempts}: {error}");
+                self.line("failed", Look::Yellow, name, &text);
             }
             Event::Running { node, name, .. } => self.start(*node, name),
             Event::Stage { node, event } => self.stage(*node, event),
@@ -90,6 +112,9 @@ impl<'a> Progress<'a> {
                 if !log.is_empty() {
                     self.ui.hint(&format!("its log is {log}"));
                 }
+                let error = error.lines().next().unwrap_or_default().trim_end_matches(':').to_owned();
+                self.failures.push(Failed { label: render::node(name), error, log: log.clone() });
+                self.went_on = false;
             }
             Event::Blocked { name, .. } => {
                 self.line("blocked", Look::Yellow, name, "an input failed");
@@ -104,6 +129,22 @@ impl<'a> Progress<'a> {
             Event::Warning { text } => self.ui.warn(text),
             Event::Finished(_) => self.clear(),
         }
+    }
+
+    /// Tells again what failed, one line each, unless it stands right above.
+    pub fn recall_failures(&self) {
+        if self.failures.is_empty() || !self.went_on && self.failures.len() == 1 {
+            return;
+        }
+        let count = render::plural(self.failures.len(), "stage");
+        let mut lines = vec![Look::Red.on(&format!("{count} failed:"), self.ui.error_color())];
+        for Failed { label, error, log } in &self.failures {
+            lines.push(format!("  {label}: {error}"));
+            if !log.is_empty() {
+                lines.push(format!("    {}", Look::Dim.on(log, self.ui.error_color())));
+            }
+        }
+        self.ui.note(&lines.join("\n"));
     }
 
     /// Takes every bar away.
@@ -126,7 +167,8 @@ impl<'a> Progress<'a> {
         }
     }
 
-    fn line(&self, word: &str, look: Look, name: &NodeName, text: &str) {
+    fn line(&mut self, word: &str, look: Look, name: &NodeName, text: &str) {
+        self.went_on = true;
         let word = look.on(&format!("{word:>8}"), self.ui.error_color());
         self.ui.note(format!("{word}  {}  {text}", self.label(name)).trim_end());
     }
@@ -234,6 +276,20 @@ impl Running {
             parts.push(headline(&self.metrics));
         }
         parts.join(", ")
+    }
+}
+
+/// Who works on a stage that this run waits for.
+fn owner_text(owner: Option<&Owner>) -> String {
+    let Some(Owner { process, host, since, progress }) = owner else {
+        return "another run is working on it".to_owned();
+    };
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
+    let time = render::duration(now.saturating_sub(*since) as f64);
+    let text = format!("process {process} on {host} has been working on it for {time}");
+    match progress {
+        Some((done, total, unit)) => format!("{text}, {}/{} {unit}", render::count(*done), render::count(*total)),
+        None => text,
     }
 }
 

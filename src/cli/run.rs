@@ -1,5 +1,6 @@
 //! `pipe run`: reads, plans, executes, and tells what happens while it does.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -12,9 +13,16 @@ use crate::cli::ui::last_words;
 use crate::cli::{Files, Session, render, same_arms, store_hint, table};
 use crate::pipeline::exec::event::{Event, Outcome};
 use crate::pipeline::exec::{self, ExecError, Options};
+use crate::pipeline::spec::Experiment;
 use crate::pipeline::store::{Store, StoreError};
 
 /// Run what is missing of the experiments in FILES
+///
+/// A stage that fails is told at once, what rests on it is blocked, and everything else runs on. Stages that fail say why again
+/// at the end; the same command tries them once more. The first Ctrl-C lets stages save and stop, the second kills them; the
+/// next run goes on from there. Several runs at once share the work: each stage runs in one of them.
+///
+/// Exit status: 0 done, 1 a stage failed, 2 the input is wrong, 130 interrupted.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -22,9 +30,18 @@ pub struct Args {
     /// Stages at once, at most [default: as many as cores allow]
     #[arg(long, short, value_name = "N", default_value_t = 0, hide_default_value = true)]
     jobs: usize,
-    /// After a failure, go on with what does not rest on it
-    #[arg(long, short)]
+    /// Begin nothing new after the first failure; what runs goes on to its end
+    #[arg(long, conflicts_with = "keep_going")]
+    fail_fast: bool,
+    /// Begin nothing new after N failures [default: `max_failures` of the experiments, or no limit]
+    #[arg(long, value_name = "N", conflicts_with = "fail_fast", value_parser = clap::value_parser!(u64).range(1..))]
+    max_failures: Option<u64>,
+    /// What is done anyway: after a failure, go on with what does not rest on it
+    #[arg(long, short, hide = true)]
     keep_going: bool,
+    /// There are N of the slot NAME that stages ask for in `run.slots` [default: 1, or as `PIPE_SLOTS=NAME=N,NAME=N` says]
+    #[arg(long = "slot", value_name = "NAME=N", value_delimiter = ',', value_parser = slot)]
+    slots: Vec<(String, usize)>,
     /// Run only this stage and what it needs; may be given several times
     #[arg(long, value_name = "STAGE")]
     until: Vec<String>,
@@ -50,7 +67,8 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     watch_signals(session, &interrupt, &kill)?;
     let options = Options {
         jobs: args.jobs,
-        keep_going: args.keep_going,
+        most_failures: most_failures(args, &experiments),
+        slots: slots(args)?,
         until: args.until.clone(),
         again: args.again.clone(),
         interrupt,
@@ -69,17 +87,18 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         ExecError::UnknownStage { option, name, hint } => {
             Failure::wrong(format!("no stage is called `{name}`, as `{option}` asks")).hint(hint)
         }
+        ref error @ ExecError::TooFewSlots { ref slot, asked, .. } => {
+            Failure::input(error).hint(format!("where there are more, say so: `--slot {slot}={asked}`"))
+        }
         other @ ExecError::NoWorker { .. } => Failure::stage(&other),
     })?;
     if let Some(failure) = unwritten {
         return Err(failure);
     }
 
+    progress.recall_failures();
     ui.note(&summary(&outcome));
     if outcome.failed > 0 {
-        if !args.keep_going && outcome.skipped > 0 {
-            ui.hint("`--keep-going` goes on with what does not rest on a failed stage");
-        }
         return Err(Failure::silent(1));
     }
     if outcome.interrupted > 0 {
@@ -97,6 +116,34 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         ui.note(&format!("curves: tensorboard --logdir {}", curves.display()));
     }
     Ok(())
+}
+
+/// The failures after which nothing new begins: what the command line says, or else the least that an experiment says.
+fn most_failures(args: &Args, experiments: &[Experiment]) -> Option<usize> {
+    let asked = args.max_failures.map(|most| usize::try_from(most).unwrap_or(usize::MAX));
+    match asked.or(args.fail_fast.then_some(1)) {
+        None if args.keep_going => None,
+        None => experiments.iter().filter_map(|experiment| experiment.max_failures).min(),
+        said => said,
+    }
+}
+
+/// The named slots that the environment declares, and over them those of the command line.
+fn slots(args: &Args) -> Result<BTreeMap<String, usize>, Failure> {
+    let declared = std::env::var("PIPE_SLOTS").unwrap_or_default();
+    let declared = declared.split(',').filter(|text| !text.trim().is_empty()).map(slot);
+    let declared = declared
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|wrong| Failure::wrong(format!("{wrong}, in the environment variable `PIPE_SLOTS`")))?;
+    Ok(declared.into_iter().chain(args.slots.iter().cloned()).collect())
+}
+
+/// `licence=2`: how much there is of a named slot.
+fn slot(text: &str) -> Result<(String, usize), String> {
+    let wrong = || format!("`{text}` is not a slot and how much there is of it, such as `licence=2`");
+    let (name, count) = text.split_once('=').ok_or_else(wrong)?;
+    let count = count.trim().parse().map_err(|_| wrong())?;
+    if name.trim().is_empty() { Err(wrong()) } else { Ok((name.trim().to_owned(), count)) }
 }
 
 /// `9 run, 3 cached, 0 failed in 4m 10s`, or that there was nothing to do.
@@ -146,6 +193,14 @@ fn watch_signals(session: &Session, interrupt: &Arc<AtomicBool>, kill: &Arc<Atom
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn slots_are_read() {
+        assert_eq!(slot("licence=2"), Ok(("licence".to_owned(), 2)));
+        for wrong in ["licence", "=2", "licence=", "licence=-1", "licence=two"] {
+            assert!(slot(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn the_summary_says_what_happened() {

@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::pipeline::spec::tune::Purpose;
 use crate::pipeline::spec::{Experiment, Origin, StageSpec, TableSpec, Trial};
 use crate::pipeline::stage::{
     Any, ArtifactType, Input, Interrupted, Kind, Output, Part, Place, RunOptions, SourceFile, Stage, StageContext,
@@ -35,6 +36,8 @@ pub(crate) enum Act {
     Kill,
     /// Never listens.
     Deaf,
+    /// Writes which share of the machine it was given.
+    Report,
 }
 
 /// A stage that does next to nothing.
@@ -63,7 +66,7 @@ impl Stage for Toy {
         let state = context.work.join("state");
         let before = state.exists();
         match self.act {
-            Act::Echo | Act::Constant => {}
+            Act::Echo | Act::Constant | Act::Report => {}
             Act::Flaky | Act::Wait if before => {}
             Act::Fail => anyhow::bail!("it was meant to fail"),
             Act::Panic => panic!("it was meant to panic"),
@@ -86,7 +89,14 @@ impl Stage for Toy {
                 std::thread::sleep(std::time::Duration::from_millis(20));
             },
         }
-        let mut text = if self.act == Act::Constant { "constant".to_owned() } else { self.text.clone() };
+        let mut text = match self.act {
+            Act::Constant => "constant".to_owned(),
+            Act::Report => {
+                let visible = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_default();
+                format!("{} threads on {} of {visible}", context.resources.threads, context.resources.device)
+            }
+            _ => self.text.clone(),
+        };
         for input in self.inputs.iter().filter(|_| self.act != Act::Constant) {
             text += &std::fs::read_to_string(context.input(input)?.join("text"))?;
         }
@@ -152,7 +162,14 @@ pub(crate) fn with_file(name: &str, file: &Path) -> StageSpec {
 /// A trial of these stages.
 pub(crate) fn trial(name: &str, stages: Vec<StageSpec>) -> Trial {
     let stages = stages.into_iter().map(|stage| (stage.name.clone(), stage)).collect();
-    Trial { name: name.to_owned(), arm: name.to_owned(), assignment: BTreeMap::new(), seed: None, stages }
+    Trial {
+        name: name.to_owned(),
+        arm: name.to_owned(),
+        assignment: BTreeMap::new(),
+        seed: None,
+        purpose: Purpose::Report,
+        stages,
+    }
 }
 
 /// An experiment of these trials.
@@ -164,6 +181,7 @@ pub(crate) fn experiment(name: &str, trials: Vec<Trial>) -> Experiment {
         trials,
         table: TableSpec::default(),
         max_failures: None,
+        tuning: None,
     }
 }
 

@@ -326,17 +326,46 @@ impl fmt::Debug for Kind {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RunOptions {
-    /// Cores that the stage takes; 0 (the default) is one for light kinds and every core for libtorch kinds.
+    /// Cores that the stage takes; 0 (the default) is one for light kinds and every core for libtorch kinds. A program of a
+    /// `command` stage finds the number in `OMP_NUM_THREADS` and its like. More than there are means all of them.
     pub cpus: usize,
-    /// The device of libtorch kinds: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
+    /// The device of libtorch kinds: `auto` (CUDA where there is one), `cpu`, `cuda` (whichever GPU is free) or `cuda:N`. A
+    /// `command` stage with `cuda` or `cuda:N` holds that GPU alone and its program sees no other; with `cpu` it sees none; with
+    /// `auto` it holds none and sees those that `pipe` does.
     pub device: String,
+    /// Memory that the stage may come to need, as `512MiB`, `4GiB` or `2GB`: stages run side by side only where their sum is
+    /// within what the machine has in all. Nothing keeps the stage from taking more. None by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<String>,
+    /// Shares of named things of which there are few, as `{ licence = 1 }`: of each there is 1, or as many as `--slot NAME=N`
+    /// says.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub slots: BTreeMap<String, usize>,
+    /// How often the stage is tried again in one run after an attempt that failed or timed out. What an attempt has saved, the
+    /// next goes on from. A file of the user's that changed is no reason to try again.
+    pub retries: u32,
+    /// The pause before the second attempt, as `500ms`, `10s` or `5m`; it doubles after each failure, up to ten minutes.
+    pub backoff: String,
+    /// How long an attempt may take, as `30m` or `2h`: then it is asked to save and end, killed where it does not within half
+    /// a minute, and has failed. Light kinds that are no programs are only asked. No limit by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout: Option<String>,
     /// How often a training stage saves its state, as `30s`, `5m` or `1h`.
     pub save_every: String,
 }
 
 impl Default for RunOptions {
     fn default() -> Self {
-        Self { cpus: 0, device: "auto".to_owned(), save_every: "60s".to_owned() }
+        Self {
+            cpus: 0,
+            device: "auto".to_owned(),
+            memory: None,
+            slots: BTreeMap::new(),
+            retries: 0,
+            backoff: "1s".to_owned(),
+            timeout: None,
+            save_every: "60s".to_owned(),
+        }
     }
 }
 
@@ -359,6 +388,9 @@ pub struct Resources {
     pub device: String,
     /// Threads for computation, fixed at the first attempt of a key.
     pub threads: usize,
+    /// What `CUDA_VISIBLE_DEVICES` must be for programs that the stage starts; `None` leaves them what they find.
+    #[serde(default)]
+    pub visible_devices: Option<String>,
     /// How often to save a training state.
     pub save_every: Duration,
 }

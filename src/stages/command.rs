@@ -1,7 +1,8 @@
 //! `command`: any program of the user's, cached like every other stage.
 //!
-//! The program runs in a fresh folder in which `files` stand at their relative paths, with `PATH`, `HOME`, `LANG` and the
-//! table `env` as its whole environment; `{inputs.NAME}` in an argument is the folder of that input. An output is the file or the
+//! The program runs in a fresh folder in which `files` stand at their relative paths. Its whole environment is `PATH`, `HOME`,
+//! `LANG`, the cores that it may use as libraries ask for them (`OMP_NUM_THREADS` and its like, from `run.cpus`), the GPUs that it
+//! may see (`CUDA_VISIBLE_DEVICES`, from `run.device`), and the table `env`, which may replace any of them; `{inputs.NAME}` in an argument is the folder of that input. An output is the file or the
 //! folder of that name which it leaves in its folder. The stored output is a folder that holds it *under its own name*, be it a file or
 //! a folder: the output `out` of stage `a`, taken as `inputs = { x = "a" }`, is read at `{inputs.x}/out`.
 
@@ -18,12 +19,18 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::file::{Misplaced, PlacedFile, lay_out, misplaced};
-use crate::pipeline::stage::{Any, ArtifactType, Input, Interrupted, Output, Problem, Stage, StageContext, Upstream};
+use crate::pipeline::stage::{
+    Any, ArtifactType, Input, Interrupted, Output, Problem, Resources, Stage, StageContext, Upstream,
+};
 use crate::program;
 use process::{Ended, Program};
 
 /// The program's folder, beside the outputs: no output can bear this name, and a failed attempt keeps it.
 const FOLDER: &str = ".folder";
+
+/// Where numerical libraries look for the number of threads they may start.
+const THREADS: &[&str] =
+    &["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "RAYON_NUM_THREADS"];
 
 /// Lines of the log that an error shows.
 const TAIL: usize = 20;
@@ -44,7 +51,8 @@ pub struct Command {
     /// Names of files or folders that the program leaves in its working folder; the first is the default output.
     #[schemars(length(min = 1))]
     pub outputs: Vec<String>,
-    /// Environment variables beside `PATH`, `HOME` and `LANG`, which it may replace.
+    /// Environment variables beside `PATH`, `HOME`, `LANG`, `OMP_NUM_THREADS` and its like, and `CUDA_VISIBLE_DEVICES`, which
+    /// it may replace.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
 }
@@ -95,12 +103,16 @@ impl Stage for Command {
         let arguments = self.arguments(context)?;
         let (name, arguments) = arguments.split_first().context("no program is named")?;
         let log = context.logs.join("log.txt");
-        let program = Program { name, arguments, folder: &folder, environment: self.environment(), log: &log };
+        // Before it stands what earlier attempts said.
+        let start = std::fs::metadata(&log).map_or(0, |metadata| metadata.len());
+        let program =
+            Program { name, arguments, folder: &folder, environment: self.environment(&context.resources), log: &log };
         match program.run(&context.interrupt)? {
             Ended::Interrupted => return Err(Interrupted.into()),
             Ended::Well => {}
             Ended::Badly(how) => {
-                let tail = process::tail(&log, TAIL).with_context(|| format!("cannot read `{}`", log.display()))?;
+                let tail =
+                    process::tail(&log, start, TAIL).with_context(|| format!("cannot read `{}`", log.display()))?;
                 let said = if tail.is_empty() { "; it wrote nothing".to_owned() } else { format!(":\n{tail}") };
                 bail!("`{}` {how}{said}", self.command[0]);
             }
@@ -157,9 +169,11 @@ impl Command {
     }
 
     /// The whole environment of the program.
-    fn environment(&self) -> BTreeMap<OsString, OsString> {
+    fn environment(&self, resources: &Resources) -> BTreeMap<OsString, OsString> {
+        let threads = THREADS.iter().map(|name| ((*name).into(), resources.threads.to_string().into()));
+        let visible = resources.visible_devices.iter().map(|gpus| ("CUDA_VISIBLE_DEVICES".into(), gpus.into()));
         let own = self.env.iter().map(|(name, value)| (name.into(), value.into()));
-        program::inherited().chain(own).collect()
+        program::inherited().chain(threads).chain(visible).chain(own).collect()
     }
 }
 
@@ -230,7 +244,12 @@ mod tests {
             }
             std::fs::write(at("input/out"), "b\na\n").unwrap();
             let input = InputArtifact { path: at("input"), digest: "d".into(), artifact: ArtifactType::Files };
-            let resources = Resources { device: "cpu".into(), threads: 1, save_every: Duration::from_secs(1) };
+            let resources = Resources {
+                device: "cpu".into(),
+                threads: 3,
+                visible_devices: None,
+                save_every: Duration::from_secs(1),
+            };
             let context = StageContext {
                 inputs: BTreeMap::from([("stage".to_owned(), input)]),
                 out: at("out"),
@@ -288,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn the_environment_is_three_variables_and_the_table() {
+    fn the_environment_is_three_variables_the_machines_share_and_the_table() {
         let mut bench = Bench::new();
         let mut command = shell("env > out");
         command.env.insert("LANG".into(), "C".into());
@@ -300,8 +319,22 @@ mod tests {
         let mut names: Vec<&str> = out.lines().filter_map(|line| line.split('=').next()).collect();
         names.retain(|name| !own.contains(name) && *name != "HOME");
         names.sort_unstable();
-        assert_eq!(names, ["LANG", "MINE", "PATH"]);
+        let mut expected = vec!["LANG", "MINE", "PATH"];
+        expected.extend(THREADS);
+        expected.sort_unstable();
+        assert_eq!(names, expected);
         assert!(out.contains("LANG=C\n") && out.contains("MINE=a b=c\n"));
+    }
+
+    #[test]
+    fn a_program_is_told_its_cores_and_its_gpu_unless_its_table_says_otherwise() {
+        let mut bench = Bench::new();
+        bench.context.resources.visible_devices = Some("1".into());
+        let mut command =
+            shell("echo $OMP_NUM_THREADS $MKL_NUM_THREADS $RAYON_NUM_THREADS $CUDA_VISIBLE_DEVICES > out");
+        command.env.insert("MKL_NUM_THREADS".into(), "7".into());
+        bench.run(&command).unwrap();
+        assert_eq!(bench.read("out/out/out"), "3 7 3 1\n");
     }
 
     #[test]

@@ -72,17 +72,17 @@ impl Stage for Evaluate {
     fn metrics(&self, upstream: &Upstream<'_>) -> Option<Vec<String>> {
         let task = task_of(*upstream, &self.prompts.reference)?;
         let measures: Vec<String> = task.measures().into_iter().map(|measure| measure.name.into_owned()).collect();
-        let mut names = ["n", "completion_length", "truncated"].map(str::to_owned).to_vec();
-        if measures.iter().any(|name| name == "solved") {
-            names.extend(["solved_low", "solved_high"].map(str::to_owned));
-        }
         // `MEASUREMENT.STRATUM` is a measurement over the instances of one stratum; of a task of the user's own they are not
         // known before it has run.
         let strata = task.strata().unwrap_or_else(|| vec!["*"]);
-        let stratified = ["n", "truncated"].into_iter().chain(measures.iter().map(String::as_str));
-        let stratified = stratified.flat_map(|name| strata.iter().map(move |stratum| format!("{name}.{stratum}")));
-        names.extend(stratified.collect::<Vec<_>>());
-        names.extend(measures);
+        let means: Vec<&str> = measures.iter().map(String::as_str).chain(["truncated"]).collect();
+        let mut names: Vec<String> =
+            means.iter().copied().chain(["completion_length", "n"]).map(str::to_owned).collect();
+        if means.contains(&"solved") {
+            names.extend(["solved_low", "solved_high"].map(str::to_owned));
+        }
+        let stratified = means.iter().copied().chain(["n"]);
+        names.extend(stratified.flat_map(|name| strata.iter().map(move |stratum| format!("{name}.{stratum}"))));
         Some(names)
     }
 

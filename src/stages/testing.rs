@@ -19,7 +19,12 @@ pub(crate) fn context(folder: &Path, outputs: &[&str]) -> StageContext {
         out: folder.join("out"),
         work: folder.join("work"),
         logs: folder.join("logs"),
-        resources: Resources { device: "cpu".to_owned(), threads: 2, save_every: Duration::from_mins(1) },
+        resources: Resources {
+            device: "cpu".to_owned(),
+            threads: 2,
+            visible_devices: None,
+            save_every: Duration::from_mins(1),
+        },
         interrupt: Arc::new(AtomicBool::new(false)),
         events: Box::new(|_| {}),
     }

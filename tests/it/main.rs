@@ -10,4 +10,5 @@ mod learning;
 mod lifecycle;
 mod rewards;
 mod sandbox;
+mod scheduling;
 mod traps;

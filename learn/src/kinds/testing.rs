@@ -151,7 +151,12 @@ impl<'a> Job<'a> {
             out: out.to_owned(),
             work,
             logs,
-            resources: Resources { device: "cpu".to_owned(), threads: 2, save_every: self.save_every },
+            resources: Resources {
+                device: "cpu".to_owned(),
+                threads: 2,
+                visible_devices: None,
+                save_every: self.save_every,
+            },
             interrupt,
             events: Box::new(move |event| {
                 told.lock().unwrap().push(event);

@@ -19,14 +19,16 @@ use serde_json::Value;
 use crate::pipeline::plan::NodeName;
 use crate::pipeline::stage::{ArtifactType, InputArtifact, Interrupted, Output, Resources, StageContext, StageEvent};
 use crate::pipeline::store::{
-    Attempts, Digest, DraftOutput, KeyLock, KeyParts, Lookup, Manifest, ManifestDraft, Store, StoreError,
+    Attempts, Digest, DraftOutput, KeyLock, KeyParts, Lookup, Manifest, ManifestDraft, Owner, Store, StoreError,
 };
 
 /// The version of [`Request`]; a worker refuses any other.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
-/// How often a waiting process asks for the lock.
-const ASK: Duration = Duration::from_millis(20);
+/// How often a held lock is asked for before the attempt is left to the other process, and how long apart. Whoever merely
+/// looks whether a lock is free holds it for a moment.
+const ASKS: u32 = 10;
+const ASK: Duration = Duration::from_millis(5);
 
 /// How often the seconds so far are written down while a stage says something.
 const NOTE_SECONDS: Duration = Duration::from_secs(10);
@@ -62,6 +64,9 @@ pub struct Request {
     pub device: String,
     /// Threads for computation, unless saved work was made with another number.
     pub threads: usize,
+    /// What `CUDA_VISIBLE_DEVICES` must be for programs of the stage; as it is where there is none.
+    #[serde(default)]
+    pub visible_devices: Option<String>,
     /// How often a training stage saves its state.
     pub save_every_seconds: f64,
     /// The stage's resolved table as TOML, which is kept as `config.toml` beside the logs.
@@ -84,15 +89,31 @@ pub struct RequestInput {
     pub artifact: ArtifactType,
 }
 
+/// What came of an attempt that went well.
+#[derive(Debug)]
+pub struct Attempted {
+    /// The result.
+    pub manifest: Manifest,
+    /// Whether the stage ran, or found the result that another process had made since it was looked for.
+    pub ran: bool,
+}
+
 /// Why an attempt has no result.
 #[derive(Debug, thiserror::Error)]
 pub enum AttemptError {
     /// It was asked to stop; saved work stays.
     #[error("interrupted")]
     Interrupted,
+    /// Another process works on the key.
+    #[error("another process works on it")]
+    Elsewhere,
     /// The stage failed.
     #[error("{0:#}")]
     Failed(anyhow::Error),
+    /// The attempt was in vain, and so would be another one in this run: the user's files have changed, or two programs do
+    /// not fit together.
+    #[error("{0:#}")]
+    Lasting(anyhow::Error),
     /// An input is not what was stored. It is put aside; once its producer has run again, this stage can.
     #[error("the input `{reference}` is damaged and was put aside: {what}")]
     DamagedInput {
@@ -108,30 +129,30 @@ pub enum AttemptError {
     Store(#[from] StoreError),
 }
 
-/// Runs a stage once and publishes its result, or takes the result that another process has made meanwhile.
+/// Runs a stage once and publishes its result, or takes the result that another process has made meanwhile. It does not wait
+/// for a process that works on the key now: whoever waits should hold no share of the machine.
 ///
-/// `waiting` is called once if another process works on the key. A panic of `run` fails the stage with its message.
+/// A panic of `run` fails the stage with its message.
 pub fn attempt(
     store: &Store,
     request: &Request,
     run: &dyn Fn(&mut StageContext) -> anyhow::Result<()>,
     interrupt: Arc<AtomicBool>,
-    waiting: &mut dyn FnMut(),
     mut events: Box<dyn FnMut(StageEvent) + Send>,
-) -> Result<Manifest, AttemptError> {
+) -> Result<Attempted, AttemptError> {
     if request.protocol != PROTOCOL {
-        return Err(AttemptError::Failed(anyhow!(
+        return Err(AttemptError::Lasting(anyhow!(
             "the request has protocol `{}`, and this program speaks `{PROTOCOL}`; build both programs from one source",
             request.protocol
         )));
     }
-    let lock = lock(store, &request.key, &interrupt, waiting)?;
+    let lock = lock(store, &request.key, &interrupt)?;
     let rests_on: Vec<&Digest> =
         std::iter::once(&request.key).chain(request.inputs.values().map(|input| &input.key)).collect();
     store.lease(&rests_on)?;
     if !request.again {
         match store.lookup(&request.key)? {
-            Lookup::Hit(manifest) => return Ok(Arc::unwrap_or_clone(manifest)),
+            Lookup::Hit(manifest) => return Ok(Attempted { manifest: Arc::unwrap_or_clone(manifest), ran: false }),
             Lookup::Miss => {}
             Lookup::Damaged { what } => {
                 store.quarantine(&lock, &what)?;
@@ -141,7 +162,7 @@ pub fn attempt(
     }
     let inputs = verified_inputs(store, request, &interrupt)?;
     if let Some(problem) = changed_file(store, &request.files)? {
-        return Err(AttemptError::Failed(anyhow!("{problem} after the run was planned; run again")));
+        return Err(AttemptError::Lasting(anyhow!("{problem} after the run was planned; run again")));
     }
     let began = Instant::now();
     let attempts = begin(store, &lock, request, &mut events)?;
@@ -166,6 +187,7 @@ pub fn attempt(
         resources: Resources {
             device: request.device.clone(),
             threads: attempts.threads,
+            visible_devices: request.visible_devices.clone(),
             save_every: Duration::try_from_secs_f64(request.save_every_seconds).unwrap_or(Duration::from_secs(60)),
         },
         interrupt,
@@ -177,9 +199,14 @@ pub fn attempt(
         show_curves(store, name, &request.key);
     }
     let seconds = attempts.seconds + began.elapsed().as_secs_f64();
-    let ended = Attempts { seconds, ..attempts.clone() };
-    let finished = ran.and_then(|()| finish(store, request, &out, &mut context));
+    let ended = Attempts { seconds, owner: None, ..attempts.clone() };
+    let changed = if ran.is_ok() { changed_file(store, &request.files)? } else { None };
+    let finished = ran.and_then(|()| finish(request, &out, &mut context));
     drop(context);
+    if let Some(problem) = changed {
+        let error = anyhow!("{problem} while the stage ran; its result was not kept");
+        return Err(AttemptError::Lasting(fail(store, &lock, &out, &ended, error)));
+    }
     match finished {
         Ok(metrics) => {
             tracing::info!(seconds, "done");
@@ -194,9 +221,10 @@ pub fn attempt(
                 numerics: attempts.numerics,
                 metrics,
             };
-            store.publish(&lock, draft).map_err(|error| match error {
+            let published = store.publish(&lock, draft).map(|manifest| Attempted { manifest, ran: true });
+            published.map_err(|error| match error {
                 // A stage that writes what cannot be stored has failed; the store is well.
-                StoreError::Unfit { .. } => fail(store, &lock, &out, &ended, error.into()),
+                StoreError::Unfit { .. } => AttemptError::Failed(fail(store, &lock, &out, &ended, error.into())),
                 error => AttemptError::Store(error),
             })
         }
@@ -205,7 +233,7 @@ pub fn attempt(
             store.drop_out(&out)?;
             Err(AttemptError::Interrupted)
         }
-        Err(error) => Err(fail(store, &lock, &out, &ended, error)),
+        Err(error) => Err(AttemptError::Failed(fail(store, &lock, &out, &ended, error))),
     }
 }
 
@@ -216,26 +244,18 @@ fn show_curves(store: &Store, name: &NodeName, key: &Digest) {
     }
 }
 
-/// Takes the lock of a key; an interrupt ends the wait.
-fn lock(
-    store: &Store,
-    key: &Digest,
-    interrupt: &AtomicBool,
-    waiting: &mut dyn FnMut(),
-) -> Result<KeyLock, AttemptError> {
-    if let Some(lock) = store.try_lock(key)? {
-        return Ok(lock);
-    }
-    waiting();
-    loop {
+/// Takes the lock of a key.
+fn lock(store: &Store, key: &Digest, interrupt: &AtomicBool) -> Result<KeyLock, AttemptError> {
+    for _ in 0..ASKS {
+        if let Some(lock) = store.try_lock(key)? {
+            return Ok(lock);
+        }
         if interrupt.load(Ordering::Relaxed) {
             return Err(AttemptError::Interrupted);
         }
         std::thread::sleep(ASK);
-        if let Some(lock) = store.try_lock(key)? {
-            return Ok(lock);
-        }
     }
+    Err(AttemptError::Elsewhere)
 }
 
 /// The inputs as the stage finds them, every byte hashed. A damaged one is put aside together with its producer's result.
@@ -324,7 +344,8 @@ fn begin(
         }
     }
     let attempts = earlier.attempts + 1;
-    Ok(Attempts { attempts, threads, device: request.device.clone(), seconds: earlier.seconds, numerics })
+    let (device, owner) = (request.device.clone(), Some(Owner::here()));
+    Ok(Attempts { attempts, threads, device, seconds: earlier.seconds, numerics, owner })
 }
 
 /// The name in [`Manifest::numerics`] of what changed between attempts.
@@ -385,6 +406,9 @@ fn watched(
         if noted.elapsed() >= NOTE_SECONDS {
             noted = Instant::now();
             attempts.seconds = earlier + began.elapsed().as_secs_f64();
+            if let (StageEvent::Progress { done, total, unit }, Some(owner)) = (&event, &mut attempts.owner) {
+                owner.progress = Some((*done, *total, unit.clone()));
+            }
             if let Err(error) = store.save_attempts(&key, &attempts) {
                 tracing::debug!(%error, "the seconds so far are not written down");
             }
@@ -394,15 +418,7 @@ fn watched(
 }
 
 /// What stands between a stage that has run and its publication; gives its headline metrics.
-fn finish(
-    store: &Store,
-    request: &Request,
-    out: &Path,
-    context: &mut StageContext,
-) -> anyhow::Result<BTreeMap<String, f64>> {
-    if let Some(problem) = changed_file(store, &request.files)? {
-        anyhow::bail!("{problem} while the stage ran; its result was not kept");
-    }
+fn finish(request: &Request, out: &Path, context: &mut StageContext) -> anyhow::Result<BTreeMap<String, f64>> {
     for output in &request.outputs {
         let folder = out.join(&output.name);
         if !holds_file(&folder).with_context(|| format!("cannot list the output `{}`", output.name))? {
@@ -456,9 +472,9 @@ fn draft_outputs(request: &Request, out: &Path) -> Vec<DraftOutput> {
 }
 
 /// Keeps what a failed attempt left, and its reason at the end of its log.
-fn fail(store: &Store, lock: &KeyLock, out: &Path, ended: &Attempts, error: anyhow::Error) -> AttemptError {
+fn fail(store: &Store, lock: &KeyLock, out: &Path, ended: &Attempts, error: anyhow::Error) -> anyhow::Error {
     let kept = store.save_attempts(lock.key(), ended).and_then(|()| store.keep_failed(lock, out));
-    let logged = store.append_log(lock, &format!("failed: {error:#}"));
+    let logged = store.append_log(lock.key(), &format!("failed: {error:#}"));
     // The stage's own error is what the user must see; that its traces could not be kept is the smaller news.
     if let Err(second) = kept {
         tracing::warn!(error = %second, "the files of a failed attempt are not kept");
@@ -466,7 +482,7 @@ fn fail(store: &Store, lock: &KeyLock, out: &Path, ended: &Attempts, error: anyh
     if let Err(second) = logged {
         tracing::warn!(error = %second, "the reason of a failure is not in its log");
     }
-    AttemptError::Failed(error)
+    error
 }
 
 fn panic_text(panic: &(dyn Any + Send)) -> &str {
@@ -505,6 +521,7 @@ mod tests {
             again: false,
             device: "cpu".into(),
             threads: 2,
+            visible_devices: None,
             save_every_seconds: 30.0,
             config_text: "kind = \"test\"\n".into(),
             numerics: [("libtorch".to_owned(), "2".to_owned())].into(),
@@ -516,7 +533,7 @@ mod tests {
     }
 
     fn go(sandbox: &Sandbox, request: &Request, run: Run<'_>) -> Result<Manifest, AttemptError> {
-        attempt(&sandbox.store, request, run, Arc::default(), &mut || panic!("nobody else is here"), quiet())
+        attempt(&sandbox.store, request, run, Arc::default(), quiet()).map(|attempted| attempted.manifest)
     }
 
     fn write(context: &StageContext, text: &str) -> anyhow::Result<()> {
@@ -546,41 +563,43 @@ mod tests {
     }
 
     #[test]
-    fn of_many_at_once_one_runs_and_the_others_take_its_result() {
+    fn of_many_at_once_one_runs_and_the_others_are_told_and_take_its_result() {
         let sandbox = Sandbox::new();
-        let (runs, waits) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let (runs, refused) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let all: Mutex<Vec<Digest>> = Mutex::default();
         std::thread::scope(|scope| {
             for _ in 0..6 {
                 scope.spawn(|| {
                     let run: Run<'_> = &|context| {
                         runs.fetch_add(1, Ordering::Relaxed);
-                        std::thread::sleep(Duration::from_millis(60));
+                        std::thread::sleep(Duration::from_millis(100));
                         write(context, "x")
                     };
-                    let mut waiting = || {
-                        waits.fetch_add(1, Ordering::Relaxed);
+                    let manifest = loop {
+                        match go(&sandbox, &request(&sandbox, 1), run) {
+                            Err(AttemptError::Elsewhere) => refused.fetch_add(1, Ordering::Relaxed),
+                            ended => break ended.unwrap(),
+                        };
                     };
-                    let request = request(&sandbox, 1);
-                    let manifest = attempt(&sandbox.store, &request, run, Arc::default(), &mut waiting, quiet());
-                    all.lock().unwrap().push(manifest.unwrap().outputs[0].digest.clone());
+                    all.lock().unwrap().push(manifest.outputs[0].digest.clone());
                 });
             }
         });
         assert_eq!(runs.into_inner(), 1);
-        assert!((1..=5).contains(&waits.into_inner()));
+        assert!(refused.into_inner() >= 5);
         let all = all.into_inner().unwrap();
         assert!(all.len() == 6 && all.windows(2).all(|pair| pair[0] == pair[1]));
     }
 
     #[test]
-    fn an_interrupt_ends_the_wait_for_another_process() {
+    fn a_key_that_is_held_is_left_to_its_holder() {
         let sandbox = Sandbox::new();
         let _lock = sandbox.store.lock(&key(1)).unwrap();
-        let interrupt = Arc::new(AtomicBool::new(false));
-        let mut waiting = || interrupt.store(true, Ordering::Relaxed);
         let run: Run<'_> = &|_| panic!("it is another's turn");
-        let result = attempt(&sandbox.store, &request(&sandbox, 1), run, interrupt.clone(), &mut waiting, quiet());
+        let result = go(&sandbox, &request(&sandbox, 1), run);
+        assert!(matches!(result, Err(AttemptError::Elsewhere)), "{result:?}");
+        let interrupt = Arc::new(AtomicBool::new(true));
+        let result = attempt(&sandbox.store, &request(&sandbox, 1), run, interrupt, quiet());
         assert!(matches!(result, Err(AttemptError::Interrupted)), "{result:?}");
     }
 

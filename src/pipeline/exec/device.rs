@@ -9,6 +9,8 @@ use crate::pipeline::stage::{Place, RunOptions};
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Gpus {
     names: Vec<String>,
+    /// `CUDA_VISIBLE_DEVICES` as this process found it.
+    listed: Option<String>,
 }
 
 impl Gpus {
@@ -19,7 +21,8 @@ impl Gpus {
         Self::of(&files, std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref())
     }
 
-    fn of(files: &[String], visible: Option<&str>) -> Self {
+    /// Those of these files in `/dev`, with `CUDA_VISIBLE_DEVICES` as it was found.
+    pub(super) fn of(files: &[String], visible: Option<&str>) -> Self {
         let numbers = files.iter().filter_map(|file| file.strip_prefix("nvidia")?.parse::<usize>().ok());
         let mut present: Vec<usize> = numbers.collect();
         present.sort_unstable();
@@ -32,7 +35,7 @@ impl Gpus {
             }
             None => (0..present.len()).map(|index| index.to_string()).collect(),
         };
-        Self { names }
+        Self { names, listed: visible.map(str::to_owned) }
     }
 
     /// How many there are.
@@ -40,16 +43,22 @@ impl Gpus {
         self.names.len()
     }
 
-    /// What `CUDA_VISIBLE_DEVICES` must be for a stage that was given the GPU `index`, or none.
-    pub fn visible(&self, index: Option<usize>) -> &str {
-        index.and_then(|index| self.names.get(index)).map_or("", String::as_str)
+    /// What `CUDA_VISIBLE_DEVICES` must be for a stage that was given the GPU `granted`, or none; `None` is whatever the
+    /// stage's programs find.
+    pub fn visible_to(&self, place: Place, run: &RunOptions, granted: Option<usize>) -> Option<String> {
+        match granted.and_then(|index| self.names.get(index)) {
+            Some(name) => Some(name.clone()),
+            None if place == Place::InProcess && run.device == "auto" => self.listed.clone(),
+            None => Some(String::new()),
+        }
     }
 }
 
 /// What a stage takes on a machine with `cores` and `gpus`. An error says why it cannot run here.
 pub fn need(place: Place, run: &RunOptions, cores: usize, gpus: usize) -> Result<Need, String> {
     let gpu = match (place, run.device.as_str()) {
-        (Place::InProcess, _) | (_, "cpu") => Gpu::None,
+        // Few light stages use a GPU, and one that was given to each would run them one after the other.
+        (Place::InProcess, "auto") | (_, "cpu") => Gpu::None,
         (_, "auto") if gpus == 0 => Gpu::None,
         (_, "auto") => Gpu::Any,
         (_, "cuda") if gpus > 0 => Gpu::Any,
@@ -83,7 +92,7 @@ pub fn need(place: Place, run: &RunOptions, cores: usize, gpus: usize) -> Result
         (0, Place::Worker, _) => cores / gpus.max(1),
         (cpus, ..) => cpus,
     };
-    Ok(Need { cpus: cpus.max(1), gpu })
+    Ok(Need { cpus: cpus.max(1), gpu, ..Need::default() })
 }
 
 #[cfg(test)]
@@ -99,16 +108,31 @@ mod tests {
         let two = files(&["nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null"]);
         assert_eq!(Gpus::of(&two, None).names, ["0", "1"]);
         assert_eq!(Gpus::of(&two, Some("1")).names, ["1"]);
-        assert_eq!(Gpus::of(&two, Some("1")).visible(Some(0)), "1");
         assert_eq!(Gpus::of(&two, Some("")).count(), 0);
         assert_eq!(Gpus::of(&files(&["null"]), Some("0")).count(), 0);
+    }
+
+    #[test]
+    fn a_stage_sees_the_gpu_that_it_holds() {
+        let gpus = Gpus::of(&files(&["nvidia0", "nvidia1"]), Some("1,0"));
+        let sees = |gpus: &Gpus, place, device: &str, granted| {
+            gpus.visible_to(place, &RunOptions { device: device.to_owned(), ..RunOptions::default() }, granted)
+        };
+        assert_eq!(sees(&gpus, Place::Worker, "auto", Some(0)).as_deref(), Some("1"));
+        assert_eq!(sees(&gpus, Place::Worker, "cpu", None).as_deref(), Some(""));
+        assert_eq!(sees(&gpus, Place::InProcess, "cuda:1", Some(1)).as_deref(), Some("0"));
+        assert_eq!(sees(&gpus, Place::InProcess, "cpu", None).as_deref(), Some(""));
+        assert_eq!(sees(&gpus, Place::InProcess, "auto", None).as_deref(), Some("1,0"));
+        assert_eq!(sees(&Gpus::of(&files(&["nvidia0"]), None), Place::InProcess, "auto", None), None);
     }
 
     #[test]
     fn a_stage_takes_what_its_table_says_and_a_missing_gpu_is_an_error() {
         let run = |cpus, device: &str| RunOptions { cpus, device: device.to_owned(), ..RunOptions::default() };
         let taken = |place, run: &RunOptions, gpus| need(place, run, 8, gpus).map(|need| (need.cpus, need.gpu));
-        assert_eq!(taken(Place::InProcess, &run(0, "cuda:9"), 0), Ok((1, Gpu::None)));
+        assert_eq!(taken(Place::InProcess, &run(0, "auto"), 1), Ok((1, Gpu::None)));
+        assert_eq!(taken(Place::InProcess, &run(0, "cuda"), 1), Ok((1, Gpu::Any)));
+        assert!(taken(Place::InProcess, &run(0, "cuda:9"), 0).is_err());
         assert_eq!(taken(Place::Worker, &run(0, "auto"), 0), Ok((8, Gpu::None)));
         assert_eq!(taken(Place::Worker, &run(0, "auto"), 4), Ok((2, Gpu::Any)));
         assert_eq!(taken(Place::Worker, &run(3, "cuda:1"), 4), Ok((3, Gpu::Index(1))));

@@ -3,33 +3,33 @@
 //! One thread owns everything here; running stages talk to it over one channel. It waits on that channel, and looks up only
 //! to see whether the user wants to stop.
 
+mod alarms;
 mod begin;
 mod end;
+mod later;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
-use crate::pipeline::exec::device::{self, Gpus};
+use crate::pipeline::exec::device::Gpus;
+use crate::pipeline::exec::driver::alarms::Alarms;
 use crate::pipeline::exec::event::{Event, Outcome};
 use crate::pipeline::exec::local::{News, Running, ToDriver, WorkerProgram};
+use crate::pipeline::exec::machine::Machine;
 use crate::pipeline::exec::request::Made;
-use crate::pipeline::exec::scheduler::{Action, Input, Phase, Scheduler, Shape};
-use crate::pipeline::exec::slots::{Gpu, Limits, Need};
+use crate::pipeline::exec::scheduler::{Action, Input, Phase, Scheduler};
+use crate::pipeline::exec::workload::Workload;
 use crate::pipeline::exec::{ExecError, Options, select};
-use crate::pipeline::plan::{Node, Plan, State};
-use crate::pipeline::stage::Place;
+use crate::pipeline::plan::{Node, Plan};
 use crate::pipeline::store::{Digest, Manifest, Store};
 
 /// How often the driver looks whether it is to stop, while nothing else happens.
 const LOOK_UP: Duration = Duration::from_millis(50);
-/// How often a key that another process holds is asked for.
-const ASK: Duration = Duration::from_millis(50);
 
 /// Runs what is missing of a plan. The outcome counts nodes; an error is one of the run as a whole, not of a stage.
 pub fn execute(
@@ -38,14 +38,16 @@ pub fn execute(
     options: &Options,
     events: &mut dyn FnMut(&Event),
 ) -> Result<Outcome, ExecError> {
-    run(plan, store, options, &WorkerProgram::open, events)
+    let machine = Machine::detect(options.slots.clone());
+    run(plan, store, options, machine, &WorkerProgram::open, events)
 }
 
-/// [`execute`] with a way to find the worker program.
+/// [`execute`] on a machine, with a way to find the worker program.
 pub(super) fn run(
     plan: &Plan,
     store: &Store,
     options: &Options,
+    machine: Machine,
     find_worker: &dyn Fn() -> Result<WorkerProgram, ExecError>,
     events: &mut dyn FnMut(&Event),
 ) -> Result<Outcome, ExecError> {
@@ -56,25 +58,9 @@ pub(super) fn run(
     } else {
         select::with_ancestors(plan, select::nodes(plan, &options.until, "--until")?)
     };
-    let gpus = Gpus::detect();
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut shapes = Vec::with_capacity(plan.nodes.len());
-    let mut unfit = HashMap::new();
-    let mut needs_worker = false;
-    for (index, node) in plan.nodes.iter().enumerate() {
-        let place = node.spec.kind.place;
-        let again = again.contains(&index);
-        let need = device::need(place, &node.spec.run, cores, gpus.count()).unwrap_or_else(|problem| {
-            unfit.insert(index, problem);
-            Need { cpus: 1, gpu: Gpu::None }
-        });
-        needs_worker |= place == Place::Worker && wanted[index] && (again || node.state != State::Cached);
-        let inputs = node.edges.iter().map(|edge| edge.from).collect();
-        shapes.push(Shape { inputs, need, wanted: wanted[index], again });
-    }
+    let workload = Workload::new(plan, &machine, &wanted, &again, options.jobs)?;
     // Hours of data should not be made before it shows that nothing can train on it.
-    let worker = if needs_worker { Some(find_worker()?) } else { None };
-    let limits = Limits { cpus: cores, gpus: gpus.count(), jobs: if options.jobs == 0 { cores } else { options.jobs } };
+    let worker = if workload.needs_worker { Some(find_worker()?) } else { None };
     let count = plan.nodes.len();
     let (sender, receiver) = channel();
     std::thread::scope(|scope| {
@@ -85,23 +71,26 @@ pub(super) fn run(
             events,
             scope,
             sender,
-            scheduler: Scheduler::new(shapes, limits, options.keep_going),
-            gpus,
+            scheduler: Scheduler::new(workload.shapes, workload.limits, options.most_failures),
+            gpus: machine.gpus,
             worker,
             find_worker,
-            unfit,
+            unfit: workload.unfit,
             again,
             inbox: VecDeque::from([Input::Begin]),
             made: vec![None; count],
             as_planned: vec![false; count],
             keys: vec![None; count],
             running: HashMap::new(),
+            alarms: Alarms::default(),
             errors: HashMap::new(),
             stopping: false,
             killed: false,
-            over: Arc::default(),
         };
         (driver.events)(&Event::Started { nodes: wanted.iter().filter(|wanted| **wanted).count() });
+        for text in workload.warnings {
+            (driver.events)(&Event::Warning { text });
+        }
         driver.drive(&receiver);
         let outcome = driver.outcome(began.elapsed());
         (driver.events)(&Event::Finished(outcome));
@@ -129,12 +118,20 @@ struct Driver<'scope, 'run> {
     /// Whether a result is the one that the plan has seen, so that the plan's keys below it hold.
     as_planned: Vec<bool>,
     keys: Vec<Option<Digest>>,
-    running: HashMap<usize, (Running, Instant)>,
+    running: HashMap<usize, Live>,
+    alarms: Alarms,
+    /// Why nodes failed last.
     errors: HashMap<usize, String>,
     stopping: bool,
     killed: bool,
-    /// Tells the threads that ask for other processes' locks that nobody waits any more.
-    over: Arc<AtomicBool>,
+}
+
+/// A stage that runs now.
+struct Live {
+    running: Running,
+    began: Instant,
+    /// Whether it was asked to end because it had run for as long as it may.
+    timed_out: bool,
 }
 
 impl Driver<'_, '_> {
@@ -147,12 +144,15 @@ impl Driver<'_, '_> {
                 self.look_up();
             }
             if self.scheduler.is_finished() {
-                return self.over.store(true, Ordering::Relaxed);
+                return;
             }
-            match receiver.recv_timeout(LOOK_UP) {
+            match receiver.recv_timeout(self.alarms.patience(LOOK_UP)) {
                 Ok((node, news)) => self.hear(node, news),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => unreachable!("the driver holds a sender itself"),
+            }
+            while let Some((node, alarm)) = self.alarms.ring(Instant::now()) {
+                self.rung(node, alarm);
             }
             self.look_up();
         }
@@ -167,7 +167,7 @@ impl Driver<'_, '_> {
         }
         if kill && !self.killed {
             self.killed = true;
-            self.running.values().for_each(|(running, _)| running.kill());
+            self.running.values().for_each(|live| live.running.kill());
         }
     }
 
@@ -176,22 +176,19 @@ impl Driver<'_, '_> {
             Action::Find(node) => {
                 let input = match self.find(node) {
                     Ok(input) => input,
-                    Err(problem) => {
-                        self.fail(node, problem);
-                        Input::Failed(node)
-                    }
+                    Err(problem) => self.failed(node, problem, true),
                 };
                 self.inbox.push_back(input);
             }
             Action::Start(node, grant) => {
                 if let Err(problem) = self.start(node, grant) {
-                    self.fail(node, problem);
-                    self.inbox.push_back(Input::Failed(node));
+                    let input = self.failed(node, problem, self.unfit.contains_key(&node));
+                    self.inbox.push_back(input);
                 }
             }
             Action::Stop(node) => {
-                if let Some((running, _)) = self.running.get(&node) {
-                    running.stop();
+                if let Some(live) = self.running.get(&node) {
+                    live.running.stop();
                 }
             }
             Action::Cached(node) => self.cached(node),
@@ -199,19 +196,14 @@ impl Driver<'_, '_> {
                 self.made[node] = self.made[maker].clone();
                 self.cached(node);
             }
-            Action::FailLike(node, other) => {
-                let problem = self.errors.get(&other).cloned().unwrap_or_default();
-                self.fail(node, problem);
-            }
+            Action::Fail(node) => self.tell_failure(node, node),
+            Action::FailLike(node, other) => self.tell_failure(node, other),
             Action::GiveUp(node) => {
-                let problem = self.errors.get(&node).cloned().unwrap_or_default();
-                self.fail(node, format!("{problem}; it was made again and is damaged again: the disk may be failing"));
+                let problem = self.errors.entry(node).or_default();
+                problem.push_str("; it was made again and is damaged again: the disk may be failing");
             }
-            Action::Waits(node) => {
-                if let Some(key) = self.keys[node].clone() {
-                    (self.events)(&Event::Waiting { node, name: self.plan.nodes[node].name().clone(), key });
-                }
-            }
+            Action::Retry(node, retry) => self.retry(node, retry),
+            Action::Waits(node) => self.wait_for(node),
             Action::Blocked(node) => {
                 (self.events)(&Event::Blocked { node, name: self.plan.nodes[node].name().clone() });
             }
@@ -233,6 +225,7 @@ impl Driver<'_, '_> {
                 | Phase::Finding
                 | Phase::Follows(_)
                 | Phase::Elsewhere
+                | Phase::Retrying
                 | Phase::Queued
                 | Phase::Running => {}
             }

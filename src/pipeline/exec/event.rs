@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::pipeline::plan::NodeName;
 use crate::pipeline::stage::StageEvent;
-use crate::pipeline::store::Digest;
+use crate::pipeline::store::{Digest, Owner};
 
 /// One thing that happened in a run. `node` is the index of the plan's node.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -24,7 +24,7 @@ pub enum Event {
         /// Its key.
         key: Digest,
     },
-    /// Another process works on the same key; this run waits for its result.
+    /// Another process works on the same key; this run waits for its result. Told again now and then while that lasts.
     Waiting {
         /// The node.
         node: usize,
@@ -32,6 +32,24 @@ pub enum Event {
         name: NodeName,
         /// Its key.
         key: Digest,
+        /// Who works on it, where that is known.
+        #[serde(default)]
+        owner: Option<Owner>,
+    },
+    /// An attempt at a node failed, and another follows.
+    Retrying {
+        /// The node.
+        node: usize,
+        /// Its name.
+        name: NodeName,
+        /// Why it failed, as a chain of causes.
+        error: String,
+        /// The number of the attempt that follows, counted in this run.
+        attempt: u32,
+        /// Attempts in all, at most.
+        attempts: u32,
+        /// Seconds until it begins.
+        seconds: f64,
     },
     /// A node begins to run.
     Running {
@@ -112,7 +130,7 @@ pub struct Outcome {
     pub blocked: usize,
     /// Saved and stopped, or never begun, because of an interrupt.
     pub interrupted: usize,
-    /// Never begun, because the run stopped at the first failure.
+    /// Never begun, because the run stopped after so many failures.
     #[serde(default)]
     pub skipped: usize,
     /// Wall seconds of the whole run.

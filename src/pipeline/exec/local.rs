@@ -19,7 +19,7 @@ use std::time::Instant;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid};
 
 use crate::pipeline::exec::ExecError;
-use crate::pipeline::exec::attempt::{AttemptError, Request, attempt};
+use crate::pipeline::exec::attempt::{AttemptError, Attempted, Request, attempt};
 use crate::pipeline::exec::throttle::Throttle;
 use crate::pipeline::exec::worker::Message;
 use crate::pipeline::stage::{AnyStage, StageEvent};
@@ -34,22 +34,30 @@ const LOG_BYTES: u64 = 4096;
 pub(super) enum News {
     /// It says something.
     Event(StageEvent),
-    /// It waits for another process.
-    Waiting,
-    /// The other process that held its key has let go.
-    Freed,
     /// It ended.
     Ended(Ending),
 }
 
 /// How a stage ended.
 pub(super) enum Ending {
-    /// Published; a thread has the manifest at hand.
-    Done(Option<Box<Manifest>>),
+    /// The result is there.
+    Done {
+        /// The manifest; a thread has it at hand.
+        manifest: Option<Box<Manifest>>,
+        /// Whether the stage ran, or found what another process had made meanwhile.
+        ran: bool,
+    },
     /// Its work is saved.
     Interrupted,
-    /// It failed, with the chain of causes.
-    Failed(String),
+    /// Another process works on its key.
+    Elsewhere,
+    /// It failed.
+    Failed {
+        /// Why, with the chain of causes.
+        problem: String,
+        /// Whether another attempt in this run would be in vain.
+        lasting: bool,
+    },
     /// An input is damaged and was put aside.
     Damaged {
         /// The input.
@@ -57,6 +65,13 @@ pub(super) enum Ending {
         /// What is wrong.
         what: String,
     },
+}
+
+impl Ending {
+    /// A failure that another attempt may not repeat.
+    fn failed(problem: String) -> Self {
+        Self::Failed { problem, lasting: false }
+    }
 }
 
 /// The channel to the driver, each message with its node.
@@ -113,13 +128,14 @@ pub(super) fn start_thread<'scope>(
                 tell(&teller, node, News::Event(event));
             }
         });
-        let mut waiting = || tell(&driver, node, News::Waiting);
-        let ended = attempt(store, &request, &|context| stage.run(context), asked, &mut waiting, events);
+        let ended = attempt(store, &request, &|context| stage.run(context), asked, events);
         let ending = match ended {
-            Ok(manifest) => Ending::Done(Some(Box::new(manifest))),
+            Ok(Attempted { manifest, ran }) => Ending::Done { manifest: Some(Box::new(manifest)), ran },
             Err(AttemptError::Interrupted) => Ending::Interrupted,
+            Err(AttemptError::Elsewhere) => Ending::Elsewhere,
             Err(AttemptError::DamagedInput { reference, what, .. }) => Ending::Damaged { reference, what },
-            Err(error @ (AttemptError::Failed(_) | AttemptError::Store(_))) => Ending::Failed(error.to_string()),
+            Err(error @ AttemptError::Lasting(_)) => Ending::Failed { problem: error.to_string(), lasting: true },
+            Err(error @ (AttemptError::Failed(_) | AttemptError::Store(_))) => Ending::failed(error.to_string()),
         };
         tell(&driver, node, News::Ended(ending));
     })?;
@@ -211,14 +227,13 @@ impl WorkerProcess {
     }
 }
 
-/// Runs a stage in a worker that sees the GPUs of `visible` only.
+/// Runs a stage in a worker that sees no GPUs but those of the request.
 pub(super) fn start_worker<'scope>(
     scope: &'scope Scope<'scope, '_>,
     program: &WorkerProgram,
     node: usize,
     request: &Request,
     log: PathBuf,
-    visible: &str,
     driver: &ToDriver,
 ) -> anyhow::Result<Running> {
     use anyhow::Context as _;
@@ -236,7 +251,7 @@ pub(super) fn start_worker<'scope>(
         .stdout(copy)
         .stderr(file)
         .process_group(0)
-        .env("CUDA_VISIBLE_DEVICES", visible)
+        .env("CUDA_VISIBLE_DEVICES", request.visible_devices.as_deref().unwrap_or_default())
         .spawn()
         .with_context(|| format!("cannot start `{}`", program.path.display()))?;
     let worker = Arc::new(WorkerProcess { child: Mutex::new(child), killed: AtomicBool::new(false) });
@@ -248,8 +263,8 @@ pub(super) fn start_worker<'scope>(
         let ending = match (ending, status) {
             (Some(ending), _) => ending,
             (None, Ok(_)) if killed => Ending::Interrupted,
-            (None, Ok(status)) => Ending::Failed(obituary(status, &log, start)),
-            (None, Err(error)) => Ending::Failed(format!("cannot wait for the worker: {error}")),
+            (None, Ok(status)) => Ending::failed(obituary(status, &log, start)),
+            (None, Err(error)) => Ending::failed(format!("cannot wait for the worker: {error}")),
         };
         tell(&driver, node, News::Ended(ending));
     };
@@ -271,10 +286,12 @@ fn listen(mut socket: UnixStream, request: &str, node: usize, driver: &ToDriver)
     for line in BufReader::new(socket).split(b'\n').map_while(Result::ok) {
         match serde_json::from_slice(&line) {
             Ok(Message::Event { event }) => tell(driver, node, News::Event(event)),
-            Ok(Message::Waiting) => tell(driver, node, News::Waiting),
-            Ok(Message::Done) => ending = Some(Ending::Done(None)),
+            Ok(Message::Done { ran }) => ending = Some(Ending::Done { manifest: None, ran }),
             Ok(Message::Interrupted) => ending = Some(Ending::Interrupted),
-            Ok(Message::Failed { causes }) => ending = Some(Ending::Failed(causes.join(": "))),
+            Ok(Message::Elsewhere) => ending = Some(Ending::Elsewhere),
+            Ok(Message::Failed { causes, lasting }) => {
+                ending = Some(Ending::Failed { problem: causes.join(": "), lasting });
+            }
             Ok(Message::DamagedInput { reference, what }) => ending = Some(Ending::Damaged { reference, what }),
             Err(error) => {
                 let line = String::from_utf8_lossy(&line).into_owned();

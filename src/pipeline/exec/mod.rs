@@ -5,13 +5,16 @@ pub mod device;
 mod driver;
 pub mod event;
 mod local;
+pub mod machine;
 mod request;
 pub mod scheduler;
 pub mod select;
 pub mod slots;
 pub mod throttle;
 pub mod worker;
+mod workload;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -24,8 +27,11 @@ pub use local::run_worker;
 pub struct Options {
     /// Stages at once, at most; 0 is as many as cores.
     pub jobs: usize,
-    /// Run what does not rest on a failed stage instead of stopping at the first failure.
-    pub keep_going: bool,
+    /// Once so many stages have failed nothing new begins, and what runs goes on to its end; `None` runs whatever does not
+    /// rest on a failed stage.
+    pub most_failures: Option<usize>,
+    /// How much there is of each named slot; of one that is not named there is 1.
+    pub slots: BTreeMap<String, usize>,
     /// Run only these stages (by name) and what they need; empty runs all.
     pub until: Vec<String>,
     /// Run these stages (by name) even where their result is cached.
@@ -48,6 +54,18 @@ pub enum ExecError {
         name: String,
         /// Names that there are.
         hint: String,
+    },
+    /// A stage asks for more of a named slot than there is.
+    #[error("stage `{stage}` asks for {asked} of the slot `{slot}`, and there is {there}")]
+    TooFewSlots {
+        /// The stage's name.
+        stage: String,
+        /// The slot's name.
+        slot: String,
+        /// What the stage asks for.
+        asked: usize,
+        /// What there is.
+        there: usize,
     },
     /// The worker program is not there.
     #[error("cannot open the worker program `{}`: {cause}; build it with `cargo build --workspace`", path.display())]

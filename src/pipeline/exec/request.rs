@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use crate::pipeline::exec::attempt::{PROTOCOL, Request, RequestInput};
 use crate::pipeline::exec::slots::Grant;
 use crate::pipeline::plan::{Edge, Node};
+use crate::pipeline::spec::parse_duration;
 use crate::pipeline::store::{Digest, KeyParts, Store};
 
 /// What a finished node has to give: its key, and the content digest of each output.
@@ -50,6 +51,7 @@ pub(super) fn request(
     key: Digest,
     again: bool,
     grant: Grant,
+    visible_devices: Option<String>,
     store: &Store,
     made: &[Option<Made>],
 ) -> Result<Request, String> {
@@ -76,19 +78,12 @@ pub(super) fn request(
         // The worker sees one GPU, whichever it is.
         device: if grant.gpu.is_some() { "cuda:0" } else { "cpu" }.to_owned(),
         threads: grant.cpus,
-        save_every_seconds: seconds(&node.spec.run.save_every)?,
+        visible_devices,
+        save_every_seconds: parse_duration(&node.spec.run.save_every)?.as_secs_f64(),
         config_text: config_text(node.spec.kind.name, &params),
         numerics: BTreeMap::new(),
         params,
     })
-}
-
-/// The seconds of `30s`, `5m` or `1h`.
-fn seconds(text: &str) -> Result<f64, String> {
-    let units = [("s", 1.0), ("m", 60.0), ("h", 3600.0)];
-    let parsed = units.iter().find_map(|(unit, factor)| Some(text.strip_suffix(unit)?.parse::<f64>().ok()? * factor));
-    let valid = parsed.filter(|seconds| seconds.is_finite() && *seconds >= 0.0);
-    valid.ok_or_else(|| format!("`run.save_every` is `{text}`; expected a time as `30s`, `5m` or `1h`"))
 }
 
 /// A stage's resolved table as a person would write it: edges and files as strings, no empty fields.
@@ -121,16 +116,6 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-
-    #[test]
-    fn times_are_read_with_their_unit() {
-        assert_eq!(seconds("30s"), Ok(30.0));
-        assert_eq!(seconds("1.5m"), Ok(90.0));
-        assert_eq!(seconds("1h"), Ok(3600.0));
-        for wrong in ["", "s", "30", "-1s", "infs", "5 days"] {
-            assert!(seconds(wrong).is_err(), "{wrong}");
-        }
-    }
 
     #[test]
     fn the_configuration_reads_like_the_users_own() {

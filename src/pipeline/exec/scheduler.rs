@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! pending -> finding -> ok | follows (same key here) | elsewhere (same key in another process) | queued -> running
-//! running -> ok | failed | interrupted      and, without having run: blocked | skipped | interrupted
+//! running -> ok | retrying -> queued | failed | interrupted      and, without having run: blocked | skipped | interrupted
 //! ```
 //! Only `running` holds a share of the machine. It never knows what a key is made of: whoever performs
 //! [`Action::Find`] says which key a node has and whether its result is there.
@@ -44,7 +44,9 @@ struct Node {
 pub struct Scheduler {
     nodes: Vec<Node>,
     slots: Slots,
-    keep_going: bool,
+    /// After so many failures nothing new begins.
+    most_failures: Option<usize>,
+    failed: usize,
     ending: Option<Ending>,
     /// The node that works on a key, and those that wait for it.
     leaders: HashMap<Digest, (usize, Vec<usize>)>,
@@ -52,14 +54,19 @@ pub struct Scheduler {
     made: HashMap<Digest, usize>,
     /// Keys that failed in this run: what failed once would fail again.
     failures: HashMap<Digest, usize>,
-    /// Nodes in finding, elsewhere, queued or running: when there are none, the run is over.
+    /// How often a key was tried again.
+    retried: HashMap<Digest, u32>,
+    /// Nodes whose keys are being worked out. Nothing behind them in rank starts meanwhile, or the next stage of one trial
+    /// would always come too late to go before the first of another.
+    finding: BTreeSet<(u32, usize)>,
+    /// Nodes in finding, elsewhere, retrying, queued or running: when there are none, the run is over.
     active: usize,
     running: BTreeSet<usize>,
 }
 
 impl Scheduler {
-    /// A run of `shapes` within `limits`.
-    pub fn new(shapes: Vec<Shape>, limits: Limits, keep_going: bool) -> Self {
+    /// A run of `shapes` within `limits`, in which nothing new begins after `most_failures`.
+    pub fn new(shapes: Vec<Shape>, limits: Limits, most_failures: Option<usize>) -> Self {
         let mut nodes: Vec<Node> = Vec::with_capacity(shapes.len());
         for (index, mut shape) in shapes.into_iter().enumerate() {
             shape.inputs.sort_unstable();
@@ -69,16 +76,25 @@ impl Scheduler {
             }
             let phase = if shape.wanted { Phase::Pending } else { Phase::Unwanted };
             let missing = shape.inputs.len();
-            nodes.push(Node { shape, consumers: Vec::new(), phase, missing, key: None, grant: None, rebuilds: 0 });
+            let (consumers, key, grant) = (Vec::new(), None, None);
+            nodes.push(Node { shape, consumers, phase, missing, key, grant, rebuilds: 0 });
+        }
+        // What is found first starts first where there is room, so that nodes are found in the order of their ranks.
+        let ranks: Vec<u32> = nodes.iter().map(|node| node.shape.rank).collect();
+        for node in &mut nodes {
+            node.consumers.sort_by_key(|consumer| ranks[*consumer]);
         }
         Self {
             nodes,
             slots: Slots::new(limits),
-            keep_going,
+            most_failures,
+            failed: 0,
             ending: None,
             leaders: HashMap::new(),
             made: HashMap::new(),
             failures: HashMap::new(),
+            retried: HashMap::new(),
+            finding: BTreeSet::new(),
             active: 0,
             running: BTreeSet::new(),
         }
@@ -99,7 +115,9 @@ impl Scheduler {
         let mut actions = Vec::new();
         match input {
             Input::Begin => {
-                for node in 0..self.nodes.len() {
+                let mut order: Vec<usize> = (0..self.nodes.len()).collect();
+                order.sort_by_key(|node| self.nodes[*node].shape.rank);
+                for node in order {
                     self.find_if_ready(node, &mut actions);
                 }
             }
@@ -111,21 +129,20 @@ impl Scheduler {
                     self.find_if_ready(node, &mut actions);
                 }
             }
-            Input::Waiting(node) => {
-                self.release(node);
-                actions.push(Action::Waits(node));
-            }
-            Input::Done(node) => self.done(node, &mut actions),
-            Input::Failed(node) => {
-                self.leave_running(node);
-                self.failed(node, &mut actions);
+            Input::Done(node) => self.done(node, Phase::Done, &mut actions),
+            Input::Taken(node) => self.done(node, Phase::Cached, &mut actions),
+            Input::Failed { node, lasting } => self.failed(node, lasting, &mut actions),
+            Input::Due(node) => {
+                if self.nodes[node].phase == Phase::Retrying {
+                    self.queue(node);
+                }
             }
             Input::Interrupted(node) => self.interrupted(node),
             Input::Damaged { node, producer } => self.damaged(node, producer, &mut actions),
             Input::Interrupt => self.interrupt(&mut actions),
         }
         if self.ending.is_none() {
-            while let Some((node, grant)) = self.slots.start_next() {
+            while let Some((node, grant)) = self.slots.start_next(self.finding.first().copied()) {
                 self.nodes[node].phase = Phase::Running;
                 self.nodes[node].grant = Some(grant);
                 self.running.insert(node);
@@ -139,6 +156,7 @@ impl Scheduler {
         let state = &mut self.nodes[node];
         if self.ending.is_none() && state.phase == Phase::Pending && state.missing == 0 {
             state.phase = Phase::Finding;
+            self.finding.insert((state.shape.rank, node));
             self.active += 1;
             actions.push(Action::Find(node));
         }
@@ -148,6 +166,7 @@ impl Scheduler {
         if self.nodes[node].phase != Phase::Finding {
             return;
         }
+        self.leave_finding(node);
         self.nodes[node].key = Some(key.clone());
         if let Some((leader, followers)) = self.leaders.get_mut(&key) {
             // After a rebuild of its input a node finds the key that it already waits for.
@@ -171,9 +190,23 @@ impl Scheduler {
             self.close_consumers(vec![node], Phase::Blocked, actions);
         } else {
             self.leaders.insert(key, (node, Vec::new()));
-            self.nodes[node].phase = Phase::Queued;
-            self.slots.push(node, self.nodes[node].shape.need);
+            self.queue(node);
         }
+    }
+
+    fn leave_finding(&mut self, node: usize) {
+        self.finding.remove(&(self.nodes[node].shape.rank, node));
+    }
+
+    fn queue(&mut self, node: usize) {
+        let state = &mut self.nodes[node];
+        state.phase = Phase::Queued;
+        self.slots.push(node, state.shape.rank, &state.shape.need);
+    }
+
+    fn leave_queue(&mut self, node: usize) {
+        let shape = &self.nodes[node].shape;
+        self.slots.remove(node, shape.rank, &shape.need);
     }
 
     fn settle_ok(&mut self, node: usize, phase: Phase, actions: &mut Vec<Action>) {
@@ -187,7 +220,7 @@ impl Scheduler {
 
     fn release(&mut self, node: usize) {
         if let Some(grant) = self.nodes[node].grant.take() {
-            self.slots.release(grant);
+            self.slots.release(grant, &self.nodes[node].shape.need);
         }
     }
 
@@ -215,7 +248,7 @@ impl Scheduler {
         }
     }
 
-    fn done(&mut self, node: usize, actions: &mut Vec<Action>) {
+    fn done(&mut self, node: usize, phase: Phase, actions: &mut Vec<Action>) {
         self.leave_running(node);
         // Forced once is enough: a rebuild after damage is decided by what the store has.
         self.nodes[node].shape.again = false;
@@ -224,7 +257,7 @@ impl Scheduler {
         if let Some(key) = key {
             self.made.insert(key, node);
         }
-        self.settle_ok(node, Phase::Done, actions);
+        self.settle_ok(node, phase, actions);
         for follower in followers {
             actions.push(Action::Share(follower, node));
             self.settle_ok(follower, Phase::Cached, actions);
@@ -242,9 +275,29 @@ impl Scheduler {
         followers
     }
 
-    fn failed(&mut self, node: usize, actions: &mut Vec<Action>) {
+    fn failed(&mut self, node: usize, lasting: bool, actions: &mut Vec<Action>) {
+        self.leave_running(node);
+        self.leave_finding(node);
+        let state = &mut self.nodes[node];
+        let may_retry = !lasting && self.ending.is_none() && state.shape.retries > 0;
+        let Some(key) = state.key.as_ref().filter(|_| may_retry) else {
+            return self.give_up(node, actions);
+        };
+        let retried = self.retried.entry(key.clone()).or_default();
+        if *retried >= state.shape.retries {
+            return self.give_up(node, actions);
+        }
+        *retried += 1;
+        state.phase = Phase::Retrying;
+        self.active += 1;
+        actions.push(Action::Retry(node, *retried));
+    }
+
+    fn give_up(&mut self, node: usize, actions: &mut Vec<Action>) {
         let followers = self.take_followers(node);
         self.nodes[node].phase = Phase::Failed;
+        self.failed += 1;
+        actions.push(Action::Fail(node));
         if let Some(key) = self.nodes[node].key.clone() {
             self.failures.insert(key, node);
         }
@@ -254,8 +307,8 @@ impl Scheduler {
         }
         let roots = std::iter::once(node).chain(followers);
         self.close_consumers(roots.collect(), Phase::Blocked, actions);
-        if !self.keep_going && self.ending.is_none() {
-            self.end(Ending::Failure);
+        if self.ending.is_none() && self.most_failures.is_some_and(|most| self.failed >= most) {
+            self.end(Ending::Failure, actions);
         }
     }
 
@@ -303,7 +356,7 @@ impl Scheduler {
         if self.nodes[producer].phase.is_ok() {
             if self.nodes[producer].rebuilds >= REBUILDS {
                 actions.push(Action::GiveUp(node));
-                return self.failed(node, actions);
+                return self.give_up(node, actions);
             }
             self.nodes[producer].rebuilds += 1;
             self.unmake(producer, actions);
@@ -338,8 +391,9 @@ impl Scheduler {
     /// Returns a node that has a key but has not begun to `pending`; those that followed it look for themselves.
     fn step_back(&mut self, node: usize, actions: &mut Vec<Action>) {
         match self.nodes[node].phase {
-            Phase::Queued => self.slots.remove(node, self.nodes[node].shape.need),
-            Phase::Finding | Phase::Follows(_) | Phase::Elsewhere => {}
+            Phase::Queued => self.leave_queue(node),
+            Phase::Finding => self.leave_finding(node),
+            Phase::Follows(_) | Phase::Elsewhere | Phase::Retrying => {}
             _ => return,
         }
         if !matches!(self.nodes[node].phase, Phase::Follows(_)) {
@@ -357,13 +411,23 @@ impl Scheduler {
         if self.ending == Some(Ending::Interrupt) {
             return;
         }
-        self.end(Ending::Interrupt);
+        self.end(Ending::Interrupt, actions);
         actions.extend(self.running.iter().map(|node| Action::Stop(*node)));
     }
 
-    /// From here on nothing starts: whatever has not begun is closed, unless the node it follows is running.
-    fn end(&mut self, ending: Ending) {
+    /// From here on nothing starts: whatever is not running is closed, unless the node it follows is running. Where failures
+    /// end the run, what waits for another attempt has failed; where the user does, the next run goes on with it.
+    fn end(&mut self, ending: Ending, actions: &mut Vec<Action>) {
         self.ending = Some(ending);
+        self.finding.clear();
+        if ending == Ending::Failure {
+            for node in 0..self.nodes.len() {
+                if self.nodes[node].phase == Phase::Retrying {
+                    self.active -= 1;
+                    self.give_up(node, actions);
+                }
+            }
+        }
         for node in 0..self.nodes.len() {
             let phase = self.nodes[node].phase;
             if let Phase::Follows(leader) = phase
@@ -373,9 +437,9 @@ impl Scheduler {
             }
             if phase.waits() {
                 if phase == Phase::Queued {
-                    self.slots.remove(node, self.nodes[node].shape.need);
+                    self.leave_queue(node);
                 }
-                if matches!(phase, Phase::Finding | Phase::Elsewhere | Phase::Queued) {
+                if matches!(phase, Phase::Finding | Phase::Elsewhere | Phase::Retrying | Phase::Queued) {
                     self.active -= 1;
                 }
                 self.close(node, ending);
@@ -400,10 +464,18 @@ mod tests {
     use super::*;
     use crate::pipeline::exec::slots::{Gpu, Need};
 
-    const LIMITS: Limits = Limits { cpus: 3, gpus: 2, jobs: 3 };
+    const LIMITS: Limits = Limits { cpus: 3, gpus: 2, jobs: 3, memory: 10, named: Vec::new() };
 
     fn shape(inputs: &[usize]) -> Shape {
-        Shape { inputs: inputs.to_vec(), need: Need { cpus: 1, gpu: Gpu::None }, wanted: true, again: false }
+        Shape { inputs: inputs.to_vec(), wanted: true, ..Shape::default() }
+    }
+
+    fn limits(cpus: usize) -> Limits {
+        Limits { cpus, jobs: cpus, ..Limits::default() }
+    }
+
+    fn failed(node: usize) -> Input {
+        Input::Failed { node, lasting: false }
     }
 
     fn key(text: &str) -> Digest {
@@ -418,7 +490,7 @@ mod tests {
 
     #[test]
     fn a_chain_runs_in_order_and_ends() {
-        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[0])], LIMITS, false);
+        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[0])], LIMITS, Some(1));
         assert_eq!(scheduler.on(Input::Begin), [Action::Find(0)]);
         assert_eq!(scheduler.on(found(0, "a", false)), [Action::Start(0, ONE)]);
         assert_eq!(scheduler.on(Input::Done(0)), [Action::Find(1)]);
@@ -428,7 +500,7 @@ mod tests {
 
     #[test]
     fn nodes_that_meet_in_a_key_run_once() {
-        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[]), shape(&[1])], LIMITS, false);
+        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[]), shape(&[1])], LIMITS, Some(1));
         scheduler.on(Input::Begin);
         scheduler.on(found(0, "same", false));
         assert_eq!(scheduler.on(found(1, "same", false)), []);
@@ -438,23 +510,23 @@ mod tests {
 
     #[test]
     fn the_follower_of_a_failure_fails_too_and_its_consumers_are_blocked() {
-        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[]), shape(&[1])], LIMITS, true);
+        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[]), shape(&[1])], LIMITS, None);
         scheduler.on(Input::Begin);
         scheduler.on(found(0, "same", false));
         scheduler.on(found(1, "same", false));
-        assert_eq!(scheduler.on(Input::Failed(0)), [Action::FailLike(1, 0), Action::Blocked(2)]);
+        assert_eq!(scheduler.on(failed(0)), [Action::Fail(0), Action::FailLike(1, 0), Action::Blocked(2)]);
         assert!(scheduler.is_finished());
     }
 
     #[test]
     fn a_first_failure_stops_starts_but_running_nodes_end_normally() {
-        let limits = Limits { cpus: 2, gpus: 0, jobs: 2 };
-        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[]), shape(&[]), shape(&[1])], limits, false);
+        let shapes = vec![shape(&[]), shape(&[]), shape(&[]), shape(&[1])];
+        let mut scheduler = Scheduler::new(shapes, limits(2), Some(1));
         scheduler.on(Input::Begin);
         for (node, text) in ["a", "b", "c"].iter().enumerate() {
             scheduler.on(found(node, text, false));
         }
-        assert_eq!(scheduler.on(Input::Failed(0)), []);
+        assert_eq!(scheduler.on(failed(0)), [Action::Fail(0)]);
         assert!(!scheduler.is_finished());
         assert_eq!(scheduler.on(Input::Done(1)), []);
         assert!(scheduler.is_finished());
@@ -466,8 +538,7 @@ mod tests {
 
     #[test]
     fn an_interrupt_stops_what_runs_and_closes_the_rest() {
-        let limits = Limits { cpus: 1, gpus: 0, jobs: 1 };
-        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[]), shape(&[0])], limits, false);
+        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[]), shape(&[0])], limits(1), None);
         scheduler.on(Input::Begin);
         scheduler.on(found(0, "a", false));
         scheduler.on(found(1, "b", false));
@@ -480,7 +551,7 @@ mod tests {
 
     #[test]
     fn a_damaged_input_is_made_again_and_no_more_than_twice() {
-        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[0])], LIMITS, false);
+        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[0])], LIMITS, Some(1));
         scheduler.on(Input::Begin);
         assert_eq!(scheduler.on(found(0, "a", true)), [Action::Cached(0), Action::Find(1)]);
         for _ in 0..REBUILDS {
@@ -490,24 +561,96 @@ mod tests {
             assert_eq!(scheduler.on(Input::Done(0)), [Action::Find(1)]);
         }
         scheduler.on(found(1, "b", false));
-        assert_eq!(scheduler.on(Input::Damaged { node: 1, producer: 0 }), [Action::GiveUp(1)]);
+        assert_eq!(scheduler.on(Input::Damaged { node: 1, producer: 0 }), [Action::GiveUp(1), Action::Fail(1)]);
         assert!(scheduler.is_finished());
         assert_eq!((scheduler.phase(0), scheduler.phase(1)), (Phase::Done, Phase::Failed));
     }
 
     #[test]
     fn a_key_that_another_process_holds_takes_no_share() {
-        let limits = Limits { cpus: 1, gpus: 0, jobs: 1 };
-        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[])], limits, false);
+        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[])], limits(1), None);
         scheduler.on(Input::Begin);
         assert_eq!(scheduler.on(found(0, "a", false)), [Action::Start(0, ONE)]);
         scheduler.on(found(1, "b", false));
         assert_eq!(scheduler.on(Input::Elsewhere(0)), [Action::Waits(0), Action::Start(1, ONE)]);
-        assert_eq!(scheduler.on(Input::Waiting(1)), [Action::Waits(1)]);
+        assert_eq!(scheduler.on(Input::Elsewhere(1)), [Action::Waits(1)]);
         assert_eq!(scheduler.on(Input::Freed(0)), [Action::Find(0)]);
         assert_eq!(scheduler.on(found(0, "a", true)), [Action::Cached(0)]);
+        assert_eq!(scheduler.on(Input::Freed(1)), [Action::Find(1)]);
+        assert_eq!(scheduler.on(found(1, "b", false)), [Action::Start(1, ONE)], "the other process died");
         assert_eq!(scheduler.on(Input::Done(1)), []);
         assert!(scheduler.is_finished());
+    }
+
+    #[test]
+    fn a_failed_attempt_is_repeated_after_a_while_and_holds_no_share() {
+        let flaky = Shape { retries: 2, ..shape(&[]) };
+        let shapes = vec![flaky, shape(&[]), shape(&[0])];
+        let mut scheduler = Scheduler::new(shapes, limits(1), Some(1));
+        scheduler.on(Input::Begin);
+        scheduler.on(found(0, "a", false));
+        scheduler.on(found(1, "b", false));
+        assert_eq!(scheduler.on(failed(0)), [Action::Retry(0, 1), Action::Start(1, ONE)]);
+        assert_eq!(scheduler.on(Input::Due(0)), [], "the only core is taken");
+        assert_eq!(scheduler.on(Input::Done(1)), [Action::Start(0, ONE)]);
+        assert_eq!(scheduler.on(failed(0)), [Action::Retry(0, 2)]);
+        assert!(!scheduler.is_finished());
+        assert_eq!(scheduler.on(Input::Due(0)), [Action::Start(0, ONE)]);
+        assert_eq!(scheduler.on(failed(0)), [Action::Fail(0), Action::Blocked(2)]);
+        assert!(scheduler.is_finished());
+    }
+
+    #[test]
+    fn a_lasting_failure_is_not_repeated_and_damage_is_no_attempt() {
+        let retrying = Shape { retries: 1, ..shape(&[0]) };
+        let mut scheduler = Scheduler::new(vec![shape(&[]), retrying], LIMITS, None);
+        scheduler.on(Input::Begin);
+        scheduler.on(found(0, "a", true));
+        scheduler.on(found(1, "b", false));
+        assert_eq!(scheduler.on(Input::Damaged { node: 1, producer: 0 }), [Action::Find(0)]);
+        scheduler.on(found(0, "a", false));
+        scheduler.on(Input::Done(0));
+        scheduler.on(found(1, "b", false));
+        assert_eq!(scheduler.on(failed(1)), [Action::Retry(1, 1)]);
+        scheduler.on(Input::Due(1));
+        assert_eq!(scheduler.on(Input::Failed { node: 1, lasting: true }), [Action::Fail(1)]);
+        assert!(scheduler.is_finished());
+    }
+
+    #[test]
+    fn the_end_of_a_run_ends_the_wait_for_another_attempt() {
+        for ends in [Input::Interrupt, failed(1)] {
+            let shapes = vec![Shape { retries: 9, ..shape(&[]) }, shape(&[])];
+            let mut scheduler = Scheduler::new(shapes, LIMITS, Some(1));
+            scheduler.on(Input::Begin);
+            scheduler.on(found(0, "a", false));
+            scheduler.on(found(1, "b", false));
+            scheduler.on(failed(0));
+            let actions = scheduler.on(ends.clone());
+            if ends == Input::Interrupt {
+                assert_eq!(actions, [Action::Stop(1)]);
+                scheduler.on(Input::Interrupted(1));
+                assert_eq!(scheduler.phase(0), Phase::Interrupted);
+            } else {
+                assert_eq!(actions, [Action::Fail(1), Action::Fail(0)]);
+                assert_eq!(scheduler.phase(0), Phase::Failed);
+            }
+            assert!(scheduler.is_finished());
+            assert_eq!(scheduler.on(Input::Due(0)), []);
+        }
+    }
+
+    #[test]
+    fn nothing_new_begins_after_so_many_failures() {
+        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[]), shape(&[])], limits(1), Some(2));
+        scheduler.on(Input::Begin);
+        for (node, text) in ["a", "b", "c"].iter().enumerate() {
+            scheduler.on(found(node, text, false));
+        }
+        assert_eq!(scheduler.on(failed(0)), [Action::Fail(0), Action::Start(1, ONE)]);
+        assert_eq!(scheduler.on(failed(1)), [Action::Fail(1)]);
+        assert!(scheduler.is_finished());
+        assert_eq!(scheduler.phase(2), Phase::Skipped);
     }
 
     #[test]
@@ -517,7 +660,7 @@ mod tests {
         let fan: Vec<Shape> = (0..count).map(|node| shape(&[0][..node.min(1)])).collect();
         for shapes in [chain, fan] {
             let began = std::time::Instant::now();
-            let mut scheduler = Scheduler::new(shapes, LIMITS, false);
+            let mut scheduler = Scheduler::new(shapes, LIMITS, Some(1));
             let mut work = scheduler.on(Input::Begin);
             while let Some(action) = work.pop() {
                 match action {
@@ -537,7 +680,7 @@ mod tests {
         shapes: Vec<Shape>,
         /// Stands for a node's own parameters; nodes of one label and equal inputs meet in one key.
         labels: Vec<u8>,
-        keep_going: bool,
+        most_failures: Option<usize>,
         /// Damage and other processes take part.
         trouble: bool,
         interrupt_after: Option<usize>,
@@ -561,19 +704,33 @@ mod tests {
             if self.labels[node] % 2 == 1 { format!("constant{}", self.labels[node]) } else { format!("<{key}>") }
         }
 
-        fn fails(key: &str) -> bool {
-            hash(&format!("fails {key}")) < 30
+        /// How many attempts at a key fail, and whether they say that others would be in vain.
+        fn failures(key: &str) -> (u32, bool) {
+            match hash(&format!("fails {key}")) {
+                0..15 => (u32::MAX, false),
+                15..30 => (u32::MAX, true),
+                30..50 => (1, false),
+                50..70 => (2, false),
+                _ => (0, false),
+            }
+        }
+
+        /// Whether the key comes out well in the end, and how many attempts that takes.
+        fn attempts(&self, node: usize, key: &str) -> (bool, u32) {
+            let (failures, lasting) = Self::failures(key);
+            let attempts = if lasting { 1 } else { self.shapes[node].retries + 1 };
+            (failures < attempts, attempts.min(failures.saturating_add(1)))
         }
 
         fn stored(key: &str) -> bool {
             hash(&format!("stored {key}")) < 80
         }
 
-        /// The naive answer: one node after the other. Gives each node's end and the keys that ran.
-        fn oracle(&self) -> (Vec<Phase>, HashSet<String>) {
+        /// The naive answer: one node after the other. Gives each node's end and how often each key ran.
+        fn oracle(&self) -> (Vec<Phase>, HashMap<String, u32>) {
             let mut outputs = vec![None; self.shapes.len()];
             let mut ends = Vec::new();
-            let mut ran = HashSet::new();
+            let mut ran = HashMap::new();
             for (node, shape) in self.shapes.iter().enumerate() {
                 ends.push(if !shape.wanted {
                     Phase::Unwanted
@@ -582,16 +739,14 @@ mod tests {
                 } else {
                     let key = self.key(node, &outputs);
                     let runs = shape.again || !Self::stored(&key);
-                    if runs && Self::fails(&key) {
-                        ran.insert(key);
-                        Phase::Failed
-                    } else {
+                    let (well, attempts) = self.attempts(node, &key);
+                    if well || !runs {
                         outputs[node] = Some(self.output(node, &key));
-                        if runs {
-                            ran.insert(key);
-                        }
-                        Phase::Done
                     }
+                    if runs {
+                        ran.insert(key, attempts);
+                    }
+                    if well || !runs { Phase::Done } else { Phase::Failed }
                 });
             }
             (ends, ran)
@@ -599,17 +754,23 @@ mod tests {
     }
 
     fn worlds() -> impl Strategy<Value = World> {
-        let node = (any::<u16>(), 0..6_u8, 0..5_usize, 0..4_usize, 0..8_u8, any::<bool>());
+        let node = (any::<u16>(), 0..6_u8, 0..5_usize, 0..4_usize, any::<bool>());
         let nodes = prop::collection::vec(node, 1..14);
         let choices = prop::collection::vec(any::<u16>(), 64);
-        (nodes, any::<bool>(), any::<bool>(), prop::option::weighted(0.3, 0..12_usize), choices).prop_map(
-            |(nodes, keep_going, trouble, interrupt_after, choices)| {
-                let labels = nodes.iter().map(|node| node.1).collect();
+        let most = prop::option::of(1..3_usize);
+        (nodes, most, any::<bool>(), prop::option::weighted(0.3, 0..12_usize), choices).prop_map(
+            |(nodes, most_failures, trouble, interrupt_after, choices)| {
+                // Nodes that meet in a key are forced together: what runs for one of them would run for all.
+                let forced = choices[0].to_le_bytes()[1] % 12;
+                let labels: Vec<u8> = nodes.iter().map(|node| node.1).collect();
                 let mut shapes: Vec<Shape> = Vec::new();
-                for (index, (bits, _, cpus, gpu, again, wanted)) in nodes.into_iter().enumerate() {
+                for (index, (bits, label, cpus, gpu, wanted)) in nodes.into_iter().enumerate() {
                     let inputs = (0..index).filter(|input| bits & (bits >> 3) & (1 << input) != 0).collect();
                     let gpu = [Gpu::None, Gpu::Any, Gpu::Index(1), Gpu::Index(7)][gpu];
-                    shapes.push(Shape { inputs, need: Need { cpus, gpu }, wanted, again: again == 0 });
+                    let (memory, named) = (u64::from(bits) % 13, vec![(0, usize::from(bits >> 8) % 3)]);
+                    let need = Need { cpus, gpu, memory, named };
+                    let (rank, retries) = (u32::from(bits) % 3, u32::from(label) % 3);
+                    shapes.push(Shape { inputs, need, rank, retries, wanted, again: label == forced });
                 }
                 for node in (0..shapes.len()).rev().filter(|node| shapes[*node].wanted).collect::<Vec<_>>() {
                     let mut stack = vec![node];
@@ -618,23 +779,25 @@ mod tests {
                         stack.extend(shapes[node].inputs.clone());
                     }
                 }
-                World { shapes, labels, keep_going, trouble, interrupt_after, choices }
+                World { shapes, labels, most_failures, trouble, interrupt_after, choices }
             },
         )
     }
 
-    /// Lets the scheduler run in the world; panics where it breaks a rule. Gives it back with the keys that ran.
-    fn simulate(world: &World) -> (Scheduler, Vec<String>) {
+    /// Lets the scheduler run in the world; panics where it breaks a rule. Gives it back with how often each key ran.
+    fn simulate(world: &World) -> (Scheduler, HashMap<String, u32>) {
         let count = world.shapes.len();
-        let mut scheduler = Scheduler::new(world.shapes.clone(), LIMITS, world.keep_going);
+        let machine = Limits { named: vec![1], ..LIMITS };
+        let mut scheduler = Scheduler::new(world.shapes.clone(), machine.clone(), world.most_failures);
         let mut outputs: Vec<Option<String>> = vec![None; count];
         let mut keys = vec![String::new(); count];
         let mut stored: HashSet<String> = HashSet::new();
         let mut lost: HashSet<String> = HashSet::new();
-        let mut running: Vec<(usize, Option<Grant>)> = Vec::new();
+        let mut running: Vec<(usize, Grant)> = Vec::new();
         let mut elsewhere: Vec<usize> = Vec::new();
-        let mut ran = Vec::new();
-        let (mut may_start, mut interrupted) = (true, false);
+        let mut retrying: Vec<usize> = Vec::new();
+        let mut ran: HashMap<String, u32> = HashMap::new();
+        let (mut may_start, mut interrupted, mut failures) = (true, false, 0);
         let mut steps = 0;
         let mut choices = world.choices.iter().cycle();
         let mut choose = |bound: usize| usize::from(*choices.next().expect("a cycle")) % bound;
@@ -658,8 +821,11 @@ mod tests {
                                 inbox.push_back(Input::Elsewhere(node));
                                 continue;
                             }
-                            running.push((node, Some(grant)));
-                            let grants: Vec<Grant> = running.iter().filter_map(|(_, grant)| *grant).collect();
+                            running.push((node, grant));
+                            let grants: Vec<Grant> = running.iter().map(|(_, grant)| *grant).collect();
+                            let needs = || running.iter().map(|(node, _)| &world.shapes[*node].need);
+                            assert!(needs().map(|need| need.memory.min(machine.memory)).sum::<u64>() <= machine.memory);
+                            assert!(needs().map(|need| need.named[0].1.min(1)).sum::<usize>() <= machine.named[0]);
                             assert!(grants.iter().map(|grant| grant.cpus).sum::<usize>() <= LIMITS.cpus);
                             assert!(grants.len() <= LIMITS.jobs);
                             let gpus: Vec<usize> = grants.iter().filter_map(|grant| grant.gpu).collect();
@@ -672,6 +838,14 @@ mod tests {
                             outputs[node] = Some(world.output(node, &keys[node]));
                         }
                         Action::FailLike(node, other) => assert_eq!(keys[node], keys[other]),
+                        Action::Fail(_) => {
+                            failures += 1;
+                            may_start &= world.most_failures.is_none_or(|most| failures < most);
+                        }
+                        Action::Retry(node, retry) => {
+                            assert!(may_start && (1..=world.shapes[node].retries).contains(&retry));
+                            retrying.push(node);
+                        }
                         Action::Stop(node) => assert!(
                             running.iter().any(|(other, _)| *other == node) || elsewhere.contains(&node),
                             "only what runs can be stopped"
@@ -691,22 +865,23 @@ mod tests {
                 inbox.push_back(Input::Interrupt);
                 continue;
             }
-            assert!(running.len() + elsewhere.len() > 0, "it is stuck");
-            let pick = choose(running.len() + elsewhere.len());
-            let Some((node, grant)) = running.get_mut(pick) else {
-                let node = elsewhere.remove(pick - running.len());
-                inbox.push_back(Input::Freed(node));
-                continue;
-            };
-            let node = *node;
-            let inputs = &world.shapes[node].inputs;
-            if world.trouble && grant.is_some() && choose(5) == 0 {
-                *grant = None;
-                inbox.push_back(Input::Waiting(node));
+            let outside = elsewhere.len() + retrying.len();
+            assert!(running.len() + outside > 0, "it is stuck");
+            let pick = choose(running.len() + outside);
+            if pick >= running.len() {
+                let pick = pick - running.len();
+                inbox.push_back(match elsewhere.get(pick) {
+                    Some(_) => Input::Freed(elsewhere.remove(pick)),
+                    None => Input::Due(retrying.remove(pick - elsewhere.len())),
+                });
                 continue;
             }
-            running.remove(pick);
-            if interrupted && choose(2) == 0 {
+            let (node, _) = running.remove(pick);
+            let inputs = &world.shapes[node].inputs;
+            if world.trouble && choose(5) == 0 {
+                elsewhere.push(node);
+                inbox.push_back(Input::Elsewhere(node));
+            } else if interrupted && choose(2) == 0 {
                 inbox.push_back(Input::Interrupted(node));
             } else if world.trouble && !inputs.is_empty() && choose(6) == 0 {
                 let producer = inputs[choose(inputs.len())];
@@ -714,14 +889,16 @@ mod tests {
                 lost.insert(keys[producer].clone());
                 inbox.push_back(Input::Damaged { node, producer });
             } else {
-                ran.push(keys[node].clone());
-                if World::fails(&keys[node]) {
-                    may_start &= world.keep_going;
-                    inbox.push_back(Input::Failed(node));
+                let attempts = ran.entry(keys[node].clone()).or_default();
+                *attempts += 1;
+                let (failing, lasting) = World::failures(&keys[node]);
+                if *attempts <= failing {
+                    inbox.push_back(Input::Failed { node, lasting });
                 } else {
                     stored.insert(keys[node].clone());
                     outputs[node] = Some(world.output(node, &keys[node]));
-                    inbox.push_back(Input::Done(node));
+                    let taken = world.trouble && choose(5) == 0;
+                    inbox.push_back(if taken { Input::Taken(node) } else { Input::Done(node) });
                 }
             }
         }
@@ -734,17 +911,17 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { cases: 2_000, failure_persistence: None, ..ProptestConfig::default() })]
 
-        /// Left alone, the scheduler comes to the naive answer, in whatever order things end, and runs each key once.
+        /// Left alone, the scheduler comes to the naive answer, in whatever order things end, and runs each key as often as
+        /// it takes.
         #[test]
         fn it_agrees_with_the_naive_answer(world in worlds()) {
-            let world = World { keep_going: true, trouble: false, interrupt_after: None, ..world };
+            let world = World { most_failures: None, trouble: false, interrupt_after: None, ..world };
             let (ends, expected) = world.oracle();
             let (scheduler, ran) = simulate(&world);
             for (node, end) in ends.iter().enumerate() {
                 prop_assert!(same(scheduler.phase(node), *end), "{node}: {:?}, not {end:?}", scheduler.phase(node));
             }
-            prop_assert_eq!(ran.len(), ran.iter().collect::<HashSet<_>>().len());
-            prop_assert_eq!(ran.into_iter().collect::<HashSet<_>>(), expected);
+            prop_assert_eq!(ran, expected);
         }
 
         /// Whatever happens, the run ends, every wanted node has an end, and no result is used that the naive answer
@@ -762,7 +939,7 @@ mod tests {
                     prop_assert!(end.is_ok());
                 }
                 if phase == Phase::Skipped {
-                    prop_assert!(!world.keep_going);
+                    prop_assert!(world.most_failures.is_some());
                 }
                 if phase == Phase::Interrupted {
                     prop_assert!(world.interrupt_after.is_some());

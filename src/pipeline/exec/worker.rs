@@ -32,16 +32,21 @@ pub enum Message {
         /// What.
         event: StageEvent,
     },
-    /// Another process works on the key; the worker waits for it.
-    Waiting,
-    /// The end: the result is published.
-    Done,
+    /// The end: the result is there.
+    Done {
+        /// Whether the stage ran, or found what another process had made meanwhile.
+        ran: bool,
+    },
     /// The end: the work is saved.
     Interrupted,
+    /// The end: another process works on the key.
+    Elsewhere,
     /// The end: the stage failed.
     Failed {
         /// The error and its causes, outermost first.
         causes: Vec<String>,
+        /// Whether another attempt in this run would be in vain.
+        lasting: bool,
     },
     /// The end: an input is damaged and was put aside.
     DamagedInput {
@@ -89,39 +94,44 @@ pub fn serve(program: &Program<'_>) -> anyhow::Result<u8> {
         })
         .context("cannot start a thread")?;
     let ending = match one_request(program, &line, &interrupt, &speaker) {
-        Ok(()) => Message::Done,
+        Ok(ran) => Message::Done { ran },
         Err(AttemptError::Interrupted) => Message::Interrupted,
+        Err(AttemptError::Elsewhere) => Message::Elsewhere,
         Err(AttemptError::DamagedInput { reference, what, .. }) => Message::DamagedInput { reference, what },
-        Err(AttemptError::Failed(error)) => {
-            Message::Failed { causes: error.chain().map(ToString::to_string).collect() }
-        }
-        Err(AttemptError::Store(error)) => Message::Failed { causes: vec![error.to_string()] },
+        Err(AttemptError::Failed(error)) => Message::Failed { causes: causes(&error), lasting: false },
+        Err(AttemptError::Lasting(error)) => Message::Failed { causes: causes(&error), lasting: true },
+        Err(AttemptError::Store(error)) => Message::Failed { causes: vec![error.to_string()], lasting: false },
     };
     speaker.say(&ending);
     Ok(match ending {
-        Message::Done => 0,
+        Message::Done { .. } => 0,
         Message::Interrupted => 130,
         _ => 1,
     })
 }
 
+fn causes(error: &anyhow::Error) -> Vec<String> {
+    error.chain().map(ToString::to_string).collect()
+}
+
+/// Runs what the request asks for; gives whether that was still to do.
 fn one_request(
     program: &Program<'_>,
     line: &str,
     interrupt: &Arc<AtomicBool>,
     speaker: &Speaker,
-) -> Result<(), AttemptError> {
+) -> Result<bool, AttemptError> {
     let request = serde_json::from_str::<Request>(line).context(
         "cannot understand the request; build `pipe` and `pipe-worker` from one source: `cargo build --workspace`",
     );
-    let mut request = request.map_err(AttemptError::Failed)?;
-    (program.prepare)(&mut request).map_err(AttemptError::Failed)?;
+    let mut request = request.map_err(AttemptError::Lasting)?;
+    (program.prepare)(&mut request).map_err(AttemptError::Lasting)?;
     let Some((_, runner)) = program.runners.iter().find(|(kind, _)| *kind == request.kind) else {
         let error = anyhow::anyhow!(
             "this `pipe-worker` does not know the kind `{}`; run `cargo build --workspace`",
             request.kind
         );
-        return Err(AttemptError::Failed(error));
+        return Err(AttemptError::Lasting(error));
     };
     let store = Store::open(&request.store)?;
     let (mut throttle, events) = (Throttle::default(), speaker.clone());
@@ -136,8 +146,7 @@ fn one_request(
         (program.set_threads)(context.resources.threads);
         runner(&request.params, context)
     };
-    let waiting = &mut || speaker.say(&Message::Waiting);
-    attempt(&store, &request, &run, Arc::clone(interrupt), waiting, events).map(drop)
+    attempt(&store, &request, &run, Arc::clone(interrupt), events).map(|attempted| attempted.ran)
 }
 
 /// The worker's side of the socket, shared by the stage's events and the ending.
@@ -172,7 +181,9 @@ mod tests {
     #[test]
     fn messages_survive_the_line() {
         let event = StageEvent::Progress { done: 1, total: 2, unit: "a\nb".into() };
-        for message in [Message::Event { event }, Message::Waiting, Message::Failed { causes: vec!["x".into()] }] {
+        for message in
+            [Message::Event { event }, Message::Elsewhere, Message::Failed { causes: vec!["x".into()], lasting: true }]
+        {
             let line = serde_json::to_string(&message).unwrap();
             assert!(!line.contains('\n'));
             assert_eq!(serde_json::from_str::<Message>(&line).unwrap(), message);

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::pipeline::plan::{Edge, Plan, PlanError, key};
 use crate::pipeline::spec::Experiment;
+use crate::pipeline::spec::tune::Purpose;
 use crate::pipeline::store::Digest;
 
 /// Arms of one experiment that are the same arm.
@@ -22,8 +23,11 @@ impl Plan {
     /// The arms of `experiments`, which the plan was made of, that provably compute the same but for rounding, as
     /// [`crate::pipeline::stage::Stage::normal_form`] has it.
     pub fn same_arms(&self, experiments: &[Experiment]) -> Result<Vec<SameArms>, PlanError> {
-        let is_one_arm =
-            |experiment: &Experiment| experiment.trials.iter().all(|trial| trial.arm == experiment.trials[0].arm);
+        let is_one_arm = |experiment: &Experiment| {
+            let mut arms = experiment.reported().map(|trial| &trial.arm);
+            let first = arms.next();
+            arms.all(|arm| Some(arm) == first)
+        };
         if experiments.iter().all(is_one_arm) {
             return Ok(Vec::new());
         }
@@ -42,7 +46,7 @@ impl Plan {
         }
         let mut arms: BTreeMap<(&str, &str), Recipes<'_>> = BTreeMap::new();
         let trials = experiments.iter().flat_map(|experiment| &experiment.trials);
-        for (trial, planned) in trials.zip(&self.trials) {
+        for (trial, planned) in trials.zip(&self.trials).filter(|(trial, _)| trial.purpose == Purpose::Report) {
             let seed = trial.seed.as_ref().map(ToString::to_string).unwrap_or_default();
             let stages = planned.stages.iter().map(|(name, node)| (name.as_str(), &normal[*node])).collect();
             arms.entry((&planned.experiment, &trial.arm)).or_default().insert(seed, stages);
@@ -51,7 +55,7 @@ impl Plan {
         for experiment in experiments {
             let (mut seen, mut known) = (HashSet::new(), HashMap::new());
             let mut groups: Vec<Vec<String>> = Vec::new();
-            for trial in experiment.trials.iter().filter(|trial| seen.insert(&trial.arm)) {
+            for trial in experiment.reported().filter(|trial| seen.insert(&trial.arm)) {
                 let recipes = &arms[&(experiment.name.as_str(), trial.arm.as_str())];
                 let group = *known.entry(recipes).or_insert(groups.len());
                 groups.resize_with(groups.len().max(group + 1), Vec::new);

@@ -7,6 +7,7 @@
 //! interpolate  document, params   ->  document            `${params.x}`
 //! walk         stage, shape       ->  JSON, edges         unknown, missing, mistyped, out of range, files
 //! graph        stages, edges      ->  sound stages        dangling, wrongly typed, cycles
+//! metrics      stages, names      ->  nothing             metrics that no stage measures
 //! ```
 //!
 //! It knows no kind by name: kinds are an argument, and their JSON Schemas say what their tables may hold.
@@ -15,17 +16,20 @@ mod compose;
 mod diagnostic;
 mod graph;
 mod interpolate;
+mod metrics;
 mod parse;
 mod resolve;
 mod resolved;
 mod schema;
 mod shape;
+mod size;
 mod source;
 mod sweep;
 mod table;
 #[cfg(test)]
 mod testing;
 mod tree;
+pub mod tune;
 mod walk;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -40,6 +44,8 @@ use crate::pipeline::spec::diagnostic::Mistake;
 pub use crate::pipeline::spec::diagnostic::{Diagnostic, Diagnostics};
 pub use crate::pipeline::spec::resolved::{resolved, resolved_stage};
 pub use crate::pipeline::spec::schema::{SchemaKind, schema};
+pub use crate::pipeline::spec::size::parse_size;
+use crate::pipeline::spec::tune::{Purpose, Tuning};
 use crate::pipeline::stage::{AnyStage, Kind, RunOptions};
 
 /// An experiment as its files say it, with every trial resolved and checked.
@@ -50,12 +56,15 @@ pub struct Experiment {
     pub path: PathBuf,
     /// What it asks, in the user's words; may be empty.
     pub description: String,
-    /// One element a combination of swept values; one without a name where nothing is swept.
+    /// One element a combination of swept values; one without a name where nothing is swept. Where arms are tuned, those
+    /// that tune, and those that report as far as [`Experiment::choose`] was told what.
     pub trials: Vec<Trial>,
     /// What `pipe table` shows.
     pub table: TableSpec,
     /// After so many failed trials a run begins no further stage; none goes on to the end.
     pub max_failures: Option<usize>,
+    /// What is chosen for each arm before it is reported.
+    pub tuning: Option<Tuning>,
 }
 
 /// The `[table]` of an experiment.
@@ -80,6 +89,8 @@ pub struct Trial {
     pub assignment: BTreeMap<String, Value>,
     /// The seed of this trial, where `sweep.seeds` is used.
     pub seed: Option<Value>,
+    /// Whether its results are reported or choose what is.
+    pub purpose: Purpose,
     /// Stages by name.
     pub stages: BTreeMap<String, StageSpec>,
 }

@@ -3,6 +3,8 @@
 //! A stage that is the same in two trials is walked once. A stage that is wrong takes part in the graph, so that its
 //! consumers are not blamed for it.
 
+mod tuned;
+
 use std::collections::{BTreeSet, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, OnceLock};
@@ -13,13 +15,15 @@ use crate::pipeline::spec::compose::Document;
 use crate::pipeline::spec::diagnostic::{Mistake, Report, did_you_mean, expected};
 use crate::pipeline::spec::graph::{self, Checked, CheckedStages, Serialized};
 use crate::pipeline::spec::interpolate::{Params, referred};
+use crate::pipeline::spec::metrics::Wanted;
 use crate::pipeline::spec::schema::Section;
 use crate::pipeline::spec::shape::Shapes;
 use crate::pipeline::spec::source::Sources;
 use crate::pipeline::spec::sweep::{Assignment, Sweep};
 use crate::pipeline::spec::tree::{Entry, Node, Table, Value};
+use crate::pipeline::spec::tune::Purpose;
 use crate::pipeline::spec::walk::{Edge, locate, meant_sibling, walk};
-use crate::pipeline::spec::{Experiment, StageSpec, TableSpec, Trial, parse_duration, table};
+use crate::pipeline::spec::{Experiment, StageSpec, TableSpec, Trial, parse_duration, parse_size, table};
 use crate::pipeline::stage::{Kind, Problem, RunOptions, Upstream};
 
 /// The experiment that `document` describes. Whether it is right is for the report to say.
@@ -42,17 +46,35 @@ pub(super) fn experiment(
     let is_tabled = section(Section::Table);
     let sweep = if is_swept { Sweep::read(root, report) } else { Sweep::default() };
     check_params(document, &sweep, report);
-    let table = if is_tabled && is_swept { table::table(root, &sweep.axes, report) } else { TableSpec::default() };
+    let mut wanted = Wanted::new(root);
+    let table =
+        if is_tabled && is_swept { table::table(root, &sweep.axes, &mut wanted, report) } else { TableSpec::default() };
     let description = root.get("description").filter(|_| is_described).and_then(|entry| entry.node.text());
     let mut resolver = Resolver::new(kinds, sources);
-    let trials = sweep.assignments(report).into_iter().map(|assignment| resolver.trial(root, assignment, report));
+    let (trials, tuning) = if let Some(tune) = &sweep.tune {
+        let candidates = sweep.candidates(tune, report);
+        let (trials, tuning) = resolver.tuned(root, tune, candidates, &mut wanted, report);
+        (trials, Some(tuning))
+    } else {
+        let assignments = sweep.assignments(report).into_iter();
+        (assignments.map(|assignment| resolver.trial(root, assignment, &mut wanted, report)).collect(), None)
+    };
+    wanted.report(report);
+    match &tuning {
+        Some(tuning) => {
+            let candidates = tuning.arms.iter().filter_map(|arm| arm.candidates.first());
+            table::check_baseline(root, &table, candidates.flat_map(|candidate| &candidate.reporting), report);
+        }
+        None => table::check_baseline(root, &table, &trials, report),
+    }
     Experiment {
         name: document.name.clone(),
         path: document.path.clone(),
         description: description.unwrap_or_default().to_owned(),
-        trials: trials.collect(),
+        trials,
         table,
         max_failures: sweep.max_failures,
+        tuning,
     }
 }
 
@@ -106,14 +128,16 @@ struct Resolver<'a> {
     sources: &'a Sources,
     /// Stages that were checked before, by the hash of their name and value.
     known: HashMap<u64, Vec<Arc<Checked>>>,
+    /// The stages of the trial that was resolved last.
+    current: CheckedStages,
 }
 
 impl<'a> Resolver<'a> {
     fn new(kinds: &'static [Kind], sources: &'a Sources) -> Self {
-        Self { kinds, sources, known: HashMap::new() }
+        Self { kinds, sources, known: HashMap::new(), current: CheckedStages::new() }
     }
 
-    fn trial(&mut self, root: &Node, assignment: Assignment, report: &mut Report) -> Trial {
+    fn trial(&mut self, root: &Node, assignment: Assignment, wanted: &mut Wanted, report: &mut Report) -> Trial {
         let mut laid = None;
         for overlay in &assignment.overlays {
             laid.get_or_insert_with(|| root.clone()).overlay(overlay);
@@ -141,12 +165,15 @@ impl<'a> Resolver<'a> {
         for (checked, problems) in sound.into_iter().zip(problems) {
             report.extend(problems.into_iter().map(|problem| from_problem(problem, &checked.name, &checked.entry)));
         }
-        let stages = stages.iter().filter_map(|(name, checked)| Some((name.to_string(), checked.spec.clone()?)));
+        wanted.meet(&stages, upstream);
+        self.current = stages;
+        let stages = self.current.iter().filter_map(|(name, checked)| Some((name.to_string(), checked.spec.clone()?)));
         Trial {
             name: assignment.name,
             arm: assignment.arm,
             assignment: assignment.values,
             seed: assignment.seed,
+            purpose: Purpose::Report,
             stages: stages.collect(),
         }
     }
@@ -284,7 +311,12 @@ fn run_options(entry: &Entry, name: &str, sources: &Sources, report: &mut Report
         }
     };
     check("device", is_device, "expected `auto`, `cpu`, `cuda` or `cuda:N`");
-    check("save_every", |text| parse_duration(text).is_ok(), "expected a time such as `30s`, `5m` or `1h`");
+    let is_time = |text: &str| parse_duration(text).is_ok();
+    let a_time = "expected a time such as `30s`, `5m` or `1h`";
+    check("save_every", is_time, a_time);
+    check("backoff", is_time, a_time);
+    check("timeout", |text| parse_duration(text).is_ok_and(|time| !time.is_zero()), a_time);
+    check("memory", |text| parse_size(text).is_ok(), "expected a size such as `512MiB`, `4GiB` or `2GB`");
     if !is_clean {
         return None;
     }
@@ -486,7 +518,7 @@ heavy = "much"
             error: unknown field `cpu` in `run` of stage `train`
               --> a.toml:18:9
             18 | run = { cpu = 2, device = "gpu", save_every = "30" }
-               |         ^^^ expected one of `cpus`, `device`, `save_every`
+               |         ^^^ expected one of `backoff`, `cpus`, `device`, `memory`, `retries`, `save_every`, `slots`, `timeout`
             hint: did you mean `cpus`?
 
             error: unknown device `gpu` in `run` of stage `train`
@@ -498,6 +530,35 @@ heavy = "much"
               --> a.toml:18:47
             18 | run = { cpu = 2, device = "gpu", save_every = "30" }
                |                                               ^^^^ expected a time such as `30s`, `5m` or `1h`
+        "#);
+        let limits =
+            "{ memory = \"4G\", timeout = \"0s\", backoff = \"soon\", retries = -1, slots = { licence = \"1\" } }";
+        insta::assert_snapshot!(run(limits), @r#"
+            error: unknown memory `4G` in `run` of stage `train`
+              --> a.toml:18:18
+            18 | run = { memory = "4G", timeout = "0s", backoff = "soon", retries = -1, slots = { licence = "1" } }
+               |                  ^^^^ expected a size such as `512MiB`, `4GiB` or `2GB`
+
+            error: unknown timeout `0s` in `run` of stage `train`
+              --> a.toml:18:34
+            18 | run = { memory = "4G", timeout = "0s", backoff = "soon", retries = -1, slots = { licence = "1" } }
+               |                                  ^^^^ expected a time such as `30s`, `5m` or `1h`
+
+            error: unknown backoff `soon` in `run` of stage `train`
+              --> a.toml:18:50
+            18 | run = { memory = "4G", timeout = "0s", backoff = "soon", retries = -1, slots = { licence = "1" } }
+               |                                                  ^^^^^^ expected a time such as `30s`, `5m` or `1h`
+
+            error: `retries` is out of range in `run` of stage `train`
+              --> a.toml:18:68
+            18 | run = { memory = "4G", timeout = "0s", backoff = "soon", retries = -1, slots = { licence = "1" } }
+               |                                                                    ^^ expected at least 0
+
+            error: wrong type of `slots.licence` in `run` of stage `train`
+              --> a.toml:18:92
+            18 | run = { memory = "4G", timeout = "0s", backoff = "soon", retries = -1, slots = { licence = "1" } }
+               |                                                                                            ^^^ expected an integer, found a string
+            hint: leave the quotes out
         "#);
         insta::assert_snapshot!(run("{ cpus = -1, device = \"cuda:x\" }"), @r#"
             error: `cpus` is out of range in `run` of stage `train`

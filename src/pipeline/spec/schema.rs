@@ -152,6 +152,31 @@ fn sweep_schema() -> Json {
                 "minItems": 1,
                 "items": {"type": "object", "minProperties": 1, "additionalProperties": true}
             },
+            "tune": {
+                "type": "object",
+                "description": "Every arm is tuned alike before it is reported: each candidate of the grid runs on the tuning seeds, \
+                                and the one with the best mean of the metric runs on `sweep.seeds`.",
+                "required": ["grid", "seeds", "metric"],
+                "additionalProperties": false,
+                "properties": {
+                    "grid": {
+                        "type": "object",
+                        "description": "Paths with the values to choose from.",
+                        "minProperties": 1,
+                        "additionalProperties": lists
+                    },
+                    "seeds": {"type": "array", "minItems": 1, "description": "Seeds of the path of `sweep.seeds` that report nothing."},
+                    "metric": {
+                        "type": "string",
+                        "description": "`STAGE.METRIC` of a stage that does not read the split `test`; what does not lead to it is not \
+                                        run while tuning."
+                    },
+                    "goal": {
+                        "description": "Whether more is better; `max` unless set.",
+                        "enum": ["max", "min"]
+                    }
+                }
+            },
             "max_failures": {
                 "type": "integer", "minimum": 1,
                 "description": "After so many failed trials a run begins no further stage."

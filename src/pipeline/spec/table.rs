@@ -4,27 +4,17 @@ use std::collections::BTreeMap;
 
 use serde_json::Value as Json;
 
-use crate::pipeline::spec::TableSpec;
 use crate::pipeline::spec::diagnostic::{Mistake, Report, did_you_mean, expected};
+use crate::pipeline::spec::metrics::Wanted;
 use crate::pipeline::spec::sweep::{Axis, find, is_same, leaves, not_swept};
 use crate::pipeline::spec::tree::{Entry, Node};
+use crate::pipeline::spec::{TableSpec, Trial};
 
 /// The `[table]` of the document `root`, whose form is already checked.
-pub(super) fn table(root: &Node, axes: &[Axis], report: &mut Report) -> TableSpec {
+pub(super) fn table(root: &Node, axes: &[Axis], wanted: &mut Wanted, report: &mut Report) -> TableSpec {
     let Some(entry) = root.get("table") else { return TableSpec::default() };
     let items = |name: &str| entry.node.get(name).and_then(|entry| entry.node.array()).unwrap_or_default();
-    let stages: Vec<&str> = root
-        .get("stages")
-        .and_then(|entry| entry.node.table())
-        .into_iter()
-        .flatten()
-        .map(|(name, _)| name.as_ref())
-        .collect();
-    let mut metric = |node: &Node| {
-        let text = node.text().unwrap_or_default();
-        check_metric(text, node, &stages, report);
-        text.to_owned()
-    };
+    let mut metric = |node: &Node| wanted.add(node, "table", report);
     let metrics = items("metrics").iter().map(&mut metric).collect();
     let mut differences = Vec::new();
     for pair in items("differences") {
@@ -36,19 +26,21 @@ pub(super) fn table(root: &Node, axes: &[Axis], report: &mut Report) -> TableSpe
     TableSpec { metrics, baseline, differences }
 }
 
-fn check_metric(text: &str, node: &Node, stages: &[&str], report: &mut Report) {
-    let Some((stage, measurement)) = text.split_once('.') else {
-        let mistake = Mistake::at(node.span, format!("`{text}` names no metric"));
-        report.add(mistake.label("expected `STAGE.METRIC`, as in `evaluate.solved`"));
-        return;
-    };
-    if measurement.is_empty() {
-        report.add(Mistake::at(node.span, format!("`{text}` names no metric")).label("expected `STAGE.METRIC`"));
-    }
-    if !stages.contains(&stage) {
-        let mistake = Mistake::at(node.span, format!("unknown stage `{stage}` in `table`"));
-        let hint = did_you_mean(stage, stages.iter().copied());
-        report.add(mistake.label(expected(stages.iter().copied())).hint(hint).absent_stage());
+/// Whether any of `trials` has the values of the baseline; `exclude` may have left them out.
+pub(super) fn check_baseline<'a>(
+    root: &Node,
+    table: &TableSpec,
+    trials: impl IntoIterator<Item = &'a Trial>,
+    report: &mut Report,
+) {
+    let Some(baseline) = &table.baseline else { return };
+    let is_baseline = |trial: &Trial| baseline.iter().all(|(name, value)| trial.assignment.get(name) == Some(value));
+    let entry = root.get("table").and_then(|entry| entry.node.get("baseline"));
+    let mut trials = trials.into_iter().peekable();
+    // Without any trial something else is wrong.
+    if let Some(entry) = entry.filter(|_| trials.peek().is_some() && !trials.any(is_baseline)) {
+        let label = "these values never meet, or `exclude` leaves them out";
+        report.add(Mistake::at(entry.key, "no trial has the values of the baseline").label(label).about("trials"));
     }
 }
 
@@ -112,6 +104,17 @@ mod tests {
         let baseline = table.baseline.unwrap();
         assert_eq!(baseline["stages.train.steps"], serde_json::json!(5));
         assert_eq!(baseline["params.rate"], serde_json::json!(1.0));
+    }
+
+    #[test]
+    fn a_baseline_that_is_left_out_is_a_mistake() {
+        let excluded = "baseline = { steps = 5, rate = 1.0 }\n[[sweep.exclude]]\nsteps = 5\nrate = 1.0\n";
+        insta::assert_snapshot!(files(excluded).bad("a.toml", &[]), @r#"
+            error: no trial has the values of the baseline
+             --> a.toml:6:1
+            6 | baseline = { steps = 5, rate = 1.0 }
+              | ^^^^^^^^ these values never meet, or `exclude` leaves them out
+        "#);
     }
 
     #[test]

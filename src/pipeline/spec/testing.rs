@@ -56,6 +56,9 @@ impl Stage for Draw {
     fn outputs(&self) -> Vec<Output> {
         vec![Output::new("rows", ArtifactType::Dataset), Output::new("extra", ArtifactType::Files)]
     }
+    fn metrics(&self, _: &Upstream<'_>) -> Option<Vec<String>> {
+        Some(Vec::new())
+    }
 }
 
 #[derive(Serialize, Deserialize, JsonSchema)]
@@ -159,6 +162,8 @@ struct Score {
     #[serde(default)]
     others: Vec<Input<Any>>,
     #[serde(default)]
+    split: String,
+    #[serde(default)]
     seed: u64,
 }
 
@@ -167,6 +172,12 @@ impl Stage for Score {
     const VERSION: u32 = 1;
     fn outputs(&self) -> Vec<Output> {
         vec![Output::new("evaluation", ArtifactType::Evaluation)]
+    }
+    fn metrics(&self, _: &Upstream<'_>) -> Option<Vec<String>> {
+        Some(["solved", "solved.*", "steps"].map(str::to_owned).to_vec())
+    }
+    fn split(&self) -> Option<&str> {
+        Some(&self.split)
     }
 }
 

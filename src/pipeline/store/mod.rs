@@ -65,7 +65,7 @@ pub use pins::Pin;
 pub use publish::{DraftOutput, ManifestDraft};
 pub use record::RunRecord;
 pub use verify::{Damage, Verification, VerifyReport};
-pub use work::Attempts;
+pub use work::{Attempts, Owner};
 
 /// The layout that this program reads and writes.
 const FORMAT: &str = "1";

@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +30,31 @@ pub struct Attempts {
     pub seconds: f64,
     /// What the last attempt computed with.
     pub numerics: BTreeMap<String, String>,
+    /// Who makes the attempt that runs now; for people alone, since only the lock tells whether one runs.
+    #[serde(default)]
+    pub owner: Option<Owner>,
+}
+
+/// A process that works on a key.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Owner {
+    /// Its number.
+    pub process: u32,
+    /// Its machine.
+    pub host: String,
+    /// When it began, in seconds since 1970.
+    pub since: u64,
+    /// Units done, units in all, and what is counted, as of some seconds ago.
+    pub progress: Option<(u64, u64, String)>,
+}
+
+impl Owner {
+    /// This process, which begins now.
+    pub(crate) fn here() -> Self {
+        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        Self { process: std::process::id(), host, since, progress: None }
+    }
 }
 
 impl Store {
@@ -44,8 +70,8 @@ impl Store {
     }
 
     /// Adds a line to the log of a key.
-    pub(crate) fn append_log(&self, lock: &KeyLock, line: &str) -> Result<(), StoreError> {
-        let path = self.logs(lock.key()).join("log.txt");
+    pub(crate) fn append_log(&self, key: &Digest, line: &str) -> Result<(), StoreError> {
+        let path = self.logs(key).join("log.txt");
         self.disk.append(&path, format!("{line}\n").as_bytes()).at("write", &path)
     }
 

@@ -32,7 +32,7 @@ pub(super) struct Program<'a> {
     pub(super) folder: &'a Path,
     /// Its whole environment.
     pub(super) environment: BTreeMap<OsString, OsString>,
-    /// The file that takes what it says; emptied before.
+    /// The file to whose end what it says is written.
     pub(super) log: &'a Path,
 }
 
@@ -50,9 +50,6 @@ pub(super) enum Ended {
 impl Program<'_> {
     /// Runs it to its end. What it has started in its group ends with it.
     pub(super) fn run(self, interrupt: &AtomicBool) -> anyhow::Result<Ended> {
-        let opened = File::options().create(true).write(true).truncate(true).open(self.log);
-        let log = opened.with_context(|| format!("cannot write the log `{}`", self.log.display()))?;
-        drop(log);
         let mut child = self.start()?;
         let group = Pid::from_child(&child);
         if let Err(error) = watch(group).context("cannot start `/bin/sh` to watch over programs") {
@@ -82,7 +79,7 @@ impl Program<'_> {
     }
 
     fn start(&self) -> anyhow::Result<Child> {
-        let log = || File::options().append(true).open(self.log);
+        let log = || File::options().append(true).create(true).open(self.log);
         let log = log().and_then(|out| Ok((out, log()?)));
         let (out, err) = log.with_context(|| format!("cannot write the log `{}`", self.log.display()))?;
         let mut command = Command::new(self.name);
@@ -108,12 +105,12 @@ fn stop_when_asked(group: Pid, interrupt: &AtomicBool, end: &Receiver<()>) -> bo
     }
 }
 
-/// The last `lines` of a log, of at most 16 KiB.
-pub(super) fn tail(log: &Path, lines: usize) -> std::io::Result<String> {
+/// The last `lines` of a log from the byte `start` on, of at most 16 KiB.
+pub(super) fn tail(log: &Path, start: u64, lines: usize) -> std::io::Result<String> {
     const MOST: u64 = 1 << 14;
     let mut file = File::open(log)?;
     let size = file.metadata()?.len();
-    file.seek(SeekFrom::Start(size.saturating_sub(MOST)))?;
+    file.seek(SeekFrom::Start(size.saturating_sub(MOST).max(start)))?;
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes)?;
     let text = String::from_utf8_lossy(&bytes);

@@ -1,18 +1,18 @@
 //! How a node begins: its key, its result if there is one, and its start on this machine.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use super::{ASK, Driver, made_of, shown};
+use super::alarms::Alarm;
+use super::{Driver, Live, made_of, shown};
 use crate::pipeline::exec::event::Event;
-use crate::pipeline::exec::local::{self, News};
+use crate::pipeline::exec::local;
 use crate::pipeline::exec::request;
 use crate::pipeline::exec::scheduler::Input;
 use crate::pipeline::exec::slots::Grant;
 use crate::pipeline::plan::{State, key};
+use crate::pipeline::spec::parse_duration;
 use crate::pipeline::stage::Place;
-use crate::pipeline::store::{Digest, Lookup};
+use crate::pipeline::store::Lookup;
 
 impl Driver<'_, '_> {
     /// Works out a node's key and looks for its result.
@@ -57,17 +57,18 @@ impl Driver<'_, '_> {
             return Err(problem.clone());
         }
         let planned = &self.plan.nodes[node];
+        let timeout = planned.spec.run.timeout.as_deref().map(parse_duration).transpose()?;
         let key = self.keys[node].clone().ok_or("the stage has no key")?;
         let lock = self.store.try_lock(&key).map_err(|error| error.to_string())?;
         if lock.is_none() {
-            self.wait_for(node, key)?;
             self.inbox.push_back(Input::Elsewhere(node));
             return Ok(());
         }
         // Whoever runs the stage takes it again, which is another process where the kind runs in the worker.
         drop(lock);
-        let again = self.again.remove(&node);
-        let request = request::request(planned, key.clone(), again, grant, self.store, &self.made)?;
+        let again = self.again.contains(&node);
+        let visible = self.gpus.visible_to(planned.spec.kind.place, &planned.spec.run, grant.gpu);
+        let request = request::request(planned, key.clone(), again, grant, visible, self.store, &self.made)?;
         let kind = request.kind.clone();
         (self.events)(&Event::Running { node, name: planned.name().clone(), kind, key: key.clone() });
         let running = match planned.spec.kind.place {
@@ -82,29 +83,16 @@ impl Driver<'_, '_> {
                     None => (self.find_worker)().map_err(|error| error.to_string())?,
                 };
                 let program = self.worker.insert(program);
-                let (log, visible) = (self.store.logs(&key).join("log.txt"), self.gpus.visible(grant.gpu));
-                local::start_worker(self.scope, program, node, &request, log, visible, &self.sender)
+                let log = self.store.logs(&key).join("log.txt");
+                local::start_worker(self.scope, program, node, &request, log, &self.sender)
                     .map_err(|error| format!("{error:#}"))?
             }
         };
-        self.running.insert(node, (running, Instant::now()));
+        let began = Instant::now();
+        if let Some(timeout) = timeout {
+            self.alarms.set(node, began + timeout, Alarm::Timeout);
+        }
+        self.running.insert(node, Live { running, began, timed_out: false });
         Ok(())
-    }
-
-    /// Lets a thread wait until another process lets go of the key.
-    fn wait_for(&self, node: usize, key: Digest) -> Result<(), String> {
-        let (store, sender) = (self.store, self.sender.clone());
-        let over = Arc::clone(&self.over);
-        let wait = move || {
-            // A lock that cannot be asked for counts as free: the attempt that follows says what is wrong.
-            while !over.load(Ordering::Relaxed) && store.try_lock(&key).is_ok_and(|lock| lock.is_none()) {
-                std::thread::sleep(ASK);
-            }
-            if sender.send((node, News::Freed)).is_err() {
-                tracing::debug!(node, "nobody waits for the key any more");
-            }
-        };
-        let spawned = std::thread::Builder::new().name("lock".to_owned()).spawn_scoped(self.scope, wait);
-        spawned.map(drop).map_err(|error| format!("cannot start a thread: {error}"))
     }
 }

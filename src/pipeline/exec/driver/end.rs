@@ -12,33 +12,39 @@ impl Driver<'_, '_> {
     pub(super) fn hear(&mut self, node: usize, news: News) {
         let ending = match news {
             News::Event(event) => return (self.events)(&Event::Stage { node, event }),
-            News::Waiting => return self.inbox.push_back(Input::Waiting(node)),
-            News::Freed => return self.inbox.push_back(Input::Freed(node)),
             News::Ended(ending) => ending,
         };
-        let seconds = self.running.remove(&node).map_or(0.0, |(_, began)| began.elapsed().as_secs_f64());
+        self.alarms.cancel(node);
+        let live = self.running.remove(&node);
+        let seconds = live.as_ref().map_or(0.0, |live| live.began.elapsed().as_secs_f64());
         let input = match ending {
-            Ending::Done(manifest) => match self.done(node, manifest, seconds) {
-                Ok(()) => Input::Done(node),
-                Err(problem) => {
-                    self.fail(node, problem);
-                    Input::Failed(node)
+            Ending::Done { manifest, ran } => {
+                let ended = self.done(node, manifest, ran.then_some(seconds));
+                ended.unwrap_or_else(|problem| self.failed(node, problem, false))
+            }
+            Ending::Elsewhere => Input::Elsewhere(node),
+            Ending::Interrupted if live.is_some_and(|live| live.timed_out) => {
+                let timeout = self.plan.nodes[node].spec.run.timeout.clone().unwrap_or_default();
+                let problem = format!("timed out after {timeout}");
+                if let Some(Err(error)) =
+                    self.keys[node].as_ref().map(|key| self.store.append_log(key, &format!("failed: {problem}")))
+                {
+                    tracing::warn!(%error, "the reason of a failure is not in its log");
                 }
-            },
+                self.failed(node, problem, false)
+            }
             Ending::Interrupted => {
                 (self.events)(&Event::Interrupted { node, name: self.plan.nodes[node].name().clone() });
                 Input::Interrupted(node)
             }
-            Ending::Failed(problem) => {
-                self.fail(node, problem);
-                Input::Failed(node)
-            }
+            Ending::Failed { problem, lasting } => self.failed(node, problem, lasting),
             Ending::Damaged { reference, what } => self.damaged(node, &reference, &what),
         };
         self.inbox.push_back(input);
     }
 
-    fn done(&mut self, node: usize, manifest: Option<Box<Manifest>>, seconds: f64) -> Result<(), String> {
+    /// Takes in a node's result, for which it ran so many seconds, if it did.
+    fn done(&mut self, node: usize, manifest: Option<Box<Manifest>>, seconds: Option<f64>) -> Result<Input, String> {
         let key = self.keys[node].clone().ok_or("the stage has no key")?;
         let manifest = match manifest {
             Some(manifest) => *manifest,
@@ -50,10 +56,15 @@ impl Driver<'_, '_> {
         };
         self.made[node] = Some(made_of(&manifest));
         self.as_planned[node] = false;
+        self.again.remove(&node);
+        let Some(seconds) = seconds else {
+            self.cached(node);
+            return Ok(Input::Taken(node));
+        };
         self.record(node, &key);
         let name = self.plan.nodes[node].name().clone();
         (self.events)(&Event::Done { node, name, key, seconds, metrics: manifest.metrics });
-        Ok(())
+        Ok(Input::Done(node))
     }
 
     pub(super) fn cached(&mut self, node: usize) {
@@ -67,8 +78,7 @@ impl Driver<'_, '_> {
         let planned = &self.plan.nodes[node];
         let problem = format!("the input `{reference}` is damaged: {what}");
         let Some(edge) = planned.edges.iter().find(|edge| edge.reference == reference) else {
-            self.fail(node, problem);
-            return Input::Failed(node);
+            return self.failed(node, problem, true);
         };
         self.as_planned[edge.from] = false;
         let text = format!("the input `{reference}` of `{}` is damaged and was put aside: {what}", shown(planned));
@@ -77,8 +87,15 @@ impl Driver<'_, '_> {
         Input::Damaged { node, producer: edge.from }
     }
 
-    pub(super) fn fail(&mut self, node: usize, error: String) {
-        self.errors.insert(node, error.clone());
+    /// Keeps why a node failed; whether that is its end is the scheduler's to say.
+    pub(super) fn failed(&mut self, node: usize, problem: String, lasting: bool) -> Input {
+        self.errors.insert(node, problem);
+        Input::Failed { node, lasting }
+    }
+
+    /// Tells that `node` failed for the reason of `other`.
+    pub(super) fn tell_failure(&mut self, node: usize, other: usize) {
+        let error = self.errors.get(&other).cloned().unwrap_or_default();
         let log = self.keys[node].as_ref().map(|key| self.store.logs(key).join("log.txt"));
         let log = log.filter(|log| log.is_file()).map_or_else(String::new, |log| log.display().to_string());
         (self.events)(&Event::Failed { node, name: self.plan.nodes[node].name().clone(), error, log });

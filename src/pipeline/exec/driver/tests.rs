@@ -1,12 +1,17 @@
 //! Runs of toy stages, from the plan to the last event.
 
+mod policy;
+
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::json;
 
 use super::*;
 use crate::pipeline::exec::worker::{Program, serve};
 use crate::pipeline::fixture::{Act, Remote, echo, experiment, run_remote, stage, toy, toys, trial, with_file};
+use crate::pipeline::plan::State;
 use crate::pipeline::spec::{Experiment, StageSpec};
 use crate::pipeline::stage::StageEvent;
 use crate::pipeline::store::Lookup;
@@ -18,6 +23,7 @@ struct Place {
     folder: tempfile::TempDir,
     store: Store,
     options: Options,
+    machine: Machine,
 }
 
 /// What came of a run, with the names of the stages that ran, in order.
@@ -47,7 +53,8 @@ impl Place {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(&folder.path().join("store")).unwrap();
         // These tests are about order, not about this machine's cores.
-        Self { folder, store, options: Options { jobs: 4, ..Options::default() } }
+        let machine = Machine { cores: 4, ..Machine::detect(BTreeMap::new()) };
+        Self { folder, store, options: Options { jobs: 4, ..Options::default() }, machine }
     }
 
     fn plan(&self, experiments: &[Experiment]) -> Plan {
@@ -69,7 +76,7 @@ impl Place {
             let test = "pipeline::exec::driver::tests::the_worker_side".to_owned();
             WorkerProgram::at(link.clone(), vec!["--exact".into(), test, "--nocapture".into()])
         };
-        let outcome = super::run(&plan, &self.store, &self.options, &find_worker, &mut |event| {
+        let outcome = super::run(&plan, &self.store, &self.options, self.machine.clone(), &find_worker, &mut |event| {
             watch(event);
             if let Event::Running { name, .. } = event {
                 ran.push(name.stage.clone());
@@ -157,13 +164,14 @@ fn a_changed_file_is_a_reason() {
 fn a_failure_stops_the_run_or_only_what_rests_on_it() {
     let mut place = Place::new();
     place.options.jobs = 1;
+    place.options.most_failures = Some(1);
     let stages =
         || toys(vec![toy("a", "", Act::Fail, &[]), echo("b", "", &["a"]), echo("c", "", &["b"]), echo("d", "d", &[])]);
     let came = place.run(&stages());
     let Outcome { run, failed, blocked, skipped, .. } = came.outcome;
     assert_eq!((run, failed, blocked, skipped), (0, 1, 2, 1));
     assert_eq!(came.failures(), ["it was meant to fail"]);
-    place.options.keep_going = true;
+    place.options.most_failures = None;
     let Outcome { run, failed, blocked, skipped, .. } = place.run(&stages()).outcome;
     assert_eq!((run, failed, blocked, skipped), (1, 1, 2, 0));
 }
@@ -409,6 +417,6 @@ fn a_missing_device_or_worker_is_told_before_anything_of_the_stage_runs() {
     assert!(came.ran.is_empty());
     let plan = place.plan(&toys(vec![echo("a", "a", &[]), remote("b", Act::Echo, &["a"])]));
     let missing = || WorkerProgram::at("/nowhere/pipe-worker".into(), Vec::new());
-    let error = super::run(&plan, &place.store, &place.options, &missing, &mut |_| {}).unwrap_err();
+    let error = super::run(&plan, &place.store, &place.options, Machine::default(), &missing, &mut |_| {}).unwrap_err();
     assert!(matches!(error, ExecError::NoWorker { .. }), "{error}");
 }

@@ -4,12 +4,16 @@ use crate::pipeline::exec::slots::{Grant, Need};
 use crate::pipeline::store::Digest;
 
 /// A node as the scheduler sees it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Shape {
     /// The nodes whose results it needs; all of them have a smaller index.
     pub inputs: Vec<usize>,
     /// What it takes while it runs.
     pub need: Need,
+    /// Of what could start, the smallest rank does; the node's index decides between equals.
+    pub rank: u32,
+    /// How often a failed attempt is followed by another.
+    pub retries: u32,
     /// Whether this run wants it; its inputs must be wanted too.
     pub wanted: bool,
     /// Whether it runs even where its result is there.
@@ -30,16 +34,23 @@ pub enum Input {
         /// Whether the store has the result.
         cached: bool,
     },
-    /// A node that was to start did not: another process holds its key.
+    /// A node that was to start, or has started, does not run: another process holds its key.
     Elsewhere(usize),
     /// The other process let go of the node's key.
     Freed(usize),
-    /// A running node waits for another process and needs no share of the machine until it ends.
-    Waiting(usize),
     /// A running node published its result.
     Done(usize),
-    /// A running node failed.
-    Failed(usize),
+    /// A running node found the result that another process had made meanwhile.
+    Taken(usize),
+    /// A node failed.
+    Failed {
+        /// The node.
+        node: usize,
+        /// Whether another attempt in this run would be in vain.
+        lasting: bool,
+    },
+    /// The time has come for a node's next attempt.
+    Due(usize),
     /// A running node saved its work and stopped.
     Interrupted(usize),
     /// A running node ended because the result of `producer`, one of its inputs, is damaged.
@@ -66,10 +77,14 @@ pub enum Action {
     Cached(usize),
     /// The node takes the result that the other node (of the same key) has just made.
     Share(usize, usize),
+    /// Say that the node failed.
+    Fail(usize),
     /// The node fails because the other node (of the same key) did.
     FailLike(usize, usize),
-    /// The node fails: its input was rebuilt too often.
+    /// The node is about to fail because its input was rebuilt too often.
     GiveUp(usize),
+    /// The node failed and is tried again for the second number's time: after a while, answer with [`Input::Due`].
+    Retry(usize, u32),
     /// Say that the node waits for another process.
     Waits(usize),
     /// Say that the node cannot run.
@@ -89,6 +104,8 @@ pub enum Phase {
     Follows(usize),
     /// It waits for another process.
     Elsewhere,
+    /// It failed and waits for its next attempt.
+    Retrying,
     /// It waits for its share of the machine.
     Queued,
     /// It runs.
@@ -103,7 +120,7 @@ pub enum Phase {
     Blocked,
     /// Saved and stopped, or never begun, because of an interrupt.
     Interrupted,
-    /// Never begun, because the run stops at the first failure.
+    /// Never begun, because the run stops after so many failures.
     Skipped,
 }
 
@@ -113,8 +130,11 @@ impl Phase {
         matches!(self, Self::Cached | Self::Done)
     }
 
-    /// Whether it has not begun.
+    /// Whether it is neither running nor at its end.
     pub(super) fn waits(self) -> bool {
-        matches!(self, Self::Pending | Self::Finding | Self::Follows(_) | Self::Elsewhere | Self::Queued)
+        matches!(
+            self,
+            Self::Pending | Self::Finding | Self::Follows(_) | Self::Elsewhere | Self::Retrying | Self::Queued
+        )
     }
 }

@@ -33,32 +33,44 @@ impl Sweep {
         if !check_count(&axes, 1, report) {
             return Vec::new();
         }
+        let assigned = |chosen: Vec<usize>| assignment(axes.iter().copied().zip(chosen));
+        let assignments: Vec<Assignment> = self.kept(report).into_iter().map(assigned).collect();
+        self.check_names(assignments.iter().map(|assignment| assignment.name.as_str()), report);
+        assignments
+    }
+
+    /// The points of every combination that is not left out.
+    pub(super) fn kept(&self, report: &mut Report) -> Vec<Vec<usize>> {
         let mut idle: Vec<bool> = vec![true; self.exclusions.len()];
-        let mut names = HashSet::new();
-        let mut assignments = Vec::new();
-        for chosen in combinations(&axes) {
+        let mut kept = Vec::new();
+        for chosen in combinations(&self.axes.iter().collect::<Vec<_>>()) {
             let mut is_left_out = false;
             for (exclusion, idle) in self.exclusions.iter().zip(&mut idle) {
                 if exclusion.fits(&chosen) {
                     (*idle, is_left_out) = (false, true);
                 }
             }
-            if is_left_out {
-                continue;
+            if !is_left_out {
+                kept.push(chosen);
             }
-            let assignment = assignment(axes.iter().copied().zip(chosen));
-            if !names.insert(assignment.name.clone()) {
-                let message = format!("two trials would both be called `{}`", assignment.name);
-                report.extend(self.key.map(|key| Mistake::at(key, message)));
-            }
-            assignments.push(assignment);
         }
         let is_idle = |(_, idle): &(_, bool)| *idle;
         report.extend(self.exclusions.iter().zip(idle).filter(is_idle).map(|(exclusion, _)| exclusion.is_idle()));
-        if assignments.is_empty() {
+        if kept.is_empty() {
             report.extend(self.key.map(|key| Mistake::at(key, "`exclude` leaves nothing of the sweep")));
         }
-        assignments
+        kept
+    }
+
+    /// Trials of one name would take each other's place.
+    pub(super) fn check_names<'a>(&self, names: impl Iterator<Item = &'a str>, report: &mut Report) {
+        let mut known = HashSet::new();
+        for name in names {
+            if !known.insert(name) {
+                let message = format!("two trials would both be called `{name}`");
+                report.extend(self.key.map(|key| Mistake::at(key, message)));
+            }
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use crate::pipeline::spec::tree::{Node, Value};
 
 /// The axes of `grid`, `zip` and `seeds`.
 pub(super) fn read(sweep: &Node, root: &Node, report: &mut Report) -> Vec<Axis> {
-    let mut axes = sweep.get("grid").map(|entry| grid(&entry.node, root, report)).unwrap_or_default();
+    let mut axes = sweep.get("grid").map(|entry| grid(&entry.node, Source::Grid, root, report)).unwrap_or_default();
     for table in sweep.get("zip").and_then(|entry| entry.node.array()).unwrap_or_default() {
         axes.extend(zip(table, root, report));
     }
@@ -29,9 +29,9 @@ pub(super) fn read(sweep: &Node, root: &Node, report: &mut Report) -> Vec<Axis> 
 }
 
 /// An axis for each path of a table of lists.
-pub(super) fn grid(table: &Node, root: &Node, report: &mut Report) -> Vec<Axis> {
+pub(super) fn grid(table: &Node, source: Source, root: &Node, report: &mut Report) -> Vec<Axis> {
     let columns = columns(table, report);
-    columns.into_iter().filter_map(|column| axis(vec![column], Source::Grid, root, report)).collect()
+    columns.into_iter().filter_map(|column| axis(vec![column], source, root, report)).collect()
 }
 
 /// The paths of a table of lists, as one axis.
@@ -57,7 +57,8 @@ fn zip(table: &Node, root: &Node, report: &mut Report) -> Option<Axis> {
     axis(columns, Source::Zip, root, report)
 }
 
-type Written<'a> = (Vec<String>, Span, &'a [Node]);
+/// A path, its place and its values.
+pub(super) type Written<'a> = (Vec<String>, Span, &'a [Node]);
 
 fn columns<'a>(table: &'a Node, report: &mut Report) -> Vec<Written<'a>> {
     let mut found = Vec::new();
@@ -76,7 +77,7 @@ fn columns<'a>(table: &'a Node, report: &mut Report) -> Vec<Written<'a>> {
 }
 
 /// The axis of these columns, which are of one length; none where a path or a value is wrong.
-fn axis(columns: Vec<Written<'_>>, source: Source, root: &Node, report: &mut Report) -> Option<Axis> {
+pub(super) fn axis(columns: Vec<Written<'_>>, source: Source, root: &Node, report: &mut Report) -> Option<Axis> {
     let mut is_good = !columns.is_empty();
     for (segments, key, values) in &columns {
         is_good &= path::check(segments, *key, root, report);

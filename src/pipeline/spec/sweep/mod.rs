@@ -16,6 +16,7 @@ mod assign;
 mod axes;
 mod exclude;
 mod path;
+mod tune;
 
 use std::collections::HashMap;
 
@@ -27,6 +28,7 @@ pub(super) use crate::pipeline::spec::sweep::assign::Assignment;
 use crate::pipeline::spec::sweep::exclude::Exclusion;
 pub(super) use crate::pipeline::spec::sweep::exclude::{find, not_swept};
 pub(super) use crate::pipeline::spec::sweep::path::leaves;
+pub(super) use crate::pipeline::spec::sweep::tune::{Candidates, Tune};
 use crate::pipeline::spec::tree::{Node, Value};
 
 /// A checked `[sweep]`.
@@ -37,6 +39,8 @@ pub(super) struct Sweep {
     exclusions: Vec<Exclusion>,
     /// After how many failed trials a run begins nothing more.
     pub(super) max_failures: Option<usize>,
+    /// What is chosen for each arm first.
+    pub(super) tune: Option<Tune>,
     /// Where it is written.
     key: Option<Span>,
 }
@@ -51,6 +55,7 @@ pub(super) struct Axis {
 }
 
 /// One name that the points of an axis give a value.
+#[derive(Clone)]
 pub(super) struct Column {
     /// The path as people see it, or `arm`, `drop` or `add`.
     pub(super) name: String,
@@ -84,6 +89,7 @@ struct Leaf {
 enum Source {
     Grid,
     Zip,
+    Tune,
     Seeds,
     Arm,
     Add,
@@ -115,20 +121,25 @@ impl Sweep {
         let Some(entry) = root.get("sweep") else { return Self::default() };
         let mut axes = axes::read(&entry.node, root, report);
         axes.extend(arms::read(&entry.node, root, report));
+        let tune = entry.node.get("tune");
+        axes.extend(tune.map(|tune| tune::axes(&tune.node, root, report)).unwrap_or_default());
         check_overlap(&axes, report);
         label(&mut axes);
         axes.sort_by(|a, b| (a.is_seed(), &a.columns[0].name).cmp(&(b.is_seed(), &b.columns[0].name)));
+        let (tuned, axes): (Vec<Axis>, _) = axes.into_iter().partition(|axis| axis.source == Source::Tune);
         let exclusions = exclude::read(&entry.node, &axes, report);
         let max_failures = match entry.node.get("max_failures").map(|entry| &entry.node.value) {
             Some(Value::Integer(count)) => usize::try_from(*count).ok(),
             _ => None,
         };
-        Self { axes, exclusions, max_failures, key: Some(entry.key) }
+        let tune = tune.and_then(|tune| Tune::read(tune, tuned, &axes, report));
+        Self { axes, exclusions, max_failures, tune, key: Some(entry.key) }
     }
 
     /// Every path that something sets, with its place.
     pub(super) fn paths(&self) -> impl Iterator<Item = (&[String], Span)> {
-        let columns = self.axes.iter().flat_map(|axis| &axis.columns);
+        let tuned = self.tune.iter().flat_map(|tune| &tune.axes);
+        let columns = self.axes.iter().chain(tuned).flat_map(|axis| &axis.columns);
         let columns =
             columns.filter(|column| !column.segments.is_empty()).map(|column| (&*column.segments, column.key));
         let points = self.axes.iter().flat_map(|axis| &axis.points);

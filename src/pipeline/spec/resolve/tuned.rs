@@ -1,0 +1,88 @@
+//! The trials of a tuned experiment: those that tune, cut down to what leads to the metric, and those of every candidate
+//! that may be reported, so that a mistake in any of them is told before the first tuning run.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+
+use crate::pipeline::spec::Trial;
+use crate::pipeline::spec::diagnostic::{Mistake, Report};
+use crate::pipeline::spec::metrics::Wanted;
+use crate::pipeline::spec::resolve::Resolver;
+use crate::pipeline::spec::sweep::{Candidates, Tune};
+use crate::pipeline::spec::tree::Node;
+use crate::pipeline::spec::tune::{Candidate, Purpose, TunedArm, Tuning};
+
+impl Resolver<'_> {
+    /// The trials that tune, with the stages alone that lead to the metric, and what is chosen from.
+    pub(super) fn tuned(
+        &mut self,
+        root: &Node,
+        tune: &Tune,
+        candidates: Vec<Candidates>,
+        wanted: &mut Wanted,
+        report: &mut Report,
+    ) -> (Vec<Trial>, Tuning) {
+        let metric = wanted.add(&tune.metric, "sweep.tune", report);
+        let stage = metric.split('.').next().unwrap_or_default();
+        let mistake = |message: String| Mistake::at(tune.metric.span, message);
+        let mut trials = Vec::new();
+        let mut arms = Vec::new();
+        for Candidates { arm, all } in candidates {
+            // By the stages that lead to the metric: the same ones measure the same.
+            let mut known: HashMap<Vec<*const ()>, String> = HashMap::new();
+            let mut candidates = Vec::new();
+            for candidate in all {
+                let mut names = Vec::new();
+                for assignment in candidate.tuning {
+                    let mut trial = self.trial(root, assignment, wanted, report);
+                    let needed = self.needed_by(stage);
+                    trial.stages.retain(|name, _| needed.contains(name.as_str()));
+                    trial.purpose = Purpose::Tune;
+                    if needed.is_empty() && wanted.knows(stage) {
+                        report.add(mistake(format!(
+                            "the arm `{arm}` is tuned by stage `{stage}`, which it does not have"
+                        )));
+                    }
+                    if trial.stages.get(stage).is_some_and(|spec| spec.stage.split() == Some("test")) {
+                        let hint =
+                            format!("measure another split in a stage of its own: `{stage}` reads `split = \"test\"`");
+                        report.add(mistake("the split `test` selects nothing".to_owned()).hint(hint).about("test"));
+                    }
+                    // Where a stage is wrong, what is left of it tells nothing.
+                    if names.is_empty() && !needed.is_empty() && trial.stages.len() == needed.len() {
+                        let stages = trial.stages.values().map(|spec| Arc::as_ptr(&spec.stage).cast()).collect();
+                        if let Some(same) = known.insert(stages, candidate.name.clone()) {
+                            let message = format!("`{metric}` cannot tell `{same}` from `{}`", candidate.name);
+                            let label = format!("what they differ in does not lead to stage `{stage}`");
+                            report.add(mistake(message).label(label).about("same"));
+                        }
+                    }
+                    names.push(trial.name.clone());
+                    trials.push(trial);
+                }
+                let reporting = candidate.reporting.into_iter();
+                candidates.push(Candidate {
+                    name: candidate.name,
+                    assignment: candidate.values,
+                    tuning: names,
+                    reporting: reporting.map(|assignment| self.trial(root, assignment, wanted, report)).collect(),
+                });
+            }
+            arms.push(TunedArm { arm, candidates });
+        }
+        (trials, Tuning { metric, goal: tune.goal, arms, choices: Vec::new() })
+    }
+
+    /// The stage `name` of the current trial and all that it needs; nothing where there is no such stage.
+    fn needed_by(&self, name: &str) -> BTreeSet<&str> {
+        let mut needed = BTreeSet::new();
+        let mut stack: Vec<&str> = vec![name];
+        while let Some(name) = stack.pop() {
+            let Some((name, checked)) = self.current.get_key_value(name) else { continue };
+            if needed.insert(&**name) {
+                stack.extend(checked.edges.iter().filter_map(|edge| edge.reference.split('.').next()));
+            }
+        }
+        needed
+    }
+}
