@@ -110,7 +110,7 @@ impl Sample {
 }
 
 /// The mean of one seed.
-fn mean(values: &Values) -> f64 {
+pub fn mean(values: &Values) -> f64 {
     match values {
         Values::Instances(by_instance) => by_instance.values().sum::<f64>() / by_instance.len() as f64,
         Values::Whole(value) => *value,

@@ -11,7 +11,7 @@ use crate::cli::rescore::{Line, lines, stored, table};
 use crate::cli::show::{StageObjects, find};
 use crate::cli::{Session, render};
 use crate::pipeline::plan::{Plan, PlannedTrial};
-use crate::pipeline::store::Store;
+use crate::pipeline::store::{Lookup, Store};
 use crate::rewards::{Outcome, ScoreError, Scorer};
 use crate::stages::grpo::Grpo;
 use crate::stages::samples::{Sample, Samples};
@@ -196,8 +196,10 @@ fn completions(
     for node in trial.stages.values().map(|node| &plan.nodes[*node]) {
         let model = node.spec.stage.params()["model"]["$input"].as_str().map(str::to_owned);
         let fits = node.spec.kind.name == "evaluate" && model.is_some_and(|model| starts.contains(&model));
-        if let Some(manifest) = node.result.as_ref().filter(|_| fits) {
-            return stored(&StageObjects { store, manifest }).map(Some);
+        if let Some(result) = node.result.as_ref().filter(|_| fits) {
+            let found = store.lookup(&result.key).map_err(|error| Failure::stage(&error))?;
+            let Lookup::Hit(manifest) = found else { continue };
+            return stored(&StageObjects { store, manifest: &manifest }).map(Some);
         }
     }
     Ok(None)

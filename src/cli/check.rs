@@ -20,13 +20,13 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
             if ui.is_json() {
                 return ui.data("[]");
             }
-            let trials: usize = experiments.iter().map(|experiment| experiment.trials.len()).sum();
-            let stages: usize =
-                experiments.iter().flat_map(|experiment| &experiment.trials).map(|trial| trial.stages.len()).sum();
+            let trials =
+                || experiments.iter().flat_map(|experiment| experiment.trials.iter().chain(experiment.waiting()));
+            let stages: usize = trials().map(|trial| trial.stages.len()).sum();
             ui.data(&format!(
                 "ok: {}, {}, {}",
                 render::plural(experiments.len(), "experiment"),
-                render::plural(trials, "trial"),
+                render::plural(trials().count(), "trial"),
                 render::plural(stages, "stage")
             ))
         }

@@ -11,6 +11,7 @@ use crate::cli::arms::{Claim, Sample};
 use crate::cli::failure::Failure;
 use crate::cli::render;
 use crate::cli::results::StageResult;
+use crate::cli::tuning::{self, Tuned};
 use crate::pipeline::plan::{Plan, State};
 use crate::pipeline::spec::{Experiment, Trial};
 use crate::pipeline::stage::ArtifactType;
@@ -27,6 +28,9 @@ pub struct Comparison {
     pub metrics: Vec<String>,
     /// What the intervals are about.
     pub claim: Claim,
+    /// How the arms were tuned, where they were.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tuning: Option<Tuned>,
     /// The arm that others are compared with.
     pub baseline: Option<String>,
     /// In the order of the files.
@@ -82,7 +86,7 @@ impl Comparison {
             experiment.table.metrics.clone()
         };
         let mut arms: Vec<(&str, Vec<&Trial>)> = Vec::new();
-        for trial in &experiment.trials {
+        for trial in experiment.reported() {
             match arms.iter_mut().find(|(arm, _)| *arm == trial.arm) {
                 Some((_, trials)) => trials.push(trial),
                 None => arms.push((&trial.arm, vec![trial])),
@@ -98,7 +102,9 @@ impl Comparison {
             .iter()
             .map(|(_, trials)| wanted.iter().map(|name| (name.as_str(), results.sample(trials, name))).collect())
             .collect();
-        results.note_missing(&experiment.trials, &wanted, &mut notes);
+        notes.extend(tuning::chosen(experiment));
+        notes.extend(tuning::waiting(experiment));
+        results.note_missing(&experiment.reported().collect::<Vec<_>>(), &wanted, &mut notes);
 
         let seeds_of = |samples: &BTreeMap<&str, Sample>| {
             samples.values().flat_map(|sample| sample.seeds.keys()).collect::<BTreeSet<_>>().len()
@@ -138,6 +144,7 @@ impl Comparison {
             experiment: experiment.name.clone(),
             metrics,
             claim,
+            tuning: experiment.tuning.as_ref().map(Tuned::of),
             baseline: baseline.map(|place| arms[place].0.to_owned()),
             arms: rows,
             notes,
@@ -265,7 +272,7 @@ impl Results {
     fn every_metric(&self, experiment: &Experiment) -> Vec<String> {
         let mut stages: Vec<(usize, &str)> = Vec::new();
         let mut seen = BTreeSet::new();
-        for trial in &experiment.trials {
+        for trial in experiment.reported() {
             for (stage, &place) in self.by_trial.get(&trial.name).into_iter().flatten() {
                 if self.by_node.contains_key(&place) && seen.insert(stage.as_str()) {
                     stages.push((place, stage));
@@ -282,11 +289,11 @@ impl Results {
     }
 
     /// Says why cells are empty.
-    fn note_missing(&self, trials: &[Trial], wanted: &[&String], notes: &mut Vec<String>) {
+    fn note_missing(&self, trials: &[&Trial], wanted: &[&String], notes: &mut Vec<String>) {
         let mut told = BTreeSet::new();
         for name in wanted {
             let (stage, metric) = split(name);
-            let having: Vec<&Trial> = trials.iter().filter(|trial| trial.stages.contains_key(stage)).collect();
+            let having: Vec<&&Trial> = trials.iter().filter(|trial| trial.stages.contains_key(stage)).collect();
             let without = having.iter().filter(|trial| self.result(trial, stage).is_none()).count();
             if having.is_empty() {
                 let known: BTreeSet<&str> =

@@ -24,6 +24,7 @@ pub mod schema;
 pub mod score;
 pub mod show;
 pub mod table;
+pub mod tuning;
 pub mod ui;
 pub mod verify;
 
@@ -167,9 +168,14 @@ pub struct Files {
 }
 
 impl Session {
-    /// Reads experiments; every mistake of every file is in the failure.
+    /// Reads experiments, with what their tuning trials have chosen so far; every mistake of every file is in the failure.
     pub fn read(&self, files: &[PathBuf], sets: &[String]) -> Result<Vec<Experiment>, Failure> {
-        spec::read(files, sets, KINDS).map_err(|mistakes| Failure::diagnostics(mistakes.render(self.ui.error_color())))
+        let mut experiments = spec::read(files, sets, KINDS)
+            .map_err(|mistakes| Failure::diagnostics(mistakes.render(self.ui.error_color())))?;
+        if experiments.iter().any(|experiment| experiment.tuning.is_some()) {
+            tuning::choose(self, &mut experiments, self.existing_store()?.as_ref())?;
+        }
+        Ok(experiments)
     }
 
     /// The store as it is; `None` where there is none yet. Changes nothing.

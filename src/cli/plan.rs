@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::cli::failure::Failure;
 use crate::cli::ui::Look;
-use crate::cli::{Files, Session, render, same_arms};
+use crate::cli::{Files, Session, render, same_arms, tuning};
 use crate::pipeline::plan::{Plan, State};
 
 /// Show what a run would do with every stage, and why; changes nothing
@@ -25,6 +25,9 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     session.ui.data(&text(&plan, session.ui.output_color(), session.ui.output_width()))?;
     same_arms(session, &plan, &experiments)?;
     session.ui.note(&summary(&plan));
+    for note in experiments.iter().filter_map(tuning::waiting) {
+        session.ui.note(&note);
+    }
     for hint in plan.nodes.iter().filter_map(|node| node.hint.as_deref()) {
         session.ui.note(&format!("hint: {hint}"));
     }

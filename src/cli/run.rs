@@ -1,6 +1,6 @@
 //! `pipe run`: reads, plans, executes, and tells what happens while it does.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -9,11 +9,13 @@ use signal_hook::iterator::Signals;
 
 use crate::cli::failure::Failure;
 use crate::cli::progress::Progress;
+use crate::cli::tuning::{self, Tuned};
 use crate::cli::ui::last_words;
 use crate::cli::{Files, Session, render, same_arms, store_hint, table};
 use crate::pipeline::exec::event::{Event, Outcome};
-use crate::pipeline::exec::{self, ExecError, Options};
-use crate::pipeline::spec::Experiment;
+use crate::pipeline::exec::{self, ExecError, Options, select};
+use crate::pipeline::plan::{Node, Plan, State};
+use crate::pipeline::spec::{Experiment, Trial};
 use crate::pipeline::store::{Store, StoreError};
 
 /// Run what is missing of the experiments in FILES
@@ -51,20 +53,14 @@ pub struct Args {
 }
 
 /// With `--json`, every event on a line of stdout; the last is the outcome.
+///
+/// Where arms are tuned, the trials that tune run first, and those that report follow from what they choose.
 pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     let ui = &session.ui;
-    let experiments = session.read(&args.files.files, &args.files.sets)?;
+    let mut experiments = session.read(&args.files.files, &args.files.sets)?;
     let wrong = |error: StoreError| Failure::input(&error).hint(store_hint(&session.store));
     let store = Store::open(&session.store).map_err(wrong)?;
-    // What the plan finds must stay until the run ends, so nothing may be collected before it is leased.
-    let hold = store.hold().map_err(wrong)?;
-    let plan = session.plan(&experiments, Some(&store))?;
-    hold.lease(plan.nodes.iter().filter_map(|node| node.key.as_ref())).map_err(wrong)?;
-    drop(hold);
-    same_arms(session, &plan, &experiments)?;
-
     let (interrupt, kill) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
-    watch_signals(session, &interrupt, &kill)?;
     let options = Options {
         jobs: args.jobs,
         most_failures: most_failures(args, &experiments),
@@ -74,16 +70,91 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         interrupt,
         kill,
     };
-    let mut progress = Progress::new(ui, &plan);
+    check_names(args, &experiments, session)?;
+    watch_signals(session, &options.interrupt, &options.kill)?;
+    let mut whole = Outcome::default();
+    let mut ran = BTreeSet::new();
+    let mut known = HashSet::new();
+    let mut next = experiments.clone();
+    let plan = loop {
+        // What the plan finds must stay until the run ends, so nothing may be collected before it is leased.
+        let hold = store.hold().map_err(wrong)?;
+        let plan = session.plan(&next, Some(&store))?;
+        hold.lease(plan.nodes.iter().filter_map(|node| node.key.as_ref())).map_err(wrong)?;
+        drop(hold);
+        same_arms(session, &plan, &next)?;
+        let again = |node: &&Node| node.state == State::Cached && known.contains(&node.recipe);
+        let shared = plan.nodes.iter().filter(again).count();
+        let Some(options) = phase(&options, &plan, &next) else { break plan };
+        let outcome = execute(&plan, &store, &options, session)?;
+        known.extend(plan.nodes.iter().map(|node| node.recipe.clone()));
+        add(&mut whole, &outcome, shared);
+        if outcome.skipped > 0 || outcome.interrupted > 0 || experiments.iter().all(|one| one.tuning.is_none()) {
+            break plan;
+        }
+        ran.extend(plan.trials.iter().map(|trial| (trial.experiment.clone(), trial.trial.clone())));
+        tuning::choose(session, &mut experiments, Some(&store))?;
+        for experiment in &experiments {
+            if let Some(tuning) = &experiment.tuning {
+                store.record_tuning(&experiment.name, &Tuned::of(tuning)).map_err(wrong)?;
+            }
+        }
+        next = tuning::not_yet_run(&experiments, &ran);
+        if next.is_empty() {
+            break plan;
+        }
+        for note in next.iter().flat_map(tuning::chosen) {
+            ui.note(&note);
+        }
+    };
+    if ui.is_json() {
+        ui.json_line(&Event::Finished(whole))?;
+    }
+    ui.note(&summary(&whole));
+    if whole.failed > 0 {
+        return Err(Failure::silent(1));
+    }
+    if whole.interrupted > 0 {
+        ui.hint("run the same command to go on");
+        return Err(Failure::silent(130));
+    }
+    if !ui.is_json() {
+        // Planned anew where something ran: only now are its keys known.
+        let is_stale = whole.run > 0 || !ran.is_empty();
+        let plan = if is_stale { session.plan(&experiments, Some(&store))? } else { plan };
+        table::print_after_run(session, &experiments, &plan, &store)?;
+    }
+    let curves = session.store.join("tensorboard");
+    let has_curves = std::fs::read_dir(&curves).is_ok_and(|mut entries| entries.next().is_some());
+    if whole.run > 0 && has_curves {
+        ui.note(&format!("curves: tensorboard --logdir {}", curves.display()));
+    }
+    Ok(())
+}
+
+/// Runs one plan and tells what happens.
+fn execute(plan: &Plan, store: &Store, options: &Options, session: &Session) -> Result<Outcome, Failure> {
+    let ui = &session.ui;
+    let mut progress = Progress::new(ui, plan);
     let mut unwritten = None;
-    let outcome = exec::execute(&plan, &store, &options, &mut |event: &Event| {
+    let outcome = exec::execute(plan, store, options, &mut |event: &Event| {
         progress.on(event);
-        if ui.is_json() && unwritten.is_none() {
+        // The outcome is told once, of all that ran.
+        if ui.is_json() && unwritten.is_none() && !matches!(event, Event::Finished(_)) {
             unwritten = ui.json_line(event).err();
         }
     });
     progress.clear();
-    let outcome = outcome.map_err(|error| match error {
+    let outcome = outcome.map_err(failure)?;
+    if let Some(failure) = unwritten {
+        return Err(failure);
+    }
+    progress.recall_failures();
+    Ok(outcome)
+}
+
+fn failure(error: ExecError) -> Failure {
+    match error {
         ExecError::UnknownStage { option, name, hint } => {
             Failure::wrong(format!("no stage is called `{name}`, as `{option}` asks")).hint(hint)
         }
@@ -91,31 +162,52 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
             Failure::input(error).hint(format!("where there are more, say so: `--slot {slot}={asked}`"))
         }
         other @ ExecError::NoWorker { .. } => Failure::stage(&other),
-    })?;
-    if let Some(failure) = unwritten {
-        return Err(failure);
     }
+}
 
-    progress.recall_failures();
-    ui.note(&summary(&outcome));
-    if outcome.failed > 0 {
-        return Err(Failure::silent(1));
+/// Where trials wait for a choice, names on the command line may mean stages that only they have.
+fn check_names(args: &Args, experiments: &[Experiment], session: &Session) -> Result<(), Failure> {
+    if experiments.iter().all(|experiment| experiment.waiting().next().is_none()) {
+        return Ok(());
     }
-    if outcome.interrupted > 0 {
-        ui.hint("run the same command to go on");
-        return Err(Failure::silent(130));
+    let mut all = experiments.to_vec();
+    for experiment in &mut all {
+        let waiting: Vec<Trial> = experiment.waiting().cloned().collect();
+        experiment.trials.extend(waiting);
     }
-    if !ui.is_json() {
-        // Planned anew where something ran: only now are its keys known.
-        let plan = if outcome.run > 0 { session.plan(&experiments, Some(&store))? } else { plan };
-        table::print_after_run(session, &experiments, &plan, &store)?;
-    }
-    let curves = session.store.join("tensorboard");
-    let has_curves = std::fs::read_dir(&curves).is_ok_and(|mut entries| entries.next().is_some());
-    if outcome.run > 0 && has_curves {
-        ui.note(&format!("curves: tensorboard --logdir {}", curves.display()));
+    let plan = session.plan(&all, None)?;
+    for (option, names) in [("--until", &args.until), ("--again", &args.again)] {
+        select::nodes(&plan, names, option).map_err(failure)?;
     }
     Ok(())
+}
+
+/// The options for a part of a run; none where nothing of it was asked for. Names that only later trials have say nothing
+/// of this part, and what they rest on is chosen by all of it.
+fn phase(options: &Options, plan: &Plan, experiments: &[Experiment]) -> Option<Options> {
+    if experiments.iter().all(|experiment| experiment.tuning.is_none()) {
+        return Some(options.clone());
+    }
+    let has = |name: &String| select::nodes(plan, std::slice::from_ref(name), "").is_ok();
+    let here = |names: &[String]| -> Vec<String> { names.iter().filter(|name| has(name)).cloned().collect() };
+    let (until, again) = (here(&options.until), here(&options.again));
+    let is_waiting = experiments.iter().any(|experiment| experiment.waiting().next().is_some());
+    match (until.len() == options.until.len(), is_waiting) {
+        (true, _) => Some(Options { until, again, ..options.clone() }),
+        (false, true) => Some(Options { until: Vec::new(), again, ..options.clone() }),
+        (false, false) => (!until.is_empty()).then(|| Options { until, again, ..options.clone() }),
+    }
+}
+
+/// Adds what came of a part of a run; `shared` of its cached stages were counted before.
+fn add(whole: &mut Outcome, part: &Outcome, shared: usize) {
+    whole.run += part.run;
+    whole.cached += part.cached.saturating_sub(shared);
+    whole.failed += part.failed;
+    whole.blocked += part.blocked;
+    whole.interrupted += part.interrupted;
+    whole.skipped += part.skipped;
+    whole.seconds += part.seconds;
 }
 
 /// The failures after which nothing new begins: what the command line says, or else the least that an experiment says.

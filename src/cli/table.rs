@@ -254,6 +254,7 @@ mod tests {
             experiment: "maze".to_owned(),
             metrics: vec!["sft.solved".to_owned(), "grpo.solved".to_owned()],
             claim: Claim::Checkpoints,
+            tuning: None,
             baseline: Some("drop=none".to_owned()),
             arms: vec![
                 arm("drop=none", None),

@@ -12,3 +12,4 @@ mod rewards;
 mod sandbox;
 mod scheduling;
 mod traps;
+mod tuning;

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{At as _, BundleError, CONTENTS, Contents, Entry, FORMAT, Layout, Record, hash};
-use crate::pipeline::plan::Plan;
-use crate::pipeline::store::{self, Digest, Manifest, Store};
+use crate::pipeline::plan::{Node, Plan};
+use crate::pipeline::store::{self, Digest, Lookup, Manifest, Store};
 use crate::random::RNG_ABI;
 
 /// What is packed.
@@ -54,10 +54,16 @@ pub fn pack(
         entries.insert(format!("files/{path}"), (hash(file)?, From::File(file.clone())));
     }
     let mut report = PackReport { files: entries.len(), ..PackReport::default() };
-    let results: BTreeMap<&Digest, &Arc<Manifest>> =
-        packing.plan.nodes.iter().filter_map(|node| node.result.as_ref()).map(|one| (&one.key, one)).collect();
+    let mut results: BTreeMap<&Digest, Arc<Manifest>> = BTreeMap::new();
+    for key in packing.plan.nodes.iter().filter_map(|node| node.result.as_ref()).map(|result| &result.key) {
+        // What the plan saw may be damaged or gone by now: then it is missing.
+        if let Lookup::Hit(manifest) = store.lookup(key)? {
+            results.insert(key, manifest);
+        }
+    }
     report.results = results.len();
-    report.missing = packing.plan.nodes.iter().filter(|node| node.result.is_none()).count();
+    let is_missing = |node: &&Node| node.result.as_ref().is_none_or(|result| !results.contains_key(&result.key));
+    report.missing = packing.plan.nodes.iter().filter(is_missing).count();
     for manifest in results.values() {
         result_entries(manifest, store, &mut entries)?;
         if packing.logs {

@@ -26,7 +26,7 @@ use crate::pipeline::exec::scheduler::{Action, Input, Phase, Scheduler};
 use crate::pipeline::exec::workload::Workload;
 use crate::pipeline::exec::{ExecError, Options, select};
 use crate::pipeline::plan::{Node, Plan};
-use crate::pipeline::store::{Digest, Manifest, Store};
+use crate::pipeline::store::{Digest, Store, StoredResult};
 
 /// How often the driver looks whether it is to stop, while nothing else happens.
 const LOOK_UP: Duration = Duration::from_millis(50);
@@ -234,9 +234,9 @@ impl Driver<'_, '_> {
     }
 }
 
-fn made_of(manifest: &Manifest) -> Made {
-    let outputs = manifest.outputs.iter().map(|output| (output.name.clone(), output.digest.clone())).collect();
-    Made { key: manifest.key.clone(), outputs }
+fn made_of(stored: &StoredResult) -> Made {
+    let outputs = stored.outputs.iter().map(|output| (output.name.clone(), output.digest.clone())).collect();
+    Made { key: stored.key.clone(), outputs }
 }
 
 /// The name of a node in a sentence.

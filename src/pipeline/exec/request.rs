@@ -26,12 +26,21 @@ impl Made {
 }
 
 /// The parts of a node's key, from the results of its producers.
-pub(super) fn parts(node: &Node, params: &Value, made: &[Option<Made>]) -> Result<KeyParts, String> {
+fn parts(node: &Node, params: &Value, made: &[Option<Made>]) -> Result<KeyParts, String> {
     for edge in &node.edges {
         input(edge, made)?;
     }
     let digest = |edge: &Edge| input(edge, made).map_or(Value::Null, |(_, digest)| Value::String(digest.0.clone()));
     Ok(node.parts(params, &digest))
+}
+
+/// The key of a node, from the results of its producers.
+pub(super) fn key(node: &Node, made: &[Option<Made>]) -> Result<Digest, String> {
+    for edge in &node.edges {
+        input(edge, made)?;
+    }
+    let digest = |edge: &Edge| input(edge, made).ok().map(|(_, digest)| digest);
+    node.key_of(&digest).ok_or_else(|| "an input is not there".to_owned())
 }
 
 fn input<'a>(edge: &Edge, made: &'a [Option<Made>]) -> Result<(&'a Made, &'a Digest), String> {

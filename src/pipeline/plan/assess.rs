@@ -3,18 +3,20 @@
 //! It must never change the store, and looks no key up twice.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::Arc;
 
 use serde_json::Value;
 
 use crate::pipeline::plan::reason::{InputNow, Now, Reason};
 use crate::pipeline::plan::{Edge, Node, NodeName, PlanError, State};
 use crate::pipeline::stage::Continues;
-use crate::pipeline::store::{Digest, KeyParts, Lookup, Store, StoreError};
+use crate::pipeline::store::{Digest, Found, KeyParts, Lookup, Store, StoreError, TrialRecords};
 
 /// Gives every node its key, state and reasons.
 pub(super) fn assess(nodes: &mut [Node], store: Option<&Store>) -> Result<(), PlanError> {
-    let mut found: HashMap<Digest, Lookup> = HashMap::new();
-    let mut last = LastRuns { store, manifests: HashMap::new() };
+    let mut known: HashMap<Digest, Found> = HashMap::new();
+    let mut last = LastRuns { store, records: HashMap::new(), manifests: HashMap::new() };
     for at in 0..nodes.len() {
         let (before, rest) = nodes.split_at_mut(at);
         let node = &mut rest[0];
@@ -25,23 +27,23 @@ pub(super) fn assess(nodes: &mut [Node], store: Option<&Store>) -> Result<(), Pl
         let key = node.key_of(&digest);
         let lookup = match (&key, store) {
             (Some(key), Some(store)) => {
-                if !found.contains_key(key) {
-                    found.insert(key.clone(), store.lookup(key)?);
+                if !known.contains_key(key) {
+                    known.insert(key.clone(), store.find(key)?);
                 }
-                found[key].clone()
+                known[key].clone()
             }
-            _ => Lookup::Miss,
+            _ => Found::Miss,
         };
-        let (state, reasons) = if let Lookup::Hit(manifest) = lookup {
-            let accepted = manifest.accepted.as_ref().map(|one| Reason::Accepted { reason: one.reason.clone() });
-            node.result = Some(manifest);
+        let (state, reasons) = if let Found::Hit(stored) = lookup {
+            let accepted = stored.accepted.as_ref().map(|one| Reason::Accepted { reason: one.reason.clone() });
+            node.result = Some(stored);
             (State::Cached, accepted.into_iter().collect())
         } else {
             let saved = match (&key, store) {
                 (Some(key), Some(store)) => store.has_saved_work(key),
                 _ => false,
             };
-            let damage = if let Lookup::Damaged { what } = lookup { Some(what) } else { None };
+            let damage = if let Found::Damaged { what } = lookup { Some(what) } else { None };
             let input = |edge: &Edge| match (digest(edge), before[edge.from].state) {
                 (Some(digest), _) => InputNow::Is(digest.clone()),
                 (None, State::Maybe) => InputNow::MayRun,
@@ -116,6 +118,8 @@ enum LastRun {
 /// The last recorded runs by name.
 struct LastRuns<'a> {
     store: Option<&'a Store>,
+    /// By experiment and trial.
+    records: HashMap<(String, String), Arc<TrialRecords>>,
     manifests: HashMap<Digest, Option<KeyParts>>,
 }
 
@@ -124,7 +128,12 @@ impl LastRuns<'_> {
     fn of(&mut self, names: &[NodeName]) -> Result<Option<LastRun>, StoreError> {
         let Some(store) = self.store else { return Ok(None) };
         for name in names {
-            let Some(record) = store.recorded(&name.experiment, &name.trial, &name.stage)? else { continue };
+            let trial = (name.experiment.clone(), name.trial.clone());
+            let records = match self.records.entry(trial) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(unknown) => unknown.insert(store.recorded_trial(&name.experiment, &name.trial)?),
+            };
+            let Some(record) = records.get(&name.stage) else { continue };
             if !self.manifests.contains_key(&record.key) {
                 let parts = match store.lookup(&record.key)? {
                     Lookup::Hit(manifest) => Some(manifest.parts.clone()),

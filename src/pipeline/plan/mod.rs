@@ -19,7 +19,7 @@ use serde_json::Value;
 use crate::pipeline::plan::key::Outline;
 use crate::pipeline::spec::{Experiment, StageSpec};
 use crate::pipeline::stage::ArtifactType;
-use crate::pipeline::store::{Digest, KeyParts, Manifest, Store, StoreError, source_digest};
+use crate::pipeline::store::{Digest, KeyParts, Store, StoreError, StoredResult, source_digest};
 
 /// What a run would do with a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,7 +91,7 @@ pub struct Node {
     /// What would save the user a part of the run.
     pub hint: Option<String>,
     /// The result, where it is cached.
-    pub result: Option<Arc<Manifest>>,
+    pub result: Option<Arc<StoredResult>>,
     outline: Arc<Outline>,
 }
 

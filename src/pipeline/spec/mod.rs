@@ -49,6 +49,7 @@ use crate::pipeline::spec::tune::{Purpose, Tuning};
 use crate::pipeline::stage::{AnyStage, Kind, RunOptions};
 
 /// An experiment as its files say it, with every trial resolved and checked.
+#[derive(Clone)]
 pub struct Experiment {
     /// The stem of its file.
     pub name: String,

@@ -118,10 +118,15 @@ impl Tuning {
         self.arms.iter().filter_map(|arm| arm.choose(self.goal, measured)).collect()
     }
 
+    /// The reporting trials that wait for a choice, as the first candidate of their arm would have them.
+    pub fn waiting(&self) -> impl Iterator<Item = &Trial> {
+        let open = self.arms.iter().filter(|arm| self.chosen(arm).is_none());
+        open.filter_map(|arm| arm.candidates.first()).flat_map(|candidate| &candidate.reporting)
+    }
+
     /// How many reporting trials wait for a choice.
     pub fn awaiting(&self) -> usize {
-        let is_open = |arm: &&TunedArm| self.chosen(arm).is_none();
-        self.arms.iter().filter(is_open).filter_map(|arm| Some(arm.candidates.first()?.reporting.len())).sum()
+        self.waiting().count()
     }
 
     fn chosen<'a>(&self, arm: &'a TunedArm) -> Option<&'a Candidate> {
@@ -160,6 +165,11 @@ impl Experiment {
         self.trials.retain(|trial| trial.purpose == Purpose::Tune);
         let chosen = tuning.arms.iter().filter_map(|arm| tuning.chosen(arm));
         self.trials.extend(chosen.flat_map(|candidate| candidate.reporting.iter().cloned()));
+    }
+
+    /// The trials that will be reported once it is chosen how; see [`Tuning::waiting`].
+    pub fn waiting(&self) -> impl Iterator<Item = &Trial> {
+        self.tuning.iter().flat_map(Tuning::waiting)
     }
 
     /// The trials whose results are reported.

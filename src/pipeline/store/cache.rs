@@ -17,7 +17,7 @@ use super::{Digest, FileStat, StoreError, sealed};
 
 /// A change within this many nanoseconds before hashing may be followed by one with the same times. Two seconds is the
 /// coarsest clock of any file system in use.
-const RACY: i128 = 2_000_000_000;
+pub(super) const RACY: i128 = 2_000_000_000;
 
 /// Entries that are kept, at most; beyond, only those that this process has met.
 const MOST: usize = 200_000;
@@ -140,7 +140,7 @@ impl Drop for StatCache {
     }
 }
 
-fn now() -> i128 {
+pub(super) fn now() -> i128 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i128::try_from(since.as_nanos()).expect("a clock this side of the year 10^22")
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
 
-use super::disk::{Content, Disk, Entry, Stat};
+use super::disk::{Content, Disk, Entry, Sort, Stat};
 
 /// How an operation fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,10 +28,22 @@ pub(super) enum Fault {
 pub(super) const FAULTS: [Fault; 5] =
     [Fault::ErrorOnce, Fault::ErrorsOnwards, Fault::Full, Fault::ShortWrite, Fault::Killed];
 
+/// Something that a store leaves out, to show that a test would see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Omission {
+    /// Syncing files.
+    SyncFile,
+    /// Syncing folders.
+    SyncFolder,
+    /// Syncing file systems.
+    SyncAll,
+}
+
 /// Another disk with a fault.
 #[derive(Debug)]
 pub(super) struct Faulty {
     disk: Arc<dyn Disk>,
+    omission: Option<Omission>,
     script: Mutex<Script>,
 }
 
@@ -52,7 +64,12 @@ enum Write {
 impl Faulty {
     /// `disk` without a fault.
     pub(super) fn new(disk: Arc<dyn Disk>) -> Self {
-        Self { disk, script: Mutex::default() }
+        Self { disk, omission: None, script: Mutex::default() }
+    }
+
+    /// `disk` without a fault, for a store that leaves something out.
+    pub(super) fn omitting(disk: Arc<dyn Disk>, omission: Option<Omission>) -> Self {
+        Self { omission, ..Self::new(disk) }
     }
 
     /// Counts from 0 again; the operation of this number fails.
@@ -163,11 +180,14 @@ impl Disk for Faulty {
     }
 
     fn sync(&self, path: &Path) -> io::Result<()> {
-        self.step()?.sync(path)
+        let disk = self.step()?;
+        let sort = if disk.stat(path)?.sort == Sort::Folder { Omission::SyncFolder } else { Omission::SyncFile };
+        if self.omission == Some(sort) { Ok(()) } else { disk.sync(path) }
     }
 
     fn sync_all(&self, path: &Path) -> io::Result<()> {
-        self.step()?.sync_all(path)
+        let disk = self.step()?;
+        if self.omission == Some(Omission::SyncAll) { Ok(()) } else { disk.sync_all(path) }
     }
 
     fn open_lock(&self, path: &Path) -> io::Result<File> {

@@ -11,7 +11,7 @@
 //! logs/<key>/                  log.txt, metrics.jsonl, tensorboard/: never part of a result
 //! runs/, tensorboard/          views by people's names, which can be rebuilt
 //! quarantine/                  what was found damaged
-//! cache/                       what spares hashing unchanged files again
+//! cache/                       what spares hashing unchanged files and reading manifests again
 //! ```
 //!
 //! Nothing else in the project writes there, except a running stage into the folders that it is handed. The store knows
@@ -30,13 +30,18 @@ mod faults;
 #[cfg(test)]
 pub(crate) mod fixture;
 mod gc;
+mod index;
 mod lease;
 mod lock;
 mod lookup;
 mod pins;
+#[cfg(test)]
+mod proof;
 mod publish;
 mod record;
 mod verify;
+#[cfg(test)]
+mod volatile;
 mod work;
 
 use std::collections::BTreeMap;
@@ -58,12 +63,13 @@ use disk::{Disk, Entry, Native, Sort};
 use error::At as _;
 pub use error::StoreError;
 pub use gc::{Garbage, GarbageKind, GcPlan, GcPolicy, GcReport, Gone, Kept, Removal, Tally};
+pub use index::{Found, StoredName, StoredResult};
 pub use lease::Hold;
 pub use lock::KeyLock;
 pub use lookup::Lookup;
 pub use pins::Pin;
 pub use publish::{DraftOutput, ManifestDraft};
-pub use record::RunRecord;
+pub use record::{RunRecord, TrialRecords};
 pub use verify::{Damage, Verification, VerifyReport};
 pub use work::{Attempts, Owner};
 
@@ -188,6 +194,8 @@ pub struct Store {
     root: PathBuf,
     disk: Arc<dyn Disk>,
     cache: Arc<cache::StatCache>,
+    index: Arc<index::Index>,
+    journals: Arc<record::Journals>,
     lease: Arc<lease::Lease>,
 }
 
@@ -208,11 +216,11 @@ impl Store {
         disk.check_writable(root).at("write to the store", root)?;
         let is_new = !is_store(&*disk, root)?;
         for folder in FOLDERS {
-            disk.ensure_folder(&root.join(folder), false)?;
+            disk.ensure_folder(&root.join(folder), !is_new)?;
         }
         if is_new {
             make_shelves(&*disk, root)?;
-            // Last, because it says that everything else is there. Its folder is synced with it.
+            // Last, because it says that everything else is there for good.
             disk.write_atomically(&root.join("FORMAT"), format!("{FORMAT}\n").as_bytes(), true)?;
         }
         Ok(Self::at(disk, root, true))
@@ -235,7 +243,15 @@ impl Store {
 
     fn at(disk: Arc<dyn Disk>, root: &Path, writable: bool) -> Self {
         let cache = cache::StatCache::new(disk.clone(), root.join("cache/stat.json"), writable);
-        Self { root: root.to_owned(), disk, cache: Arc::new(cache), lease: Arc::default() }
+        let index = index::Index::new(disk.clone(), root.join("cache/index"), writable);
+        Self {
+            root: root.to_owned(),
+            disk,
+            cache: Arc::new(cache),
+            index: Arc::new(index),
+            journals: Arc::default(),
+            lease: Arc::default(),
+        }
     }
 
     /// Its folder, absolute.
@@ -304,8 +320,8 @@ fn sharded(folder: &Path, digest: &Digest) -> PathBuf {
     folder.join(digest.0.get(..2).unwrap_or("__"))
 }
 
-/// Makes every shelf of objects and manifests at once, so that the first results need not each sync a new one. A shelf
-/// that is missing is made when it is needed.
+/// Makes every shelf of objects and manifests at once and for good, so that the first results need not each sync a new
+/// one. A shelf that is missing is made when it is needed.
 fn make_shelves(disk: &dyn Disk, root: &Path) -> Result<(), StoreError> {
     for folder in ["objects", "manifests"] {
         let folder = root.join(folder);
@@ -314,7 +330,7 @@ fn make_shelves(disk: &dyn Disk, root: &Path) -> Result<(), StoreError> {
         }
         disk.sync(&folder).at("write", &folder)?;
     }
-    Ok(())
+    disk.sync(root).at("write", root)
 }
 
 /// Whether `root` is a store of this format; `false` where it is empty, or where a store was begun. Anything else is an

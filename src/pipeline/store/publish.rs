@@ -86,7 +86,9 @@ impl Store {
         let path = self.manifest_path(lock.key());
         let body = serde_json::to_vec(manifest).expect("a manifest is plain data");
         self.disk.ensure_folder(path.parent().expect("manifests lie in a folder"), true)?;
-        self.disk.write_atomically(&path, &sealed::seal(&body), true)
+        self.disk.write_atomically(&path, &sealed::seal(&body), true)?;
+        self.index_published(manifest);
+        Ok(())
     }
 
     /// Removes the work folder of a key whose result is there.

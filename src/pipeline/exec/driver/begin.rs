@@ -9,40 +9,35 @@ use crate::pipeline::exec::local;
 use crate::pipeline::exec::request;
 use crate::pipeline::exec::scheduler::Input;
 use crate::pipeline::exec::slots::Grant;
-use crate::pipeline::plan::{State, key};
+use crate::pipeline::plan::State;
 use crate::pipeline::spec::parse_duration;
 use crate::pipeline::stage::Place;
-use crate::pipeline::store::Lookup;
+use crate::pipeline::store::Found;
 
 impl Driver<'_, '_> {
     /// Works out a node's key and looks for its result.
     pub(super) fn find(&mut self, node: usize) -> Result<Input, String> {
         let planned = &self.plan.nodes[node];
         let known = planned.key.clone().filter(|_| planned.edges.iter().all(|edge| self.as_planned[edge.from]));
-        let key = if let Some(key) = known {
-            key
-        } else {
-            let parts = request::parts(planned, &planned.spec.stage.params(), &self.made)?;
-            key::key(&parts).map_err(|error| error.to_string())?
-        };
+        let key = if let Some(key) = known { key } else { request::key(planned, &self.made)? };
         // What the plan has just seen need not be looked up twice; whoever uses it reads every byte anyway.
         let seen = planned.result.as_ref().filter(|result| self.keys[node].is_none() && result.key == key);
         self.keys[node] = Some(key.clone());
-        if let Some(manifest) = seen {
-            self.made[node] = Some(made_of(manifest));
+        if let Some(stored) = seen {
+            self.made[node] = Some(made_of(stored));
             self.as_planned[node] = true;
             return Ok(Input::Found { node, key, cached: true });
         }
         // What is found now must stay until the run ends.
         self.store.lease(&[&key]).map_err(|error| error.to_string())?;
-        let cached = match self.store.lookup(&key).map_err(|error| error.to_string())? {
-            Lookup::Hit(manifest) => {
-                self.made[node] = Some(made_of(&manifest));
+        let cached = match self.store.find(&key).map_err(|error| error.to_string())? {
+            Found::Hit(stored) => {
+                self.made[node] = Some(made_of(&stored));
                 self.as_planned[node] = planned.key.as_ref() == Some(&key) && planned.state == State::Cached;
                 true
             }
-            Lookup::Miss => false,
-            Lookup::Damaged { what } => {
+            Found::Miss => false,
+            Found::Damaged { what } => {
                 // The attempt puts it aside, once it holds the key.
                 let text = format!("the result of `{}` is damaged and is made again: {what}", shown(planned));
                 (self.events)(&Event::Warning { text });

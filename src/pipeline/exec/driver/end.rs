@@ -6,7 +6,7 @@ use super::{Driver, made_of, shown};
 use crate::pipeline::exec::event::Event;
 use crate::pipeline::exec::local::{Ending, News};
 use crate::pipeline::exec::scheduler::Input;
-use crate::pipeline::store::{Digest, Lookup, Manifest, RunRecord};
+use crate::pipeline::store::{Digest, Lookup, Manifest, RunRecord, StoredResult};
 
 impl Driver<'_, '_> {
     pub(super) fn hear(&mut self, node: usize, news: News) {
@@ -54,7 +54,7 @@ impl Driver<'_, '_> {
                 Lookup::Damaged { what } => return Err(format!("the result is damaged already: {what}")),
             },
         };
-        self.made[node] = Some(made_of(&manifest));
+        self.made[node] = Some(made_of(&StoredResult::of(&manifest)));
         self.as_planned[node] = false;
         self.again.remove(&node);
         let Some(seconds) = seconds else {
@@ -77,7 +77,7 @@ impl Driver<'_, '_> {
     fn damaged(&mut self, node: usize, reference: &str, what: &str) -> Input {
         let planned = &self.plan.nodes[node];
         let problem = format!("the input `{reference}` is damaged: {what}");
-        let Some(edge) = planned.edges.iter().find(|edge| edge.reference == reference) else {
+        let Some(edge) = planned.edge(reference) else {
             return self.failed(node, problem, true);
         };
         self.as_planned[edge.from] = false;

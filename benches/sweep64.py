@@ -1,0 +1,155 @@
+#!/usr/bin/env python3
+"""A sweep of 64 trials that share data and one long stage: those run once, and after kills only what is missing runs.
+
+    python3 benches/sweep64.py [--kills N] [--seed N] [--pipe PROGRAM]
+
+A stage writes a line when it begins and one when it ends, into a file outside the store. Without kills every stage of
+every trial must have begun exactly once. Then, in a store of its own, the driver is killed N times in the middle: what was
+announced as done never begins again, and no more stages begin twice than were running when it was killed. Exits with 1
+where that does not hold.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TRIALS = 64
+
+EXPERIMENT = """
+[params]
+seed = 0
+beta = 0
+[stages.data]
+kind = "command"
+command = ["sh", "-c", "echo data begins >> RAN; seq 1 1000 > out; echo data ends >> RAN"]
+outputs = ["out"]
+[stages.sft]
+kind = "command"
+command = ["sh", "-c", "echo sft begins >> RAN; sleep 1; wc -l < {inputs.data}/out > out; echo sft ends >> RAN"]
+inputs = { data = "data" }
+outputs = ["out"]
+[stages.grpo]
+kind = "command"
+command = ["sh", "-c", "echo grpo-${params.seed}-${params.beta} begins >> RAN; sleep 0.03; (cat {inputs.model}/out; echo ${params.seed} ${params.beta}) > out; echo grpo-${params.seed}-${params.beta} ends >> RAN"]
+inputs = { model = "sft" }
+outputs = ["out"]
+[stages.evaluate]
+kind = "command"
+command = ["sh", "-c", "echo evaluate-${params.seed}-${params.beta} begins >> RAN; tr '\\\\n' ' ' < {inputs.model}/out > out; echo evaluate-${params.seed}-${params.beta} ends >> RAN"]
+inputs = { model = "grpo" }
+outputs = ["out"]
+[sweep]
+seeds = { path = "params.seed", values = [1, 2, 3, 4, 5, 6, 7, 8] }
+[sweep.grid]
+"params.beta" = [0, 1, 2, 3, 4, 5, 6, 7]
+"""
+
+
+class Sweep:
+    def __init__(self, pipe, folder):
+        self.pipe, self.folder, self.ran = pipe, folder, folder / "ran"
+        folder.mkdir()
+        self.ran.touch()
+        (folder / "sweep.toml").write_text(EXPERIMENT.replace("RAN", str(self.ran)))
+
+    def start(self):
+        with open(self.folder / "events", "wb") as events:
+            return subprocess.Popen(
+                [self.pipe, "run", "--json", "sweep.toml"],
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=events,
+                stderr=subprocess.DEVNULL,
+            )
+
+    def lines(self, word):
+        return Counter(line.split()[0] for line in self.ran.read_text().splitlines() if line.endswith(word))
+
+    def announced(self):
+        """The stages whose `done` was written before the end."""
+        done = set()
+        for line in (self.folder / "events").read_text(errors="replace").splitlines():
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if event["type"] == "done":
+                name = event["name"]
+                swept = dict(part.split("=") for part in name["trial"].split(","))
+                shared = name["stage"] in ("data", "sft")
+                done.add(name["stage"] if shared else f"{name['stage']}-{swept['seed']}-{swept['beta']}")
+        return done
+
+
+def expect(holds, what):
+    if not holds:
+        print(f"FAIL  {what}")
+        sys.exit(1)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--pipe", default=str(ROOT / "target" / "debug" / "pipe"))
+    options = parser.parse_args()
+    seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
+    draws, pipe = random.Random(seed), os.path.abspath(options.pipe)
+    place = Path(tempfile.mkdtemp(prefix="sweep-"))
+    stages = 2 + 2 * TRIALS
+
+    whole = Sweep(pipe, place / "whole")
+    began = time.monotonic()
+    expect(whole.start().wait() == 0, "a run of the sweep does not end well")
+    taken = time.monotonic() - began
+    begun = whole.lines("begins")
+    expect(len(begun) == stages and set(begun.values()) == {1}, f"not every stage began exactly once: {begun}")
+    expect(whole.start().wait() == 0 and whole.lines("begins") == begun, "a second run ran something")
+
+    torn = Sweep(pipe, place / "torn")
+    jobs = os.cpu_count() or 1
+    done, spent, kills = {}, 0, 0
+    while kills < options.kills:
+        run = torn.start()
+        time.sleep(draws.uniform(0.2, 0.6) * taken / max(1, options.kills) * 2)
+        if run.poll() is not None:
+            break
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        kills += 1
+        # What a killed driver leaves is ended by its watchdog a moment later.
+        time.sleep(0.2)
+        begun, ended = torn.lines("begins"), torn.lines("ends")
+        spent = sum(begun.values()) - len(begun)
+        expect(spent <= kills * jobs, f"{spent} stages began again after {kills} kills of {jobs} at a time: seed {seed}")
+        for stage in torn.announced():
+            done.setdefault(stage, begun[stage])
+    expect(torn.start().wait() == 0, f"the run after {kills} kills does not end well: seed {seed}")
+    begun, ended = torn.lines("begins"), torn.lines("ends")
+    expect(len(ended) == stages, f"{len(ended)} of {stages} stages ended: seed {seed}")
+    again = {stage: begun[stage] for stage, count in done.items() if begun[stage] != count}
+    expect(not again, f"stages that were done began again: {again}: seed {seed}")
+    spent = sum(begun.values()) - stages
+    expect(spent <= kills * jobs, f"{spent} stages began twice after {kills} kills: seed {seed}")
+    expect(torn.start().wait() == 0 and torn.lines("begins") == begun, "a second run ran something")
+
+    subprocess.run(["chmod", "-R", "u+w", str(place)], check=False)
+    shutil.rmtree(place)
+    print(
+        f"{TRIALS} trials, {stages} stages begun once each in {taken:.1f} s; {kills} kills: {len(done)} stages were done before, "
+        f"none of them began again, {spent} were cut off and began anew (seed {seed})"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,379 @@
+//! The proof that no failing operation and no power cut makes a store wrong: one play of all that a store does, with a fault
+//! at every operation in turn, and with a cut at every operation after which any part of what was not synced is lost.
+//!
+//! `PIPE_PROOF=20` throws the dice of the cuts twenty times as often, and from 4 on every operation fails in every way.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use super::disk::Disk;
+use super::faults::{FAULTS, Fault, Faulty, Omission};
+use super::fixture::{key, parts};
+use super::volatile::{Dice, Volatile};
+use super::{Digest, DraftOutput, GcPolicy, Lookup, ManifestDraft, RunRecord, Store, StoreError};
+use crate::pipeline::plan::NodeName;
+use crate::pipeline::stage::ArtifactType;
+
+/// Path and content.
+type Files = Vec<(String, String)>;
+
+fn files(list: &[(&str, &str)]) -> Files {
+    list.iter().map(|(path, content)| ((*path).to_owned(), (*content).to_owned())).collect()
+}
+
+/// More files than are synced one by one.
+fn many() -> Files {
+    (0..17).map(|number| (format!("{}/{number}", number % 2), format!("content {number}"))).collect()
+}
+
+/// The outputs that the stage of a key writes.
+fn outputs(number: usize) -> Vec<Files> {
+    match number {
+        1 | 2 => vec![files(&[("a/b", "one"), ("c", "two")])],
+        3 => vec![files(&[("a/b", "one"), ("c", "two")]), files(&[("d", "three")])],
+        4 => vec![many()],
+        5 | 6 => vec![files(&[("data", "of which a byte is flipped")])],
+        7 => vec![files(&[("data", "of which the end is lost")])],
+        8 => vec![files(&[("data", "that is found by verification")])],
+        other => panic!("no key has the number {other}"),
+    }
+}
+
+/// The keys of the play. What was stored for these is damaged before it begins.
+const KEYS: std::ops::RangeInclusive<usize> = 1..=8;
+const HARMED: [usize; 3] = [5, 7, 8];
+
+/// A store on a disk in memory, and what its user was told.
+struct Play {
+    disk: Arc<Volatile>,
+    faulty: Arc<Faulty>,
+    store: Result<Store, StoreError>,
+    /// The keys whose publication was told to have succeeded.
+    told: BTreeSet<usize>,
+    errors: Vec<String>,
+}
+
+fn root() -> &'static Path {
+    Path::new("/store")
+}
+
+fn user_file() -> &'static Path {
+    Path::new("/user/data")
+}
+
+fn node() -> NodeName {
+    NodeName { experiment: "e".into(), trial: "seed=1".into(), stage: "s".into() }
+}
+
+fn record(number: usize) -> RunRecord {
+    RunRecord { recipe: key(100), key: key(number), kind: "test".into(), file: "/e.toml".into(), earlier: Vec::new() }
+}
+
+impl Play {
+    /// A process that opens the store of `disk`; the operation of the fault's number fails.
+    fn begin(disk: Volatile, fault: Option<(usize, Fault)>, omission: Option<Omission>) -> Self {
+        let disk = Arc::new(disk);
+        let faulty = Arc::new(Faulty::omitting(disk.clone(), omission));
+        if let Some((number, fault)) = fault {
+            faulty.fail_at(number, fault);
+        }
+        let store = Store::open_on(faulty.clone(), root());
+        Self { disk, faulty, store, told: BTreeSet::new(), errors: Vec::new() }
+    }
+
+    /// Does something, and goes on after a failure as the stages of a run do.
+    fn act(&mut self, act: impl FnOnce(&Store, &Volatile) -> Result<(), StoreError>) -> bool {
+        let outcome = match &self.store {
+            Ok(store) => act(store, &self.disk).map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        self.errors.extend(outcome.as_ref().err().cloned());
+        outcome.is_ok()
+    }
+
+    /// Runs the stage of a key.
+    fn publish(&mut self, number: usize) {
+        if self.act(|store, disk| publish(store, disk, number)) {
+            self.told.insert(number);
+        }
+    }
+
+    /// Everything that a store is asked to do.
+    fn everything(&mut self) {
+        self.publish(1);
+        self.publish(2);
+        self.act(|store, _| store.record(&node(), &record(1)));
+        self.publish(3);
+        self.act(|store, _| store.lookup(&key(1)).and(store.lookup(&key(99))).map(drop));
+        self.publish(4);
+        self.publish(6);
+        self.act(|store, _| match store.lookup(&key(7))? {
+            Lookup::Damaged { what } => store.quarantine(&store.lock(&key(7))?, &what),
+            _ => Ok(()),
+        });
+        self.publish(7);
+        self.act(|store, _| store.record(&node(), &record(2)));
+        self.act(|store, _| {
+            let report = store.verify(None, &mut |_, _| ())?;
+            store.repair(&report).map(drop)
+        });
+        self.act(|store, disk| {
+            let lock = store.lock(&key(8))?;
+            let out = store.begin_attempt(&lock, 1, &["0"])?;
+            disk.put(&out.join("0/half"), b"of what a failed attempt wrote");
+            store.keep_failed(&lock, &out)
+        });
+        self.publish(8);
+        self.act(|store, _| store.file_digest(user_file()).and(store.save_cache()));
+        // What a user wants gone need not be there any more, and may be until it was told.
+        self.told.remove(&8);
+        self.act(|store, _| {
+            let roots = KEYS.filter(|number| *number != 8).map(key).collect();
+            let plan = store.plan_gc(&GcPolicy { max_size: Some(0), roots, ..GcPolicy::default() }, &|_, _| ())?;
+            store.collect_garbage(&plan, &mut |_, _| (), &mut || ()).map(drop)
+        });
+        self.publish(8);
+        // Again what is there: in its place, and where a failure in the middle of the repair has made it a miss.
+        self.publish(1);
+        self.publish(5);
+    }
+}
+
+fn publish(store: &Store, disk: &Volatile, number: usize) -> Result<(), StoreError> {
+    let lock = store.lock(&key(number))?;
+    let contents = outputs(number);
+    let names: Vec<String> = (0..contents.len()).map(|index| index.to_string()).collect();
+    let attempt = store.attempts(lock.key())?.map_or(1, |earlier| earlier.attempts + 1);
+    let out = store.begin_attempt(&lock, attempt, &names.iter().map(String::as_str).collect::<Vec<_>>())?;
+    store.save_attempts(lock.key(), &super::Attempts { attempts: attempt, ..Default::default() })?;
+    for (name, files) in names.iter().zip(&contents) {
+        for (path, content) in files {
+            disk.put(&out.join(name).join(path), content.as_bytes());
+        }
+    }
+    let output =
+        |name: &String| DraftOutput { name: name.clone(), artifact: ArtifactType::Files, folder: out.join(name) };
+    let draft = ManifestDraft {
+        recipe: key(number),
+        parts: parts(number),
+        params: Value::Null,
+        inputs: [].into(),
+        outputs: names.iter().map(output).collect(),
+        seconds: 1.0,
+        attempts: attempt,
+        numerics: [].into(),
+        metrics: [].into(),
+    };
+    store.publish(&lock, draft).map(drop)
+}
+
+/// The digests of the outputs of every key, by a store that never failed.
+fn expected() -> BTreeMap<usize, Vec<Digest>> {
+    let mut play = Play::begin(Volatile::new(), None, None);
+    let mut digests = BTreeMap::new();
+    for number in KEYS {
+        play.publish(number);
+        let Lookup::Hit(manifest) = play.store.as_ref().unwrap().lookup(&key(number)).unwrap() else { panic!() };
+        digests.insert(number, manifest.outputs.iter().map(|output| output.digest.clone()).collect());
+    }
+    digests
+}
+
+/// The disk on which the play begins: some results are there, damaged; some shelves are not.
+fn scene(expected: &BTreeMap<usize, Vec<Digest>>) -> Volatile {
+    let mut play = Play::begin(Volatile::new(), None, None);
+    HARMED.into_iter().for_each(|number| play.publish(number));
+    let (store, disk) = (play.store.as_ref().unwrap(), &play.disk);
+    let data = |number: usize| store.object(&expected[&number][0]).join("data");
+    let mut bytes = disk.read(&data(5)).unwrap();
+    bytes[3] ^= 1;
+    disk.put(&data(5), &bytes);
+    disk.put(&data(7), &bytes[..5]);
+    bytes[4] ^= 1;
+    disk.put(&data(8), &bytes);
+    disk.put(user_file(), b"the user's");
+    for folder in ["objects", "manifests"] {
+        let folder = root().join(folder);
+        for entry in disk.list(&folder).unwrap() {
+            // It fails where something lies.
+            let _ = disk.remove_folder(&folder.join(entry.name));
+        }
+    }
+    disk.sync_all(root()).unwrap();
+    assert!(play.errors.is_empty(), "{:?}", play.errors);
+    disk.after_kill()
+}
+
+/// What is wrong with the store of a disk that a fault or a cut has left, if anything. `told` must be there.
+fn wrong(disk: Volatile, told: &BTreeSet<usize>, expected: &BTreeMap<usize, Vec<Digest>>) -> Result<(), String> {
+    let mut play = Play::begin(disk, None, None);
+    let store = play.store.as_ref().map_err(|error| format!("it does not open: {error}"))?;
+    let unexpected = |error: StoreError| error.to_string();
+    for number in KEYS {
+        match store.lookup(&key(number)).map_err(unexpected)? {
+            Lookup::Hit(manifest) => {
+                let digests: Vec<Digest> = manifest.outputs.iter().map(|output| output.digest.clone()).collect();
+                if digests != expected[&number] {
+                    return Err(format!("{number} has another result"));
+                }
+            }
+            Lookup::Miss if told.contains(&number) => return Err(format!("{number} was told and is lost")),
+            Lookup::Miss => {}
+            Lookup::Damaged { .. } if HARMED.contains(&number) && !told.contains(&number) => {}
+            Lookup::Damaged { what } => return Err(format!("{number} is damaged: {what}")),
+        }
+    }
+    let report = store.verify(None, &mut |_, _| ()).map_err(unexpected)?;
+    for damage in report.damaged.iter().chain(&report.missing) {
+        if told.iter().any(|number| key(*number) == damage.key)
+            || !HARMED.iter().any(|number| key(*number) == damage.key)
+        {
+            return Err(format!("verification finds {}", damage.what));
+        }
+    }
+    match store.recorded("e", "seed=1", "s").map_err(unexpected)? {
+        Some(found) if found.key != key(1) && found.key != key(2) => return Err("another record".to_owned()),
+        _ => {}
+    }
+    let user = store.file_digest(user_file()).map_err(unexpected)?;
+    if user != blake3::hash(b"the user's").into() {
+        return Err("the user's file has another digest".to_owned());
+    }
+    play.everything();
+    if !play.errors.is_empty() {
+        return Err(format!("the next run fails: {:?}", play.errors));
+    }
+    let store = play.store.as_ref().expect("it was opened");
+    for number in KEYS {
+        let Lookup::Hit(manifest) = store.lookup(&key(number)).map_err(unexpected)? else {
+            return Err(format!("{number} is no hit after the next run"));
+        };
+        for output in &manifest.outputs {
+            store.verify_object(output).map_err(unexpected)??;
+        }
+    }
+    Ok(())
+}
+
+/// How much is tried, as a multiple of the quick setting.
+fn effort() -> u64 {
+    std::env::var("PIPE_PROOF").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
+}
+
+/// How many operations the play has.
+fn length(scene: &Volatile) -> usize {
+    let mut play = Play::begin(scene.after_kill(), Some((usize::MAX, Fault::Killed)), None);
+    play.everything();
+    assert!(play.errors.is_empty(), "{:?}", play.errors);
+    play.faulty.heal()
+}
+
+/// Cuts the power before the operation of a number and says what is wrong afterwards, dice by dice.
+fn cut_at(
+    number: usize,
+    seeds: std::ops::Range<u64>,
+    scene: &Volatile,
+    omission: Option<Omission>,
+    expected: &BTreeMap<usize, Vec<Digest>>,
+) -> Vec<String> {
+    let mut play = Play::begin(scene.after_kill(), Some((number, Fault::Killed)), omission);
+    play.everything();
+    let cuts = seeds.map(|seed| play.disk.after_cut(&mut Dice(seed << 32 | number as u64)));
+    // A kill loses nothing, which a throw of the dice may mean too.
+    let killed = (number % 4 == 0).then(|| play.disk.after_kill());
+    let left = cuts.chain(killed);
+    left.filter_map(|disk| wrong(disk, &play.told, expected).err())
+        .map(|what| format!("at operation {number}: {what}"))
+        .collect()
+}
+
+/// Does something for every number, on all cores, and gives what was found.
+fn each(numbers: usize, find: impl Fn(usize) -> Vec<String> + Send + Sync) -> Vec<String> {
+    use rayon::iter::{IntoParallelIterator as _, ParallelIterator as _};
+    (0..numbers).into_par_iter().flat_map_iter(find).collect()
+}
+
+#[test]
+fn a_power_cut_at_any_operation_loses_nothing_that_was_told_and_leaves_nothing_wrong() {
+    let expected = expected();
+    let scene = scene(&expected);
+    let length = length(&scene);
+    assert!(length > 300, "{length} operations");
+    let found = each(length + 1, |number| cut_at(number, 0..effort(), &scene, None, &expected));
+    assert!(found.is_empty(), "{} of {length}: {:#?}", found.len(), &found[..found.len().min(5)]);
+}
+
+#[test]
+fn a_store_that_leaves_out_a_sync_is_seen_to_be_wrong() {
+    let expected = expected();
+    let scene = scene(&expected);
+    let length = length(&scene);
+    for omission in [Omission::SyncFile, Omission::SyncFolder, Omission::SyncAll] {
+        let mut found = (0..length).step_by(5).map(|number| cut_at(number, 0..1, &scene, Some(omission), &expected));
+        assert!(found.any(|found| !found.is_empty()), "{omission:?} is not missed");
+    }
+}
+
+#[test]
+fn a_fault_at_any_operation_leaves_a_hit_or_a_miss_and_nothing_stuck() {
+    let expected = expected();
+    let scene = scene(&expected);
+    let length = length(&scene);
+    let faults: Vec<Fault> = FAULTS.into_iter().filter(|fault| *fault != Fault::Killed).collect();
+    // In the quick setting the operations take turns with the faults.
+    for turn in 0..faults.len().min(usize::try_from(effort()).unwrap()) {
+        let found = each(length + 1, |number| {
+            let fault = faults[(number + turn) % faults.len()];
+            let mut play = Play::begin(scene.after_kill(), Some((number, fault)), None);
+            play.everything();
+            play.faulty.heal();
+            let told = wrong(play.disk.after_kill(), &play.told, &expected).err();
+            // The same process goes on once the disk is well.
+            play.errors.clear();
+            if play.store.is_ok() {
+                play.everything();
+            }
+            let stuck = (!play.errors.is_empty()).then(|| format!("it goes on failing: {:?}", play.errors));
+            told.into_iter().chain(stuck).map(|what| format!("{fault:?} at operation {number}: {what}")).collect()
+        });
+        assert!(found.is_empty(), "{} of {length}: {:#?}", found.len(), &found[..found.len().min(5)]);
+    }
+}
+
+#[test]
+fn a_store_whose_making_is_cut_short_is_made_by_the_next_process() {
+    let empty = || {
+        let disk = Volatile::new();
+        disk.put(user_file(), b"the user's");
+        disk.sync_all(Path::new("/")).unwrap();
+        disk
+    };
+    let make = |fault: Option<(usize, Fault)>| Play::begin(empty(), fault, None);
+    let length = make(Some((usize::MAX, Fault::Killed))).faulty.heal();
+    // Most operations make one of many shelves like any other.
+    let told = |number: usize| number < 40 || number + 20 > length || number % 16 == 0;
+    let found = each(length + 1, |number| {
+        if !told(number) {
+            return Vec::new();
+        }
+        let play = make(Some((number, Fault::Killed)));
+        let left = (0..3 * effort()).map(|seed| play.disk.after_cut(&mut Dice(seed << 32 | number as u64)));
+        let opened = left.filter_map(|disk| {
+            let mut play = Play::begin(disk, None, None);
+            play.publish(1);
+            // What was told then survives a cut in its turn.
+            let mut next = Play::begin(play.disk.after_cut(&mut Dice(number as u64)), None, None);
+            next.act(|store, _| match store.lookup(&key(1))? {
+                Lookup::Hit(_) => Ok(()),
+                other => Err(StoreError::unfit(root(), format!("has {other:?}"))),
+            });
+            let errors: Vec<String> = play.errors.into_iter().chain(next.errors).collect();
+            (!errors.is_empty()).then(|| format!("at operation {number}: {errors:?}"))
+        });
+        opened.collect()
+    });
+    assert!(found.is_empty(), "{} of {length}: {:#?}", found.len(), &found[..found.len().min(5)]);
+}

@@ -1,0 +1,602 @@
+//! A disk in memory that knows what a power cut would leave of it, for tests.
+//!
+//! Every file has content that was synced and content that was not; every change of a folder is in a journal until a sync
+//! makes it last. A cut keeps what was synced. Of the rest it keeps any part: each change of a name or a mode, or none;
+//! of each file nothing, the old bytes, a torn beginning, zeros of the right length, or the new bytes. No file system in
+//! use is that bad, and none promises to be better.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Cursor, Read};
+use std::path::{Component, Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use rustix::io::Errno;
+
+use super::disk::{Content, Disk, Entry, Sort, Stat};
+
+/// A small generator of random numbers (SplitMix64), for what a cut keeps.
+#[derive(Clone, Debug)]
+pub(super) struct Dice(pub(super) u64);
+
+impl Dice {
+    /// A number below `sides`.
+    pub(super) fn roll(&mut self, sides: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((mixed ^ (mixed >> 31)) % sides as u64) as usize
+    }
+}
+
+type Names = BTreeMap<OsString, u64>;
+
+#[derive(Clone, Debug)]
+enum Body {
+    /// What is read now, and what was synced; `None` where it never was.
+    File {
+        bytes: Arc<Vec<u8>>,
+        synced: Option<Arc<Vec<u8>>>,
+    },
+    /// The names as they are seen now, and those that a cut leaves whatever it does to the journal.
+    Folder {
+        names: Names,
+        synced: Names,
+    },
+    Link(PathBuf),
+}
+
+#[derive(Clone, Debug)]
+struct Inode {
+    body: Body,
+    mode: u32,
+    synced_mode: u32,
+    modified: i128,
+    changed: i128,
+}
+
+/// Names set or taken away together, as by one system call.
+#[derive(Clone, Debug)]
+struct Change {
+    names: Vec<(u64, OsString, Option<u64>)>,
+    synced: bool,
+}
+
+#[derive(Clone, Debug)]
+struct State {
+    inodes: BTreeMap<u64, Inode>,
+    journal: Vec<Change>,
+    next: u64,
+    /// Nanoseconds since 1970; it moves with every operation and never comes near to now.
+    clock: i128,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Volatile {
+    state: Mutex<State>,
+    /// Where the files of locks really are, because only a kernel can lock.
+    locks: tempfile::TempDir,
+}
+
+const ROOT: u64 = 1;
+
+impl Volatile {
+    /// A disk with nothing on it.
+    pub(super) fn new() -> Self {
+        let body = Body::Folder { names: Names::new(), synced: Names::new() };
+        let root = Inode { body, mode: 0o755, synced_mode: 0o755, modified: 0, changed: 0 };
+        let inodes = [(ROOT, root)].into();
+        Self::of(State { inodes, journal: Vec::new(), next: ROOT + 1, clock: 1_000_000_000 })
+    }
+
+    fn of(state: State) -> Self {
+        let locks = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+        Self { state: Mutex::new(state), locks }
+    }
+
+    /// The same disk after every process was killed: nothing is lost.
+    pub(super) fn after_kill(&self) -> Self {
+        Self::of(self.state.lock().unwrap().clone())
+    }
+
+    /// What a power cut leaves, by the dice.
+    pub(super) fn after_cut(&self, dice: &mut Dice) -> Self {
+        let mut state = self.state.lock().unwrap().clone();
+        state.cut(dice);
+        Self::of(state)
+    }
+
+    /// Writes a file as a stage does, which syncs nothing.
+    pub(super) fn put(&self, path: &Path, bytes: &[u8]) {
+        (self as &dyn Disk).ensure_folder(path.parent().unwrap(), false).unwrap();
+        let mut state = self.state.lock().unwrap();
+        if let Ok(inode) = state.find(path, true) {
+            state.write(inode, bytes.to_vec()).unwrap();
+        } else {
+            drop(state);
+            self.create(path, bytes).unwrap();
+        }
+    }
+}
+
+impl State {
+    fn tick(&mut self) -> i128 {
+        self.clock += 1_000;
+        self.clock
+    }
+
+    fn inode(&self, number: u64) -> &Inode {
+        &self.inodes[&number]
+    }
+
+    fn inode_mut(&mut self, number: u64) -> &mut Inode {
+        self.inodes.get_mut(&number).expect("names lead to inodes")
+    }
+
+    fn names(&self, folder: u64) -> io::Result<&Names> {
+        match &self.inode(folder).body {
+            Body::Folder { names, .. } => Ok(names),
+            _ => Err(Errno::NOTDIR.into()),
+        }
+    }
+
+    /// The inode of a path. Links on the way are followed, and one at the end where `follow`.
+    fn find(&self, path: &Path, follow: bool) -> io::Result<u64> {
+        let mut todo: Vec<OsString> = path.components().rev().filter_map(name_of).collect();
+        let mut above = vec![ROOT];
+        let mut links = 0;
+        while let Some(name) = todo.pop() {
+            let here = *above.last().expect("the root stays");
+            if name == ".." {
+                above.truncate((above.len() - 1).max(1));
+                continue;
+            }
+            let found = *self.names(here)?.get(&name).ok_or(Errno::NOENT)?;
+            match &self.inode(found).body {
+                Body::Link(target) if follow || !todo.is_empty() => {
+                    links += 1;
+                    if links > 16 {
+                        return Err(Errno::LOOP.into());
+                    }
+                    if target.is_absolute() {
+                        above.truncate(1);
+                    }
+                    todo.extend(target.components().rev().filter_map(name_of));
+                }
+                _ => above.push(found),
+            }
+        }
+        Ok(*above.last().expect("the root stays"))
+    }
+
+    /// The folder that holds a path, and the name in it.
+    fn place(&self, path: &Path) -> io::Result<(u64, OsString)> {
+        let name = path.file_name().ok_or(Errno::INVAL)?.to_owned();
+        let folder = self.find(path.parent().ok_or(Errno::INVAL)?, true)?;
+        self.names(folder)?;
+        Ok((folder, name))
+    }
+
+    fn add(&mut self, path: &Path, body: Body, mode: u32) -> io::Result<u64> {
+        let (folder, name) = self.place(path)?;
+        if self.names(folder)?.contains_key(&name) {
+            return Err(Errno::EXIST.into());
+        }
+        let (number, now) = (self.next, self.tick());
+        self.next += 1;
+        self.inodes.insert(number, Inode { body, mode, synced_mode: mode, modified: now, changed: now });
+        self.change(vec![(folder, name, Some(number))]);
+        Ok(number)
+    }
+
+    /// Changes names at once for whoever looks, and in the journal for a cut.
+    fn change(&mut self, names: Vec<(u64, OsString, Option<u64>)>) {
+        let now = self.tick();
+        for (folder, name, number) in &names {
+            let inode = self.inode_mut(*folder);
+            inode.modified = now;
+            inode.changed = now;
+            let Body::Folder { names, .. } = &mut inode.body else { panic!("changes are those of folders") };
+            match number {
+                Some(number) => names.insert(name.clone(), *number),
+                None => names.remove(name),
+            };
+        }
+        self.journal.push(Change { names, synced: false });
+    }
+
+    fn write(&mut self, number: u64, new: Vec<u8>) -> io::Result<()> {
+        let now = self.tick();
+        let inode = self.inode_mut(number);
+        let Body::File { bytes, .. } = &mut inode.body else { return Err(Errno::ISDIR.into()) };
+        *bytes = Arc::new(new);
+        inode.modified = now;
+        inode.changed = now;
+        Ok(())
+    }
+
+    fn bytes(&self, path: &Path) -> io::Result<(u64, Arc<Vec<u8>>)> {
+        let number = self.find(path, true)?;
+        match &self.inode(number).body {
+            Body::File { bytes, .. } => Ok((number, Arc::clone(bytes))),
+            _ => Err(Errno::ISDIR.into()),
+        }
+    }
+
+    fn stat(&self, number: u64) -> Stat {
+        let inode = self.inode(number);
+        let (sort, size) = match &inode.body {
+            Body::File { bytes, .. } => (Sort::File, bytes.len() as u64),
+            Body::Folder { .. } => (Sort::Folder, 0),
+            Body::Link(_) => (Sort::Link, 0),
+        };
+        Stat { sort, mode: inode.mode, links: 1, identity: (7, number, size, inode.modified, inode.changed) }
+    }
+
+    fn sync(&mut self, number: u64) {
+        let inode = self.inode_mut(number);
+        inode.synced_mode = inode.mode;
+        match &mut inode.body {
+            Body::File { bytes, synced } => *synced = Some(Arc::clone(bytes)),
+            Body::Folder { .. } => {
+                for change in &mut self.journal {
+                    change.synced |= change.names.iter().any(|(folder, ..)| *folder == number);
+                }
+                self.compact();
+            }
+            Body::Link(_) => {}
+        }
+    }
+
+    fn sync_all(&mut self) {
+        for change in &mut self.journal {
+            change.synced = true;
+        }
+        self.compact();
+        let all: Vec<u64> = self.inodes.keys().copied().collect();
+        all.into_iter().for_each(|number| self.sync(number));
+    }
+
+    /// Takes what is synced from the front of the journal. What is synced behind something that is not stays in its turn.
+    fn compact(&mut self) {
+        let front = self.journal.iter().take_while(|change| change.synced).count();
+        for change in self.journal.drain(..front).collect::<Vec<_>>() {
+            for (folder, name, number) in change.names {
+                let Body::Folder { synced, .. } = &mut self.inode_mut(folder).body else { panic!("folders stay") };
+                match number {
+                    Some(number) => synced.insert(name, number),
+                    None => synced.remove(&name),
+                };
+            }
+        }
+    }
+
+    fn cut(&mut self, dice: &mut Dice) {
+        // Each change is kept or lost; how likely, is thrown once, so that nearly all and nearly nothing occur too.
+        let odds = [1, 4, 8, 12, 15][dice.roll(5)];
+        let kept = |dice: &mut Dice| dice.roll(16) < odds;
+        self.journal.retain_mut(|change| {
+            change.synced = change.synced || kept(dice);
+            change.synced
+        });
+        self.compact();
+        for inode in self.inodes.values_mut() {
+            if inode.mode != inode.synced_mode && !kept(dice) {
+                inode.mode = inode.synced_mode;
+            }
+            inode.synced_mode = inode.mode;
+            match &mut inode.body {
+                Body::Folder { names, synced } => names.clone_from(synced),
+                Body::File { bytes, synced } => {
+                    if synced.as_ref() != Some(bytes) {
+                        let new = std::mem::take(bytes);
+                        *bytes = match dice.roll(5) {
+                            0 => Arc::default(),
+                            1 => synced.clone().unwrap_or_default(),
+                            2 => Arc::new(new[..dice.roll(new.len() + 1)].to_vec()),
+                            3 => Arc::new(vec![0; new.len()]),
+                            _ => new,
+                        };
+                    }
+                    *synced = Some(Arc::clone(bytes));
+                }
+                Body::Link(_) => {}
+            }
+        }
+        self.keep_one_name_each();
+    }
+
+    /// A move of which another one was lost may leave two names; the later one is the file's.
+    fn keep_one_name_each(&mut self) {
+        let mut seen = std::collections::BTreeSet::new();
+        let mut open = vec![ROOT];
+        while let Some(folder) = open.pop() {
+            let Body::Folder { names, synced } = &mut self.inode_mut(folder).body else { continue };
+            names.retain(|_, number| seen.insert(*number));
+            synced.clone_from(names);
+            open.extend(names.values().copied());
+        }
+        self.inodes.retain(|number, _| *number == ROOT || seen.contains(number));
+    }
+}
+
+fn name_of(component: Component<'_>) -> Option<OsString> {
+    match component {
+        Component::Normal(name) => Some(name.to_owned()),
+        Component::ParentDir => Some("..".into()),
+        _ => None,
+    }
+}
+
+/// A file as it was opened.
+struct Opened {
+    stat: Stat,
+    bytes: Cursor<Vec<u8>>,
+}
+
+impl Read for Opened {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.bytes.read(buffer)
+    }
+}
+
+impl Content for Opened {
+    fn stat(&self) -> io::Result<Stat> {
+        Ok(self.stat)
+    }
+}
+
+impl Disk for Volatile {
+    fn stat(&self, path: &Path) -> io::Result<Stat> {
+        let state = self.state.lock().unwrap();
+        Ok(state.stat(state.find(path, false)?))
+    }
+
+    fn stat_target(&self, path: &Path) -> io::Result<Stat> {
+        let state = self.state.lock().unwrap();
+        Ok(state.stat(state.find(path, true)?))
+    }
+
+    fn list(&self, folder: &Path) -> io::Result<Vec<Entry>> {
+        let state = self.state.lock().unwrap();
+        let entry = |(name, number): (&OsString, &u64)| Entry {
+            name: name.clone(),
+            is_folder: matches!(state.inode(*number).body, Body::Folder { .. }),
+        };
+        Ok(state.names(state.find(folder, true)?)?.iter().map(entry).collect())
+    }
+
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        Ok(self.state.lock().unwrap().bytes(path)?.1.to_vec())
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Box<dyn Content>> {
+        let state = self.state.lock().unwrap();
+        let (number, bytes) = state.bytes(path)?;
+        Ok(Box::new(Opened { stat: state.stat(number), bytes: Cursor::new(bytes.to_vec()) }))
+    }
+
+    fn read_link(&self, path: &Path) -> io::Result<PathBuf> {
+        let state = self.state.lock().unwrap();
+        match &state.inode(state.find(path, false)?).body {
+            Body::Link(target) => Ok(target.clone()),
+            _ => Err(Errno::INVAL.into()),
+        }
+    }
+
+    fn check_writable(&self, folder: &Path) -> io::Result<()> {
+        self.stat_target(folder).map(drop)
+    }
+
+    fn create(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        let body = Body::File { bytes: Arc::new(bytes.to_vec()), synced: None };
+        self.state.lock().unwrap().add(path, body, 0o644).map(drop)
+    }
+
+    fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        let mut state = self.state.lock().unwrap();
+        match state.bytes(path) {
+            Ok((number, old)) => state.write(number, [old.as_slice(), bytes].concat()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let body = Body::File { bytes: Arc::new(bytes.to_vec()), synced: None };
+                state.add(path, body, 0o644).map(drop)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn copy(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let bytes = self.read(from)?;
+        self.create(to, &bytes)
+    }
+
+    fn create_folder(&self, path: &Path) -> io::Result<()> {
+        let body = Body::Folder { names: Names::new(), synced: Names::new() };
+        self.state.lock().unwrap().add(path, body, 0o755).map(drop)
+    }
+
+    fn link(&self, target: &Path, path: &Path) -> io::Result<()> {
+        self.state.lock().unwrap().add(path, Body::Link(target.to_owned()), 0o777).map(drop)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let mut state = self.state.lock().unwrap();
+        let (old, new) = (state.place(from)?, state.place(to)?);
+        let number = *state.names(old.0)?.get(&old.1).ok_or(Errno::NOENT)?;
+        let is_folder = matches!(state.inode(number).body, Body::Folder { .. });
+        if is_folder && to.starts_with(from) && from != to {
+            return Err(Errno::INVAL.into());
+        }
+        if from != to && from.starts_with(to) {
+            return Err(Errno::NOTEMPTY.into());
+        }
+        if let Some(replaced) = state.names(new.0)?.get(&new.1) {
+            match (is_folder, &state.inode(*replaced).body) {
+                _ if *replaced == number => return Ok(()),
+                (true, Body::Folder { names, .. }) if !names.is_empty() => return Err(Errno::NOTEMPTY.into()),
+                (true, Body::Folder { .. }) => {}
+                (true, _) => return Err(Errno::NOTDIR.into()),
+                (false, Body::Folder { .. }) => return Err(Errno::ISDIR.into()),
+                (false, _) => {}
+            }
+        }
+        state.change(vec![(old.0, old.1, None), (new.0, new.1, Some(number))]);
+        Ok(())
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        let mut state = self.state.lock().unwrap();
+        let (folder, name) = state.place(path)?;
+        let number = *state.names(folder)?.get(&name).ok_or(Errno::NOENT)?;
+        if matches!(state.inode(number).body, Body::Folder { .. }) {
+            return Err(Errno::ISDIR.into());
+        }
+        state.change(vec![(folder, name, None)]);
+        Ok(())
+    }
+
+    fn remove_folder(&self, path: &Path) -> io::Result<()> {
+        let mut state = self.state.lock().unwrap();
+        let (folder, name) = state.place(path)?;
+        let number = *state.names(folder)?.get(&name).ok_or(Errno::NOENT)?;
+        if !state.names(number)?.is_empty() {
+            return Err(Errno::NOTEMPTY.into());
+        }
+        state.change(vec![(folder, name, None)]);
+        Ok(())
+    }
+
+    fn set_mode(&self, path: &Path, mode: u32) -> io::Result<()> {
+        let mut state = self.state.lock().unwrap();
+        let (number, now) = (state.find(path, true)?, state.tick());
+        let inode = state.inode_mut(number);
+        (inode.mode, inode.changed) = (mode, now);
+        Ok(())
+    }
+
+    fn sync(&self, path: &Path) -> io::Result<()> {
+        let mut state = self.state.lock().unwrap();
+        let number = state.find(path, true)?;
+        state.sync(number);
+        Ok(())
+    }
+
+    fn sync_all(&self, path: &Path) -> io::Result<()> {
+        let mut state = self.state.lock().unwrap();
+        state.find(path, true)?;
+        state.sync_all();
+        Ok(())
+    }
+
+    fn open_lock(&self, path: &Path) -> io::Result<File> {
+        let name = blake3::hash(path.as_os_str().as_encoded_bytes()).to_hex();
+        File::options().read(true).write(true).create(true).truncate(false).open(self.locks.path().join(name.as_str()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::disk::Native;
+    use super::*;
+
+    /// One operation on names by number; the answers are told as words that both disks should agree in.
+    fn operate(disk: &dyn Disk, root: &Path, dice: &mut Dice) -> String {
+        let names = ["a", "b", "a/c", "a/d", "b/c", "a/c/e", "l", "a/l"];
+        let mut path = || root.join(names[dice.roll(names.len())]);
+        let (one, two) = (path(), path());
+        let told = |result: io::Result<String>| result.unwrap_or_else(|error| format!("{:?}", error.kind()));
+        let done = |result: io::Result<()>| told(result.map(|()| "done".to_owned()));
+        let (which, bytes) = (dice.roll(13), vec![b'x'; dice.roll(4)]);
+        let result = match which {
+            0 => done(disk.create(&one, &bytes)),
+            // The store appends through no link.
+            1 if disk.stat(&one).is_ok_and(|stat| stat.sort == Sort::Link) => String::new(),
+            1 => done(disk.append(&one, &bytes)),
+            2 => told(disk.read(&one).map(|bytes| format!("{bytes:?}"))),
+            3 | 4 => done(disk.create_folder(&one)),
+            5 | 6 => done(disk.rename(&one, &two)),
+            7 => done(disk.remove_file(&one)),
+            8 => done(disk.remove_folder(&one)),
+            9 => done(disk.link(Path::new("a"), &one)),
+            10 => done(disk.set_mode(&one, 0o755).and_then(|()| disk.sync(&one))),
+            11 => told(disk.read_link(&one).map(|target| format!("{target:?}"))),
+            _ => done(disk.remove_tree(&one)),
+        };
+        format!("{which} {one:?} {two:?}: {result}")
+    }
+
+    /// Everything below a folder: names, sorts, sizes and executable bits.
+    fn picture(disk: &dyn Disk, root: &Path, folder: &Path, shown: &mut Vec<String>) {
+        let mut entries = disk.list(folder).unwrap();
+        entries.sort();
+        for entry in entries {
+            let path = folder.join(&entry.name);
+            let stat = disk.stat(&path).unwrap();
+            assert_eq!(stat.sort == Sort::Folder, entry.is_folder);
+            let size = if stat.sort == Sort::File { stat.size() } else { 0 };
+            shown.push(format!(
+                "{} {:?} {size} {}",
+                path.strip_prefix(root).unwrap().display(),
+                stat.sort,
+                stat.is_executable()
+            ));
+            if entry.is_folder {
+                picture(disk, root, &path, shown);
+            }
+        }
+    }
+
+    #[test]
+    fn it_answers_as_the_real_one_does() {
+        for seed in 0..60 {
+            let place = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+            let (model, root) = (Volatile::new(), Path::new("/root"));
+            model.create_folder(root).unwrap();
+            let (mut real_dice, mut dice) = (Dice(seed), Dice(seed));
+            for step in 0..120 {
+                let real =
+                    operate(&Native, place.path(), &mut real_dice).replace(place.path().to_str().unwrap(), "/root");
+                assert_eq!(operate(&model, root, &mut dice), real, "seed {seed}, step {step}");
+                let (mut expected, mut found) = (Vec::new(), Vec::new());
+                picture(&Native, place.path(), place.path(), &mut expected);
+                picture(&model, root, root, &mut found);
+                assert_eq!(found, expected, "seed {seed}, step {step}: {real}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_cut_keeps_what_was_synced_and_any_part_of_the_rest() {
+        let model = Volatile::new();
+        let path = Path::new;
+        model.create_folder(path("/f")).unwrap();
+        model.create(path("/f/kept"), b"old").unwrap();
+        for synced in ["/f/kept", "/f", "/"] {
+            model.sync(path(synced)).unwrap();
+        }
+        model.put(path("/f/kept"), b"later");
+        model.create(path("/f/new"), b"new").unwrap();
+        model.sync(path("/f/new")).unwrap();
+        model.rename(path("/f/new"), path("/moved")).unwrap();
+        let (mut contents, mut places) = (std::collections::BTreeSet::new(), std::collections::BTreeSet::new());
+        for seed in 0..200 {
+            let left = model.after_cut(&mut Dice(seed));
+            contents.insert(left.read(path("/f/kept")).unwrap());
+            let there = ["/f/new", "/moved"].map(|name| left.read(path(name)).is_ok_and(|bytes| bytes == b"new"));
+            places.insert(there);
+        }
+        for content in ["", "old", "later", "\0\0\0\0\0", "la"] {
+            assert!(contents.contains(content.as_bytes()), "{content:?} of {contents:?}");
+        }
+        assert_eq!(places, [[false, false], [false, true], [true, false]].into());
+        model.sync(path("/f")).unwrap();
+        let left = model.after_cut(&mut Dice(0));
+        assert!(
+            left.read(path("/moved")).is_ok() && left.read(path("/f/new")).is_err(),
+            "both sides of a move at once"
+        );
+    }
+}
