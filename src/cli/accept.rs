@@ -103,9 +103,9 @@ fn told(session: &Session, done: &[Value], what: &str) -> Result<(), Failure> {
     for one in done {
         let from = one["from"].as_str().unwrap_or_default();
         let differences = one["differences"].as_array().into_iter().flatten().filter_map(Value::as_str);
-        let differences = differences.map(|difference| format!("; {difference}")).collect::<String>();
-        let short = &from[..from.len().min(10)];
-        session.ui.note(&format!("{}: {what}, from {short}{differences}", one["name"].as_str().unwrap_or_default()));
+        let what = std::iter::once(what).chain(differences).collect::<Vec<_>>().join("; ");
+        let name = one["name"].as_str().unwrap_or_default();
+        session.ui.note(&format!("{name}: {what}, from {}", &from[..from.len().min(10)]));
     }
     Ok(())
 }

@@ -240,7 +240,9 @@ impl<'a> Told<'a> {
                 }
             }
             let mut inputs = Vec::new();
-            for (reason, from) in self.reasons(node) {
+            // That a result was accepted is told above, with who did it and when.
+            let is_told = |reason: &Reason| matches!(reason, Reason::Accepted { .. });
+            for (reason, from) in self.reasons(node).into_iter().filter(|(reason, _)| !is_told(reason)) {
                 let _ = writeln!(text, "{indent}  - {}", self.sentence(node, reason));
                 inputs.extend(from.map(|from| (from, depth + 1, None)));
             }

@@ -8,6 +8,7 @@ mod engine;
 mod explanation;
 mod generated;
 mod learning;
+mod lifecycle;
 mod proof;
 mod rewards;
 mod sandbox;

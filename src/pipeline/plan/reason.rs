@@ -36,6 +36,11 @@ pub enum Reason {
         /// What is wrong.
         what: String,
     },
+    /// It does not run: the result of another key was accepted.
+    Accepted {
+        /// Why, in the user's words.
+        reason: String,
+    },
     /// Nothing changed, but the result is not in the store.
     Removed,
     /// Something changed since the last run, and of its result nothing is left that would say what.
@@ -119,6 +124,7 @@ impl fmt::Display for Reason {
             }
             Self::Failed { error } => write!(f, "failed last time: {error}"),
             Self::Damaged { what } => write!(f, "its result is damaged: {what}"),
+            Self::Accepted { reason } => write!(f, "accepted: {reason}"),
             Self::Removed => write!(f, "its result was removed"),
             Self::ChangedSinceRemoved => write!(f, "changed since its last run, whose result was removed"),
             Self::Kind { old, new } => write!(f, "kind changed ({old} => {new})"),
@@ -330,7 +336,11 @@ fn rank(reason: &Reason) -> u8 {
         Reason::InputDiffers { .. } => 4,
         Reason::InputRuns { .. } => 5,
         Reason::InputMayRun { .. } => 6,
-        Reason::Removed | Reason::ChangedSinceRemoved | Reason::NeverRun | Reason::NewTrial => 7,
+        Reason::Removed
+        | Reason::ChangedSinceRemoved
+        | Reason::NeverRun
+        | Reason::NewTrial
+        | Reason::Accepted { .. } => 7,
     }
 }
 
