@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::cli::failure::Failure;
 use crate::cli::{Session, render, store_hint};
 use crate::pipeline::plan::{Node, NodeName, Plan, State};
-use crate::pipeline::store::{AcceptError, AcceptanceDraft, Digest, KeyParts, RunRecord, Store, StoreError};
+use crate::pipeline::store::{AcceptError, AcceptanceDraft, Digest, KeyParts, Lookup, RunRecord, Store, StoreError};
 
 /// Let a stage's last result count as it is, after a change that does not matter
 #[derive(Debug, clap::Args)]
@@ -73,10 +73,13 @@ fn accept(plan: &Plan, nodes: &[usize], reason: &str, session: &Session, store: 
 }
 
 fn undo(plan: &Plan, nodes: &[usize], session: &Session, store: &Store) -> Result<(), Failure> {
-    let is_accepted = |node: &&Node| node.result.as_ref().is_some_and(|result| result.accepted.is_some());
     let mut done = Vec::new();
-    for node in nodes.iter().map(|node| &plan.nodes[*node]).filter(is_accepted) {
+    for node in nodes.iter().map(|node| &plan.nodes[*node]) {
         let Some(key) = &node.key else { continue };
+        let found = store.lookup(key).map_err(|error| Failure::stage(&error))?;
+        if !matches!(found, Lookup::Hit(manifest) if manifest.accepted.is_some()) {
+            continue;
+        }
         let acceptance = store.undo_acceptance(key).map_err(|error| refused(node.name(), &error))?;
         // The names go back to what they were, so that the next plan compares with it.
         record(plan, node, &acceptance.from, store)?;
@@ -100,9 +103,9 @@ fn told(session: &Session, done: &[Value], what: &str) -> Result<(), Failure> {
     for one in done {
         let from = one["from"].as_str().unwrap_or_default();
         let differences = one["differences"].as_array().into_iter().flatten().filter_map(Value::as_str);
-        let differences = differences.map(|difference| format!("; {difference}")).collect::<String>();
-        let short = &from[..from.len().min(10)];
-        session.ui.note(&format!("{}: {what}, from {short}{differences}", one["name"].as_str().unwrap_or_default()));
+        let what = std::iter::once(what).chain(differences).collect::<Vec<_>>().join("; ");
+        let name = one["name"].as_str().unwrap_or_default();
+        session.ui.note(&format!("{name}: {what}, from {}", &from[..from.len().min(10)]));
     }
     Ok(())
 }

@@ -16,6 +16,7 @@ const SHOWN: usize = 20;
 
 /// Remove results and leftovers that nobody needs; without a policy, leftovers alone
 #[derive(Debug, clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "they are independent options of the user's")]
 pub struct Args {
     /// Remove results that were last used longer ago than this, as `30d`, `12h` or `2w`
     #[arg(long, value_name = "AGE", value_parser = age)]

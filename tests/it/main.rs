@@ -7,6 +7,7 @@ mod continuing;
 mod engine;
 mod generated;
 mod learning;
+mod lifecycle;
 mod proof;
 mod rewards;
 mod sandbox;

@@ -76,7 +76,7 @@ pub fn pack(
         store: Store::LAYOUT.to_owned(),
         rng_abi: RNG_ABI,
         experiments: packing.layout.experiments.clone(),
-        records: records(packing)?,
+        records: records(packing),
         entries: entries.iter().map(|(path, (entry, _))| (path.clone(), entry.clone())).collect(),
     };
     report.bytes = entries.values().map(|(entry, _)| entry.size).sum();
@@ -151,7 +151,7 @@ fn log_entries(key: &Digest, store: &Store, entries: &mut BTreeMap<String, (Entr
 }
 
 /// What a run of the plan would have written down for every stage that has its result.
-fn records(packing: &Packing<'_>) -> Result<Vec<Record>, BundleError> {
+fn records(packing: &Packing<'_>) -> Vec<Record> {
     let mut file_of = BTreeMap::new();
     for ((name, _), file) in packing.plan.experiments.iter().zip(experiment_files(packing)) {
         file_of.insert(name.as_str(), file);
@@ -166,7 +166,7 @@ fn records(packing: &Packing<'_>) -> Result<Vec<Record>, BundleError> {
     }
     let record =
         |(name, recipe, key, kind, file): (_, _, _, &str, _)| Record { name, recipe, key, kind: kind.to_owned(), file };
-    Ok(records.into_iter().map(record).collect())
+    records.into_iter().map(record).collect()
 }
 
 /// The entry of each experiment of the plan, in the plan's order.

@@ -4,6 +4,7 @@
 //! hashed that a later change could bear the same times is not remembered (git's racy rule).
 
 use std::collections::HashMap;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -62,10 +63,13 @@ impl StatCache {
             if let Some(digest) = self.find(&stat.identity) {
                 return Ok(HashedFile { digest, stat });
             }
-            let mut file = self.disk.open(path).at("read", path)?;
+            let file = self.disk.open(path).at("read", path)?;
             let stat = file.stat().at("read", path)?;
             let begun = now();
-            let digest = hash_content(&mut *file, stat.size()).at("read", path)?;
+            let digest = match hash_content(&*file, stat.size()) {
+                Err(error) if error.kind() == ErrorKind::UnexpectedEof => continue,
+                digest => digest.at("read", path)?,
+            };
             if file.stat().at("read", path)?.identity == stat.identity {
                 self.remember(stat.identity, &digest, begun);
                 return Ok(HashedFile { digest, stat });

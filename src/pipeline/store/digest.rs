@@ -3,24 +3,28 @@
 //! A folder is the sorted list of its files as (path, executable bit, size, BLAKE3); its digest is that of the list. So
 //! empty folders, times, owners and other mode bits are not part of a content.
 
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 
+use blake3::hazmat::{self, ChainingValue, HasherExt as _, Mode};
 use rayon::iter::{IntoParallelRefIterator as _, ParallelIterator as _};
 use serde_json::{Value, json};
 
-use super::disk::{Disk, Entry, Native, Sort, Stat};
+use super::disk::{Content, Disk, Entry, Native, Sort, Stat};
 use super::error::At as _;
 use super::{Digest, StoreError, StoredFile, canonical};
 
 /// Integers beyond this have no exact number in canonical JSON, which knows doubles only.
 const EXACT: u64 = 1 << 53;
 
-/// Bytes from which on a file is read in pieces while other threads hash.
+/// Bytes from which on several threads hash a file.
 const LARGE: u64 = 1 << 20;
 
-/// Bytes of a piece of a large file.
-const PIECE: usize = 1 << 22;
+/// Bytes up to which one thread hashes a part of a large file.
+const ONE_THREAD: u64 = 1 << 24;
+
+/// Bytes that are read at once: few enough to be still in a core's own cache when they are hashed.
+const PIECE: usize = 1 << 18;
 
 impl From<blake3::Hash> for Digest {
     fn from(hash: blake3::Hash) -> Self {
@@ -188,47 +192,70 @@ pub(super) struct HashedFile {
 
 /// Reads and hashes a file.
 pub(super) fn hash_file(disk: &dyn Disk, path: &Path) -> Result<HashedFile, StoreError> {
-    let mut file = disk.open(path).at("read", path)?;
+    let file = disk.open(path).at("read", path)?;
     let stat = file.stat().at("read", path)?;
-    let digest = hash_content(&mut *file, stat.size()).at("read", path)?;
+    let digest = hash_content(&*file, stat.size()).at("read", path)?;
     Ok(HashedFile { digest, stat })
 }
 
-/// Hashes what is left to read. A memory map would be a little faster, but a file that is cut short or a failing disk
-/// would then end the whole process with a signal instead of an error.
-pub(super) fn hash_content<R: Read + Send + ?Sized>(file: &mut R, size: u64) -> io::Result<Digest> {
-    let mut hasher = blake3::Hasher::new();
+/// Hashes a file of `size` bytes. One that is cut short meanwhile is an `UnexpectedEof`.
+///
+/// A file is a tree to BLAKE3: threads hash subtrees of a large one, each through a buffer that stays in its core's cache. A
+/// memory map would spare that copy, but a file that is cut short or a failing disk would then end the whole process with a
+/// signal instead of an error.
+pub(super) fn hash_content(content: &dyn Content, size: u64) -> io::Result<Digest> {
     if size < LARGE {
-        hasher.update_reader(&mut *file)?;
-        return Ok(hasher.finalize().into());
-    }
-    let (mut ready, mut next) = (vec![0; PIECE], vec![0; PIECE]);
-    let mut filled = fill(file, &mut ready)?;
-    while filled > 0 {
-        let (read, ()) = rayon::join(
-            || fill(file, &mut next),
-            || {
-                hasher.update_rayon(&ready[..filled]);
-            },
-        );
-        filled = read?;
-        std::mem::swap(&mut ready, &mut next);
-    }
-    Ok(hasher.finalize().into())
-}
-
-/// Reads until the buffer is full or the file ends; gives the bytes read.
-fn fill<R: Read + ?Sized>(file: &mut R, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut filled = 0;
-    while filled < buffer.len() {
-        match file.read(&mut buffer[filled..]) {
-            Ok(0) => break,
-            Ok(read) => filled += read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+        // To its end, wherever that is by now.
+        let mut hasher = blake3::Hasher::new();
+        let mut buffer = vec![0; PIECE.min(usize::try_from(size).unwrap_or(PIECE) + 1)];
+        let mut offset = 0;
+        loop {
+            match read_at(content, &mut buffer, offset)? {
+                0 => return Ok(hasher.finalize().into()),
+                read => hasher.update(&buffer[..read]),
+            };
+            offset = hasher.count();
         }
     }
-    Ok(filled)
+    let (left, right) = hash_halves(content, 0, size)?;
+    Ok(hazmat::merge_subtrees_root(&left, &right, Mode::Hash).into())
+}
+
+/// The chaining values of the two subtrees of `size` bytes from `offset` on.
+fn hash_halves(content: &dyn Content, offset: u64, size: u64) -> io::Result<(ChainingValue, ChainingValue)> {
+    let middle = hazmat::left_subtree_len(size);
+    let (left, right) =
+        rayon::join(|| hash_subtree(content, offset, middle), || hash_subtree(content, offset + middle, size - middle));
+    Ok((left?, right?))
+}
+
+fn hash_subtree(content: &dyn Content, offset: u64, size: u64) -> io::Result<ChainingValue> {
+    if size > ONE_THREAD {
+        let (left, right) = hash_halves(content, offset, size)?;
+        return Ok(hazmat::merge_subtrees_non_root(&left, &right, Mode::Hash));
+    }
+    let mut hasher = blake3::Hasher::new();
+    hasher.set_input_offset(offset);
+    let mut buffer = vec![0; PIECE];
+    while hasher.count() < size {
+        let left = size - hasher.count();
+        let wanted = usize::try_from(left).map_or(PIECE, |left| left.min(PIECE));
+        match read_at(content, &mut buffer[..wanted], offset + hasher.count())? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            read => hasher.update(&buffer[..read]),
+        };
+    }
+    Ok(hasher.finalize_non_root())
+}
+
+/// Reads some bytes, again where a signal came between.
+fn read_at(content: &dyn Content, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    loop {
+        match content.read_at(buffer, offset) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -308,8 +335,14 @@ mod tests {
     fn large_files_hash_alike_in_pieces() {
         let place = folder();
         let path = place.path().join("large");
-        let bytes: Vec<u8> = (0..PIECE * 2 + 12_345).map(|index| (index % 251) as u8).collect();
-        std::fs::write(&path, &bytes).unwrap();
-        assert_eq!(hash_file(&Native, &path).unwrap().digest, blake3::hash(&bytes).into());
+        let all: Vec<u8> = (0..(ONE_THREAD as usize) * 3 + 12_345).map(|index| (index % 251) as u8).collect();
+        let large = LARGE as usize;
+        for size in [0, 1, large - 1, large, large + 1, PIECE * 9, (ONE_THREAD as usize) * 2, all.len()] {
+            std::fs::write(&path, &all[..size]).unwrap();
+            assert_eq!(hash_file(&Native, &path).unwrap().digest, blake3::hash(&all[..size]).into(), "{size} bytes");
+        }
+        let file = std::fs::File::open(&path).unwrap();
+        let error = hash_content(&file, all.len() as u64 + 1).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "a file that was cut short meanwhile");
     }
 }

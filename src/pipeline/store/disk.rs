@@ -6,7 +6,7 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::fs::{File, Metadata, OpenOptions, Permissions};
-use std::io::{self, Read, Write as _};
+use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
 
@@ -59,10 +59,13 @@ pub(super) struct Entry {
     pub(super) is_folder: bool,
 }
 
-/// An open file that is read from its beginning.
-pub(super) trait Content: Read + Send {
+/// An open file to read in pieces, by several threads.
+pub(super) trait Content: Send + Sync {
     /// Its stat as it is now.
     fn stat(&self) -> io::Result<Stat>;
+
+    /// Reads some bytes from a place on; none where the file ends.
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
 }
 
 /// The operations of a file system. Paths are absolute; errors are those of the system.
@@ -232,6 +235,10 @@ impl Disk for Native {
 impl Content for File {
     fn stat(&self) -> io::Result<Stat> {
         self.metadata().map(|metadata| stat_of(&metadata))
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        std::os::unix::fs::FileExt::read_at(self, buffer, offset)
     }
 }
 

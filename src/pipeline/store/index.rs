@@ -96,10 +96,13 @@ struct Record<'a> {
     stat: FileStat,
     seconds: f64,
     #[serde(borrow)]
-    outputs: Vec<(Cow<'a, str>, ArtifactType, Cow<'a, str>, Vec<File<'a>>)>,
+    outputs: Vec<Output<'a>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     accepted: Option<Acceptance>,
 }
+
+/// Name, type, digest, files.
+type Output<'a> = (Cow<'a, str>, ArtifactType, Cow<'a, str>, Vec<File<'a>>);
 
 /// Path below the object, executable bit, stat.
 type File<'a> = (Cow<'a, str>, bool, FileStat);
@@ -145,13 +148,12 @@ impl Index {
         if !self.writable || key_bytes(&manifest.key).is_none() {
             return;
         }
-        let files = |files: &'_ [super::StoredFile]| -> Vec<(String, bool, FileStat)> {
-            files.iter().map(|file| (file.path.clone(), file.executable, file.stat)).collect()
+        let files = |files: &'_ [super::StoredFile]| -> Vec<File<'static>> {
+            files.iter().map(|file| (file.path.clone().into(), file.executable, file.stat)).collect()
         };
         let outputs = manifest.outputs.iter().map(|output| {
-            let files =
-                files(&output.files).into_iter().map(|(path, executable, stat)| (path.into(), executable, stat));
-            (output.name.as_str().into(), output.artifact, output.digest.0.as_str().into(), files.collect())
+            let digest = output.digest.0.as_str().into();
+            (output.name.as_str().into(), output.artifact, digest, files(&output.files))
         });
         let accepted = manifest.accepted.clone();
         let record = Record { stat, seconds: manifest.seconds, outputs: outputs.collect(), accepted };

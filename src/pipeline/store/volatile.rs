@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{self, Cursor, Read};
+use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -334,18 +334,19 @@ fn name_of(component: Component<'_>) -> Option<OsString> {
 /// A file as it was opened.
 struct Opened {
     stat: Stat,
-    bytes: Cursor<Vec<u8>>,
-}
-
-impl Read for Opened {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.bytes.read(buffer)
-    }
+    bytes: Arc<Vec<u8>>,
 }
 
 impl Content for Opened {
     fn stat(&self) -> io::Result<Stat> {
         Ok(self.stat)
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let from = usize::try_from(offset).unwrap().min(self.bytes.len());
+        let read = buffer.len().min(self.bytes.len() - from);
+        buffer[..read].copy_from_slice(&self.bytes[from..from + read]);
+        Ok(read)
     }
 }
 
@@ -376,7 +377,7 @@ impl Disk for Volatile {
     fn open(&self, path: &Path) -> io::Result<Box<dyn Content>> {
         let state = self.state.lock().unwrap();
         let (number, bytes) = state.bytes(path)?;
-        Ok(Box::new(Opened { stat: state.stat(number), bytes: Cursor::new(bytes.to_vec()) }))
+        Ok(Box::new(Opened { stat: state.stat(number), bytes }))
     }
 
     fn read_link(&self, path: &Path) -> io::Result<PathBuf> {
