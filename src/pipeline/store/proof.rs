@@ -13,7 +13,7 @@ use super::disk::Disk;
 use super::faults::{FAULTS, Fault, Faulty, Omission};
 use super::fixture::{key, parts};
 use super::volatile::{Dice, Volatile};
-use super::{Digest, DraftOutput, GcPolicy, Lookup, ManifestDraft, RunRecord, Store, StoreError};
+use super::{Digest, DraftOutput, Found, GcPolicy, Lookup, ManifestDraft, RunRecord, Store, StoreError};
 use crate::pipeline::plan::NodeName;
 use crate::pipeline::stage::ArtifactType;
 
@@ -213,6 +213,15 @@ fn wrong(disk: Volatile, told: &BTreeSet<usize>, expected: &BTreeMap<usize, Vec<
     let store = play.store.as_ref().map_err(|error| format!("it does not open: {error}"))?;
     let unexpected = |error: StoreError| error.to_string();
     for number in KEYS {
+        // The index answers first, as for a plan; what it leaves out must not be what is asked next.
+        let found = match store.find(&key(number)).map_err(unexpected)? {
+            Found::Hit(result) => Some(result.outputs.iter().map(|output| output.digest.clone()).collect::<Vec<_>>()),
+            Found::Miss | Found::Damaged { .. } => None,
+        };
+        let is_hit = matches!(store.lookup(&key(number)).map_err(unexpected)?, Lookup::Hit(_));
+        if found.is_some() != is_hit || found.is_some_and(|digests| digests != expected[&number]) {
+            return Err(format!("the index and the manifests disagree about {number}"));
+        }
         match store.lookup(&key(number)).map_err(unexpected)? {
             Lookup::Hit(manifest) => {
                 let digests: Vec<Digest> = manifest.outputs.iter().map(|output| output.digest.clone()).collect();
