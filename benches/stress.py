@@ -147,7 +147,7 @@ class Stress:
 
     def run_arguments(self, experiments):
         files = [f"e{index}.toml" for index in experiments]
-        return ["run", "--json", "--keep-going", "--set", f"params.salt=\"{self.salt}\"", *files]
+        return ["run", "--json", "--set", f"params.salt=\"{self.salt}\"", *files]
 
     def counted(self):
         return Counter(self.ran.read_text().split())
@@ -188,8 +188,10 @@ class Stress:
                 if self.draws.random() < 0.7:
                     continue
             is_there = (self.folder / "artifacts" / "FORMAT").exists()
-            if is_there and not any(process.poll() is None for process in beside) and self.draws.random() < 0.1:
-                others = [["verify", "--repair"]] + ([["gc", "--json"]] if self.has_gc else [])
+            if is_there and not any(process.poll() is None for process in beside) and self.draws.random() < 0.25:
+                # What the newest run of a stage made is never garbage, whatever else goes.
+                collecting = [["gc", "--yes"], ["gc", "--yes", "--keep-last", "1"]] if self.has_gc else []
+                others = [["verify", "--repair"], *collecting]
                 beside.append(self.start(self.draws.choice(others), self.folder / f"beside-{len(beside)}"))
             time.sleep(max(0.0, self.draws.gauss(0.04, 0.05)))
             alive = [process for process, _ in drivers if process.poll() is None]

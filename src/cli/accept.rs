@@ -34,7 +34,8 @@ pub struct Args {
 pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     let reason = args.reason.as_deref().map(str::trim).unwrap_or_default();
     if reason.is_empty() && !args.undo {
-        return Err(Failure::wrong("the reason is empty").hint("say why the change does not matter: it is kept with the result"));
+        return Err(Failure::wrong("the reason is empty")
+            .hint("say why the change does not matter: it is kept with the result"));
     }
     let experiments = session.read(&args.files, &args.sets)?;
     if session.existing_store()?.is_none() {
@@ -88,7 +89,9 @@ fn undo(plan: &Plan, nodes: &[usize], session: &Session, store: &Store) -> Resul
     }
     if done.is_empty() {
         let name = plan.nodes[nodes[0]].name();
-        return Err(Failure::wrong(format!("the result of `{name}` was not accepted, so there is nothing to take back")));
+        return Err(Failure::wrong(format!(
+            "the result of `{name}` was not accepted, so there is nothing to take back"
+        )));
     }
     told(session, &done, "taken back")
 }
@@ -100,9 +103,9 @@ fn told(session: &Session, done: &[Value], what: &str) -> Result<(), Failure> {
     for one in done {
         let from = one["from"].as_str().unwrap_or_default();
         let differences = one["differences"].as_array().into_iter().flatten().filter_map(Value::as_str);
-        let differences = differences.map(|difference| format!("; {difference}")).collect::<String>();
-        let short = &from[..from.len().min(10)];
-        session.ui.note(&format!("{}: {what}, from {short}{differences}", one["name"].as_str().unwrap_or_default()));
+        let what = std::iter::once(what).chain(differences).collect::<Vec<_>>().join("; ");
+        let name = one["name"].as_str().unwrap_or_default();
+        session.ui.note(&format!("{name}: {what}, from {}", &from[..from.len().min(10)]));
     }
     Ok(())
 }
@@ -145,11 +148,14 @@ fn draft(plan: &Plan, node: &Node, reason: &str, store: &Store) -> Result<Accept
         record = record.or(store.recorded(&name.experiment, &name.trial, &name.stage).map_err(failed)?);
     }
     let Some(record) = record else {
-        return Err(Failure::wrong(format!("`{name}` was never run, so there is nothing to accept")).hint("`pipe run` makes its result"));
+        return Err(Failure::wrong(format!("`{name}` was never run, so there is nothing to accept"))
+            .hint("`pipe run` makes its result"));
     };
     if record.kind != node.spec.kind.name {
         let (old, new) = (&record.kind, node.spec.kind.name);
-        return Err(Failure::wrong(format!("`{name}` was a `{old}` stage and is a `{new}` stage now: that is no cosmetic change")));
+        return Err(Failure::wrong(format!(
+            "`{name}` was a `{old}` stage and is a `{new}` stage now: that is no cosmetic change"
+        )));
     }
     let who = ["USER", "LOGNAME"].into_iter().find_map(|name| std::env::var(name).ok().filter(|who| !who.is_empty()));
     Ok(AcceptanceDraft {
@@ -174,8 +180,12 @@ fn inputs(plan: &Plan, node: &Node) -> Result<BTreeMap<String, Digest>, Failure>
             result.outputs.iter().find(|output| output.name == edge.output).map(|output| output.digest.clone())
         });
         let Some(digest) = output else {
-            return Err(Failure::wrong(format!("`{}` cannot be accepted: its input `{}` is not there", node.name(), edge.reference))
-                .hint(format!("run or accept `{}` first", plan.nodes[edge.from].name().stage)));
+            return Err(Failure::wrong(format!(
+                "`{}` cannot be accepted: its input `{}` is not there",
+                node.name(),
+                edge.reference
+            ))
+            .hint(format!("run or accept `{}` first", plan.nodes[edge.from].name().stage)));
         };
         inputs.insert(edge.reference.clone(), digest);
     }

@@ -64,7 +64,9 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
 pub fn failure(error: &BundleError, session: &Session) -> Failure {
     match error {
         BundleError::Layout(_) | BundleError::Broken { .. } => Failure::input(error),
-        BundleError::Occupied(_) => Failure::input(error).hint("name another folder with `--into DIR`; nothing is ever overwritten"),
+        BundleError::Occupied(_) => {
+            Failure::input(error).hint("name another folder with `--into DIR`; nothing is ever overwritten")
+        }
         BundleError::Damaged { .. } => {
             Failure::stage(error).hint("`pipe verify --repair` puts it aside, and the next run makes it again")
         }

@@ -16,6 +16,7 @@ const SHOWN: usize = 20;
 
 /// Remove results and leftovers that nobody needs; without a policy, leftovers alone
 #[derive(Debug, clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "they are independent options of the user's")]
 pub struct Args {
     /// Remove results that were last used longer ago than this, as `30d`, `12h` or `2w`
     #[arg(long, value_name = "AGE", value_parser = age)]
@@ -63,9 +64,7 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     let store = if reads_only { session.existing_store()? } else { None };
     let store = match store {
         Some(store) => store,
-        None => {
-            Store::open(&session.store).map_err(|error| Failure::input(&error).hint(store_hint(&session.store)))?
-        }
+        None => Store::open(&session.store).map_err(|error| Failure::input(&error).hint(store_hint(&session.store)))?,
     };
     if args.pin.is_some() || args.unpin.is_some() || args.pins {
         return pins(args, session, &store);
@@ -155,7 +154,10 @@ fn confirmed(session: &Session) -> Result<bool, Failure> {
     }
     session.ui.ask("remove this? [y/N]");
     let mut answer = String::new();
-    std::io::stdin().lock().read_line(&mut answer).map_err(|error| Failure::failed(format!("cannot read the answer: {error}")))?;
+    std::io::stdin()
+        .lock()
+        .read_line(&mut answer)
+        .map_err(|error| Failure::failed(format!("cannot read the answer: {error}")))?;
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }
 
@@ -174,7 +176,9 @@ fn pins(args: &Args, session: &Session, store: &Store) -> Result<(), Failure> {
             let known = store.pins().map_err(failed)?;
             let near = render::near(name, known.iter().map(|pin| pin.name.as_str()));
             let failure = Failure::wrong(format!("there is no pin `{name}`"));
-            let hint = near.first().map_or_else(|| "`pipe gc --pins` lists them".to_owned(), |near| format!("did you mean `{near}`?"));
+            let hint = near
+                .first()
+                .map_or_else(|| "`pipe gc --pins` lists them".to_owned(), |near| format!("did you mean `{near}`?"));
             return Err(failure.hint(hint));
         }
         ui.note(&format!("unpinned `{name}`"));
@@ -197,7 +201,14 @@ fn text(plan: &GcPlan) -> String {
         let rows = plan.results.iter().take(SHOWN).map(|one| {
             let name = if one.name.is_empty() { "-".to_owned() } else { one.name.clone() };
             let used = one.last_used.strftime("%Y-%m-%d").to_string();
-            vec![one.key.short().to_owned(), one.kind.clone(), name, used, render::bytes(one.bytes as f64), gone(one.why).to_owned()]
+            vec![
+                one.key.short().to_owned(),
+                one.kind.clone(),
+                name,
+                used,
+                render::bytes(one.bytes as f64),
+                gone(one.why).to_owned(),
+            ]
         });
         let header = ["result", "kind", "stage", "last used", "size", "goes because"];
         text.push(render::columns(&header, &[4], rows.collect(), None).trim_end().to_owned());
@@ -220,11 +231,7 @@ fn text(plan: &GcPlan) -> String {
         let bytes = render::bytes(tally.bytes as f64);
         text.push(format!("stays: {} ({bytes}), {}", render::plural(tally.count, "result"), kept(*why)));
     }
-    text.push(format!(
-        "{} of {} would be freed",
-        render::bytes(plan.freed as f64),
-        render::bytes(plan.size as f64)
-    ));
+    text.push(format!("{} of {} would be freed", render::bytes(plan.freed as f64), render::bytes(plan.size as f64)));
     text.join("\n")
 }
 
@@ -276,7 +283,9 @@ fn garbage(kind: GarbageKind, count: usize) -> String {
         GarbageKind::FinishedWork => ("work folder of a finished stage", "work folders of finished stages"),
         GarbageKind::KilledAttempt => ("leftover of a killed attempt", "leftovers of killed attempts"),
         GarbageKind::FailedAttempt => ("leftover of a failed attempt", "leftovers of failed attempts"),
-        GarbageKind::OldWork => ("folder of saved work that nobody went on with", "folders of saved work that nobody went on with"),
+        GarbageKind::OldWork => {
+            ("folder of saved work that nobody went on with", "folders of saved work that nobody went on with")
+        }
         GarbageKind::Import => ("import that was killed", "imports that were killed"),
         GarbageKind::Logs => ("folder of logs of no result", "folders of logs of no result"),
         GarbageKind::Quarantine => ("folder of damaged files", "folders of damaged files"),
@@ -303,8 +312,10 @@ fn failed(error: StoreError) -> Failure {
 /// `30d`, `12h`, `2w`, `90m`.
 fn age(text: &str) -> Result<Duration, String> {
     let units = [("m", 60), ("h", 3600), ("d", 86_400), ("w", 7 * 86_400)];
-    let read = units.iter().find_map(|(unit, seconds)| text.strip_suffix(unit)?.parse::<u64>().ok()?.checked_mul(*seconds));
-    read.map(Duration::from_secs).ok_or_else(|| "expected a whole number with `m`, `h`, `d` or `w`, as `30d`".to_owned())
+    let read =
+        units.iter().find_map(|(unit, seconds)| text.strip_suffix(unit)?.parse::<u64>().ok()?.checked_mul(*seconds));
+    read.map(Duration::from_secs)
+        .ok_or_else(|| "expected a whole number with `m`, `h`, `d` or `w`, as `30d`".to_owned())
 }
 
 /// `50GiB`, `200GB`, `1.5TB`, `1000000`.
@@ -322,7 +333,9 @@ fn size(text: &str) -> Result<u64, String> {
         ("B", 1),
         ("", 1),
     ];
-    let read = units.iter().find_map(|(unit, factor)| Some(text.strip_suffix(unit)?.trim().parse::<f64>().ok()? * *factor as f64));
+    let read = units
+        .iter()
+        .find_map(|(unit, factor)| Some(text.strip_suffix(unit)?.trim().parse::<f64>().ok()? * *factor as f64));
     let valid = read.filter(|bytes| bytes.is_finite() && *bytes >= 0.0);
     valid.map(|bytes| bytes as u64).ok_or_else(|| "expected a size as `50GiB`, `200GB` or `1000000`".to_owned())
 }

@@ -22,7 +22,9 @@ pub struct Args {
 /// With `--json`, what was imported.
 pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     let ui = &session.ui;
-    let failed = |path: &std::path::Path, error: std::io::Error| Failure::wrong(format!("cannot find `{}`: {error}", path.display()));
+    let failed = |path: &std::path::Path, error: std::io::Error| {
+        Failure::wrong(format!("cannot find `{}`: {error}", path.display()))
+    };
     // A wrong name should not leave a store behind.
     std::fs::metadata(&args.bundle).map_err(|error| failed(&args.bundle, error))?;
     let into = std::path::absolute(&args.into).map_err(|error| failed(&args.into, error))?;
@@ -36,7 +38,8 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     if ui.is_json() {
         return ui.json_pretty(&report);
     }
-    let known = if report.known > 0 { format!(" ({} were there)", render::count(report.known as u64)) } else { String::new() };
+    let known =
+        if report.known > 0 { format!(" ({} were there)", render::count(report.known as u64)) } else { String::new() };
     ui.note(&format!(
         "imported {}{known} and {} into `{}`",
         render::plural(report.results, "result"),

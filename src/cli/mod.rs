@@ -28,6 +28,7 @@ pub mod tuning;
 pub mod ui;
 pub mod verify;
 
+use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -169,8 +170,10 @@ pub struct Files {
 
 impl Session {
     /// Reads experiments, with what their tuning trials have chosen so far; every mistake of every file is in the failure.
-    pub fn read(&self, files: &[PathBuf], sets: &[String]) -> Result<Vec<Experiment>, Failure> {
+    /// They are never taken apart: the process ends soon, and what it holds ends with it at once.
+    pub fn read(&self, files: &[PathBuf], sets: &[String]) -> Result<ManuallyDrop<Vec<Experiment>>, Failure> {
         let mut experiments = spec::read(files, sets, KINDS)
+            .map(ManuallyDrop::new)
             .map_err(|mistakes| Failure::diagnostics(mistakes.render(self.ui.error_color())))?;
         if experiments.iter().any(|experiment| experiment.tuning.is_some()) {
             tuning::choose(self, &mut experiments, self.existing_store()?.as_ref())?;
@@ -183,9 +186,9 @@ impl Session {
         Store::open_existing(&self.store).map_err(|error| Failure::input(&error).hint(store_hint(&self.store)))
     }
 
-    /// The plan of `experiments` over the store as it is. Changes nothing.
-    pub fn plan(&self, experiments: &[Experiment], store: Option<&Store>) -> Result<Plan, Failure> {
-        Plan::new(experiments, store).map_err(|error| match error {
+    /// The plan of `experiments` over the store as it is. Changes nothing. It is never taken apart, as what was read is not.
+    pub fn plan(&self, experiments: &[Experiment], store: Option<&Store>) -> Result<ManuallyDrop<Plan>, Failure> {
+        Plan::new(experiments, store).map(ManuallyDrop::new).map_err(|error| match error {
             PlanError::Store(error) => Failure::input(&error).hint(store_hint(&self.store)),
             other => Failure::input(&other),
         })

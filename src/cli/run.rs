@@ -75,17 +75,19 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     let mut whole = Outcome::default();
     let mut ran = BTreeSet::new();
     let mut known = HashSet::new();
-    let mut next = experiments.clone();
+    // Where nothing is tuned, one pass takes all that was read.
+    let mut next: Option<Vec<Experiment>> = None;
     let plan = loop {
+        let these = next.as_deref().unwrap_or(&experiments);
         // What the plan finds must stay until the run ends, so nothing may be collected before it is leased.
         let hold = store.hold().map_err(wrong)?;
-        let plan = session.plan(&next, Some(&store))?;
+        let plan = session.plan(these, Some(&store))?;
         hold.lease(plan.nodes.iter().filter_map(|node| node.key.as_ref())).map_err(wrong)?;
         drop(hold);
-        same_arms(session, &plan, &next)?;
+        same_arms(session, &plan, these)?;
         let again = |node: &&Node| node.state == State::Cached && known.contains(&node.recipe);
         let shared = plan.nodes.iter().filter(again).count();
-        let Some(options) = phase(&options, &plan, &next) else { break plan };
+        let Some(options) = phase(&options, &plan, these) else { break plan };
         let outcome = execute(&plan, &store, &options, session)?;
         known.extend(plan.nodes.iter().map(|node| node.recipe.clone()));
         add(&mut whole, &outcome, shared);
@@ -94,18 +96,19 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         }
         ran.extend(plan.trials.iter().map(|trial| (trial.experiment.clone(), trial.trial.clone())));
         tuning::choose(session, &mut experiments, Some(&store))?;
-        for experiment in &experiments {
+        for experiment in experiments.iter() {
             if let Some(tuning) = &experiment.tuning {
                 store.record_tuning(&experiment.name, &Tuned::of(tuning)).map_err(wrong)?;
             }
         }
-        next = tuning::not_yet_run(&experiments, &ran);
-        if next.is_empty() {
+        let left = tuning::not_yet_run(&experiments, &ran);
+        if left.is_empty() {
             break plan;
         }
-        for note in next.iter().flat_map(tuning::chosen) {
+        for note in left.iter().flat_map(tuning::chosen) {
             ui.note(&note);
         }
+        next = Some(left);
     };
     if ui.is_json() {
         ui.json_line(&Event::Finished(whole))?;

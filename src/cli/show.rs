@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::cli::failure::Failure;
 use crate::cli::{Session, render};
-use crate::pipeline::store::{Digest, Lookup, Manifest, Store, StoreError, StoredOutput};
+use crate::pipeline::store::{Acceptance, Digest, Lookup, Manifest, Store, StoreError, StoredOutput};
 
 /// Show a stage's result: where it lies, what made it, its metrics
 #[derive(Debug, clap::Args)]
@@ -110,6 +110,7 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
             "seconds": manifest.seconds,
             "attempts": manifest.attempts,
             "metrics": manifest.metrics,
+            "accepted": manifest.accepted,
         }));
     }
     session.ui.data(&text(&manifest, &recipe, output, &path, &store))
@@ -231,6 +232,14 @@ fn text(manifest: &Manifest, recipe: &Digest, output: &StoredOutput, path: &Path
         }),
         ("logs", store.logs(&manifest.key).display().to_string()),
     ];
+    if let Some(accepted) = &manifest.accepted {
+        let Acceptance { reason, by, when, from, differences, .. } = accepted;
+        rows.push(("accepted", format!("{reason} (by {by}, {when}, from {})", from.short())));
+        rows.extend(differences.iter().map(|difference| ("", difference.clone())));
+        if accepted.original() != from {
+            rows.push(("", format!("computed as {}", accepted.original().short())));
+        }
+    }
     let others: Vec<&str> =
         manifest.outputs.iter().filter(|other| other.name != output.name).map(|other| other.name.as_str()).collect();
     if !others.is_empty() {

@@ -31,8 +31,22 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
             session.ui.data("")?;
         }
         print(session, experiment, &comparison)?;
+        note_accepted(session, experiment, &plan);
     }
     Ok(())
+}
+
+/// Says which results were accepted and not computed under the settings as they are.
+fn note_accepted(session: &Session, experiment: &Experiment, plan: &Plan) {
+    let accepted = plan.nodes.iter().filter_map(|node| {
+        let name = node.names.iter().find(|name| name.experiment == experiment.name)?;
+        let reason = &node.result.as_ref()?.accepted.as_ref()?.reason;
+        Some(format!("`{name}` ({reason})"))
+    });
+    let accepted: Vec<String> = accepted.collect();
+    if !accepted.is_empty() {
+        session.ui.note(&format!("note: accepted and not computed anew: {}", accepted.join(", ")));
+    }
 }
 
 /// The tables of a run that went well, where there is anything to show.
@@ -47,6 +61,7 @@ pub fn print_after_run(
         if comparison.has_results() {
             session.ui.data("")?;
             print(session, experiment, &comparison)?;
+            note_accepted(session, experiment, plan);
         }
     }
     Ok(())

@@ -10,7 +10,7 @@ use crate::cli::arms::mean;
 use crate::cli::failure::Failure;
 use crate::cli::results::StageResult;
 use crate::cli::{Session, render};
-use crate::pipeline::plan::Plan;
+use crate::pipeline::plan::{Plan, State};
 use crate::pipeline::spec::Experiment;
 use crate::pipeline::spec::tune::{Choice, Goal, Purpose, Tuning, TuningRun};
 use crate::pipeline::store::{Lookup, Store};
@@ -67,7 +67,8 @@ fn measured<'a>(
     let mut runs = BTreeMap::new();
     for trial in plan.trials.iter().filter(|trial| trial.experiment == experiment) {
         let Some(node) = trial.stages.get(stage).map(|node| &plan.nodes[*node]) else { continue };
-        let Some(key) = &node.key else { continue };
+        let (State::Cached, Some(key)) = (node.state, &node.key) else { continue };
+        // A result that is damaged is made again, and the arm waits for it.
         let Lookup::Hit(manifest) = store.lookup(key).map_err(|error| Failure::stage(&error))? else { continue };
         let trial = trial.trial.as_str();
         let result = StageResult::read(&manifest, store)

@@ -2,16 +2,17 @@
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
+use signal_hook::consts::{SIGINT, SIGTERM};
 
+use crate::cli::bundle::ByteProgress;
 use crate::cli::failure::Failure;
-use crate::cli::pace::Pace;
 use crate::cli::{Session, render};
 use crate::pipeline::plan::Plan;
-use crate::pipeline::store::{Digest, Lookup, Store, VerifyReport};
+use crate::pipeline::store::{Digest, Lookup, Store, Verification, VerifyReport};
 
 /// Hash every stored result again and report what is damaged
 #[derive(Debug, clap::Args)]
@@ -25,6 +26,9 @@ pub struct Args {
     /// Put damaged results aside, so that the next run makes them again
     #[arg(long)]
     repair: bool,
+    /// Begin anew, and not where an interrupted verification stopped
+    #[arg(long)]
+    fresh: bool,
 }
 
 /// Fails where something is damaged and stays so.
@@ -44,8 +48,27 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         let plan = session.plan(&experiments, Some(&store))?;
         Some(stored_keys(&plan, &store)?)
     };
-    let report = hash(session, &store, keys.as_deref())?;
-    let repaired = if args.repair { store.repair(&report).map_err(|error| Failure::stage(&error))? } else { 0 };
+    // One that may not be written cannot remember how far it came; it can be verified all the same.
+    let writable = Store::open(&session.store).ok();
+    let interrupt = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        // The second one ends the process at once.
+        let deaf = |error: std::io::Error| Failure::failed(format!("cannot listen for signals: {error}"));
+        signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&interrupt)).map_err(deaf)?;
+        signal_hook::flag::register(signal, Arc::clone(&interrupt)).map_err(deaf)?;
+    }
+    let verification = Verification {
+        keys: keys.as_deref(),
+        goes_on: writable.is_some(),
+        is_fresh: args.fresh,
+        interrupt: Some(&interrupt),
+    };
+    let mut progress = ByteProgress::new(ui, "hashing");
+    let hashed = writable.as_ref().unwrap_or(&store);
+    let report = hashed.verify_in_pieces(&verification, &mut |done, total| progress.tell(done, total));
+    progress.end();
+    let report = report.map_err(|error| Failure::stage(&error))?;
+    let repaired = if args.repair { hashed.repair(&report).map_err(|error| Failure::stage(&error))? } else { 0 };
     if ui.is_json() {
         let damages = |list: &[crate::pipeline::store::Damage]| {
             list.iter().map(|damage| json!({"key": damage.key, "what": damage.what})).collect::<Vec<_>>()
@@ -57,6 +80,8 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
             "damaged": damages(&report.damaged),
             "missing": damages(&report.missing),
             "orphans": report.orphans,
+            "resumed": report.resumed,
+            "interrupted": report.interrupted,
             "repaired": repaired,
         }))?;
     } else {
@@ -67,6 +92,10 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
             ui.error(&format!("missing {}: {}", damage.key.short(), damage.what));
         }
         ui.data(&text(&report))?;
+    }
+    if report.interrupted {
+        ui.hint("run the same command to go on where it stopped");
+        return Err(Failure::silent(130));
     }
     if report.is_sound() {
         return Ok(());
@@ -104,32 +133,6 @@ fn stored_keys(plan: &Plan, store: &Store) -> Result<Vec<Digest>, Failure> {
     Ok(stored)
 }
 
-fn hash(session: &Session, store: &Store, keys: Option<&[Digest]>) -> Result<VerifyReport, Failure> {
-    let ui = &session.ui;
-    let bar = ui.bars().add(ProgressBar::no_length());
-    bar.set_style(ProgressStyle::with_template("{prefix} {bar:20} {wide_msg}").expect("the template is well formed"));
-    bar.set_prefix("hashing");
-    let mut pace = Pace::new();
-    let begun = std::time::Instant::now();
-    let mut told = Duration::ZERO;
-    let report = store.verify(keys, &mut |done, total| {
-        let now = begun.elapsed();
-        pace.reach(now, done);
-        let rate = pace.rate().map(|rate| format!(", {}/s", render::bytes(rate))).unwrap_or_default();
-        let line = format!("{} of {}{rate}", render::bytes(done as f64), render::bytes(total as f64));
-        if ui.draws_bars() {
-            bar.set_length(total);
-            bar.set_position(done);
-            bar.set_message(line);
-        } else if now > told + Duration::from_secs(10) {
-            told = now;
-            ui.note(&format!("hashed {line}"));
-        }
-    });
-    bar.finish_and_clear();
-    report.map_err(|error| Failure::stage(&error))
-}
-
 fn text(report: &VerifyReport) -> String {
     let mut parts = vec![
         format!(
@@ -141,6 +144,9 @@ fn text(report: &VerifyReport) -> String {
         format!("{} damaged", report.damaged.len()),
         format!("{} missing", report.missing.len()),
     ];
+    if report.resumed > 0 {
+        parts.push(format!("{} hashed before the interruption", render::plural(report.resumed, "object")));
+    }
     if !report.orphans.is_empty() {
         parts.push(format!("{} of no result", render::plural(report.orphans.len(), "object")));
     }

@@ -7,6 +7,8 @@ mod continuing;
 mod engine;
 mod generated;
 mod learning;
+mod lifecycle;
+mod proof;
 mod rewards;
 mod sandbox;
 mod scheduling;

@@ -82,7 +82,11 @@ fn prove(
         }
     }
     let same = again.nodes.iter().map(|node| &node.recipe).eq(plan.nodes.iter().map(|node| &node.recipe));
-    if same { Ok(()) } else { Err(BundleError::Layout("the experiments mean something else in another place".to_owned())) }
+    if same {
+        Ok(())
+    } else {
+        Err(BundleError::Layout("the experiments mean something else in another place".to_owned()))
+    }
 }
 
 /// The deepest folder that holds every path.

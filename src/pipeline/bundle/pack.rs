@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{At as _, BundleError, CONTENTS, Contents, Entry, FORMAT, Layout, Record, hash};
-use crate::pipeline::plan::Plan;
+use crate::pipeline::plan::{Node, Plan};
 use crate::pipeline::store::{self, Digest, Lookup, Manifest, Store};
 use crate::random::RNG_ABI;
 
@@ -55,13 +55,15 @@ pub fn pack(
     }
     let mut report = PackReport { files: entries.len(), ..PackReport::default() };
     let mut results: BTreeMap<&Digest, Arc<Manifest>> = BTreeMap::new();
-    for result in packing.plan.nodes.iter().filter_map(|node| node.result.as_ref()) {
-        if let Lookup::Hit(manifest) = store.lookup(&result.key)? {
-            results.insert(&result.key, manifest);
+    for key in packing.plan.nodes.iter().filter_map(|node| node.result.as_ref()).map(|result| &result.key) {
+        // What the plan saw may be damaged or gone by now: then it is missing.
+        if let Lookup::Hit(manifest) = store.lookup(key)? {
+            results.insert(key, manifest);
         }
     }
     report.results = results.len();
-    report.missing = packing.plan.nodes.iter().filter(|node| node.result.is_none()).count();
+    let is_missing = |node: &&Node| node.result.as_ref().is_none_or(|result| !results.contains_key(&result.key));
+    report.missing = packing.plan.nodes.iter().filter(is_missing).count();
     for manifest in results.values() {
         result_entries(manifest, store, &mut entries)?;
         if packing.logs {
@@ -74,7 +76,7 @@ pub fn pack(
         store: Store::LAYOUT.to_owned(),
         rng_abi: RNG_ABI,
         experiments: packing.layout.experiments.clone(),
-        records: records(packing)?,
+        records: records(packing),
         entries: entries.iter().map(|(path, (entry, _))| (path.clone(), entry.clone())).collect(),
     };
     report.bytes = entries.values().map(|(entry, _)| entry.size).sum();
@@ -124,11 +126,7 @@ fn result_entries(
 }
 
 /// The logs of a key; what a stage writes nowhere but there.
-fn log_entries(
-    key: &Digest,
-    store: &Store,
-    entries: &mut BTreeMap<String, (Entry, From)>,
-) -> Result<(), BundleError> {
+fn log_entries(key: &Digest, store: &Store, entries: &mut BTreeMap<String, (Entry, From)>) -> Result<(), BundleError> {
     let logs = store.logs(key);
     let mut open = vec![logs.clone()];
     while let Some(folder) = open.pop() {
@@ -142,7 +140,8 @@ fn log_entries(
             let (path, sort) = (entry.path(), entry.file_type().at("list", &folder)?);
             if sort.is_dir() {
                 open.push(path);
-            } else if let (true, Some(inside)) = (sort.is_file(), path.strip_prefix(&logs).ok().and_then(Path::to_str)) {
+            } else if let (true, Some(inside)) = (sort.is_file(), path.strip_prefix(&logs).ok().and_then(Path::to_str))
+            {
                 let name = format!("logs/{key}/{inside}");
                 entries.insert(name, (hash(&path)?, From::File(path)));
             }
@@ -152,7 +151,7 @@ fn log_entries(
 }
 
 /// What a run of the plan would have written down for every stage that has its result.
-fn records(packing: &Packing<'_>) -> Result<Vec<Record>, BundleError> {
+fn records(packing: &Packing<'_>) -> Vec<Record> {
     let mut file_of = BTreeMap::new();
     for ((name, _), file) in packing.plan.experiments.iter().zip(experiment_files(packing)) {
         file_of.insert(name.as_str(), file);
@@ -165,8 +164,9 @@ fn records(packing: &Packing<'_>) -> Result<Vec<Record>, BundleError> {
             records.insert((name.clone(), node.recipe.clone(), result.key.clone(), node.spec.kind.name, file));
         }
     }
-    let record = |(name, recipe, key, kind, file): (_, _, _, &str, _)| Record { name, recipe, key, kind: kind.to_owned(), file };
-    Ok(records.into_iter().map(record).collect())
+    let record =
+        |(name, recipe, key, kind, file): (_, _, _, &str, _)| Record { name, recipe, key, kind: kind.to_owned(), file };
+    records.into_iter().map(record).collect()
 }
 
 /// The entry of each experiment of the plan, in the plan's order.
@@ -205,7 +205,8 @@ fn write(
                 Err(error) => return Err(error).at("read", path),
             },
         };
-        let mut watched = Watched { inner: reader, left: entry.size, hasher: blake3::Hasher::new(), done, total, progress };
+        let mut watched =
+            Watched { inner: reader, left: entry.size, hasher: blake3::Hasher::new(), done, total, progress };
         let appended = append(&mut tar, &path, entry.size, entry.executable, &mut watched);
         let Watched { left, mut inner, hasher, .. } = watched;
         appended.at("write", out)?;

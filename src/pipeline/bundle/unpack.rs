@@ -46,7 +46,7 @@ pub fn import(
     let aside = store.begin_import(&bundle)?;
     let imported = (|| {
         let total = contents.entries.values().map(|entry| entry.size).sum();
-        let mut import = Import { file, into, store, aside: &aside, contents: &contents, done: 0, total, progress };
+        let mut import = Import { into, store, aside: &aside, contents: &contents, done: 0, total, progress };
         for entry in entries {
             let mut entry = entry.map_err(|error| broken(ends_early(&error)))?;
             import.take(&mut entry, &broken)?;
@@ -63,11 +63,11 @@ pub fn check(file: &Path) -> Result<(), BundleError> {
     begin(&mut tar::Archive::new(open(file)?), file).map(drop)
 }
 
-/// The entries after the first, and what the first says.
-fn begin<'a>(
-    archive: &'a mut tar::Archive<Box<dyn Read>>,
-    file: &Path,
-) -> Result<(tar::Entries<'a, Box<dyn Read>>, Vec<u8>, Contents), BundleError> {
+/// The entries after the first, the bytes of the first, and what they say.
+type Begun<'a> = (tar::Entries<'a, Box<dyn Read>>, Vec<u8>, Contents);
+
+/// Reads the first entry.
+fn begin<'a>(archive: &'a mut tar::Archive<Box<dyn Read>>, file: &Path) -> Result<Begun<'a>, BundleError> {
     let broken = |problem: String| BundleError::Broken { file: file.to_owned(), problem };
     let mut entries = archive.entries().at("read", file)?;
     let first = entries.next().ok_or_else(|| broken("is empty".to_owned()))?;
@@ -89,6 +89,14 @@ fn ends_early(error: &io::Error) -> String {
     format!("is damaged or ends too early: {error}")
 }
 
+/// What the contents of every version say.
+#[derive(serde::Deserialize)]
+struct Versions {
+    format: u32,
+    pipe: String,
+    store: String,
+}
+
 /// The first entry: its sealed bytes and what they say.
 fn contents(entry: &mut tar::Entry<'_, Box<dyn Read>>) -> Result<(Vec<u8>, Contents), String> {
     if entry.path_bytes().as_ref() != CONTENTS.as_bytes() || entry.size() > LARGEST_CONTENTS {
@@ -96,13 +104,8 @@ fn contents(entry: &mut tar::Entry<'_, Box<dyn Read>>) -> Result<(Vec<u8>, Conte
     }
     let mut sealed = Vec::new();
     entry.read_to_end(&mut sealed).map_err(|error| ends_early(&error))?;
-    let body = store::open_sealed(&sealed).ok_or("is damaged: its list of contents does not have the digest that it carries")?;
-    #[derive(serde::Deserialize)]
-    struct Versions {
-        format: u32,
-        pipe: String,
-        store: String,
-    }
+    let body = store::open_sealed(&sealed)
+        .ok_or("is damaged: its list of contents does not have the digest that it carries")?;
     let unreadable = |error: serde_json::Error| format!("has a list of contents that cannot be understood: {error}");
     let Versions { format, pipe, store } = serde_json::from_slice(&body).map_err(unreadable)?;
     if format != FORMAT || store != Store::LAYOUT {
@@ -112,7 +115,6 @@ fn contents(entry: &mut tar::Entry<'_, Box<dyn Read>>) -> Result<(Vec<u8>, Conte
 }
 
 struct Import<'a> {
-    file: &'a Path,
     into: &'a Path,
     store: &'a Store,
     /// The folder in which everything is gathered.
@@ -208,10 +210,13 @@ impl Import<'_> {
     fn manifests(&self, broken: Broken<'_>) -> Result<Vec<Manifest>, BundleError> {
         let mut manifests = Vec::new();
         for name in self.contents.entries.keys() {
-            let Some(key) = name.strip_prefix("manifests/").and_then(|name| name.strip_suffix(".json")) else { continue };
+            let Some(key) = name.strip_prefix("manifests/").and_then(|name| name.strip_suffix(".json")) else {
+                continue;
+            };
             let path = self.aside.join(name);
             let bytes = std::fs::read(&path).at("read", &path)?;
-            let manifest = Manifest::from_portable(&bytes).map_err(|what| broken(format!("holds `{name}`, which {what}")))?;
+            let manifest =
+                Manifest::from_portable(&bytes).map_err(|what| broken(format!("holds `{name}`, which {what}")))?;
             if manifest.key.0 != key {
                 return Err(broken(format!("holds `{name}`, which is that of another key")));
             }
@@ -234,7 +239,7 @@ impl Import<'_> {
             let mut parts = name.splitn(3, '/');
             match (parts.next(), parts.next()) {
                 (Some("files"), _) => false,
-                (Some("manifests"), Some(name)) => !name.ends_with(".json"),
+                (Some("manifests"), Some(name)) => name.strip_suffix(".json").is_none(),
                 (Some("objects"), Some(digest)) => !known.contains(&Digest(digest.to_owned())),
                 (Some("logs"), Some(key)) => !manifests.iter().any(|manifest| manifest.key.0 == key),
                 _ => true,

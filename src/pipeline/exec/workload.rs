@@ -167,7 +167,7 @@ mod tests {
                 for action in scheduler.on(input) {
                     match action {
                         Action::Find(node) => {
-                            found.push(Input::Found { node, key: Digest(node.to_string()), cached: false })
+                            found.push(Input::Found { node, key: Digest(node.to_string()), cached: false });
                         }
                         Action::Start(node, _) => assert!(running.insert((now + ticks(node), node))),
                         other => panic!("{other:?}"),

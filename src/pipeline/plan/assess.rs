@@ -35,8 +35,9 @@ pub(super) fn assess(nodes: &mut [Node], store: Option<&Store>) -> Result<(), Pl
             _ => Found::Miss,
         };
         let (state, reasons) = if let Found::Hit(stored) = lookup {
+            let accepted = stored.accepted.as_ref().map(|one| Reason::Accepted { reason: one.reason.clone() });
             node.result = Some(stored);
-            (State::Cached, Vec::new())
+            (State::Cached, accepted.into_iter().collect())
         } else {
             let saved = match (&key, store) {
                 (Some(key), Some(store)) => store.has_saved_work(key),

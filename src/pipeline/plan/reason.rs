@@ -25,6 +25,11 @@ pub enum Reason {
         /// What is wrong.
         what: String,
     },
+    /// It does not run: the result of another key was accepted.
+    Accepted {
+        /// Why, in the user's words.
+        reason: String,
+    },
     /// Nothing changed, but the result is not in the store.
     Gone,
     /// The stage is of another kind now.
@@ -87,6 +92,7 @@ impl fmt::Display for Reason {
             Self::NeverRun => write!(f, "never run"),
             Self::Interrupted => write!(f, "was interrupted"),
             Self::Damaged { what } => write!(f, "its result is damaged: {what}"),
+            Self::Accepted { reason } => write!(f, "accepted: {reason}"),
             Self::Gone => write!(f, "its result is no longer in the store"),
             Self::Kind { old, new } => write!(f, "kind changed ({old} => {new})"),
             Self::Version { of, old: Some(old), new: Some(new) } => write!(f, "{of} v{old} => v{new}"),
@@ -255,7 +261,7 @@ fn rank(reason: &Reason) -> u8 {
         Reason::InputDiffers { .. } => 4,
         Reason::InputRuns { .. } => 5,
         Reason::InputMayRun { .. } => 6,
-        Reason::Gone | Reason::NeverRun => 7,
+        Reason::Gone | Reason::NeverRun | Reason::Accepted { .. } => 7,
     }
 }
 

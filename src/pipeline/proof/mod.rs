@@ -10,7 +10,7 @@ mod harm;
 mod probe;
 mod world;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -91,8 +91,8 @@ struct Case {
     keys: HashMap<String, Digest>,
     /// The tuple of a key.
     tuples: HashMap<Digest, String>,
-    /// The bytes of manifests as they were written.
-    manifests: HashMap<Digest, Vec<u8>>,
+    /// The bytes of manifests as they were written; what was written anew may lie in a copy as it was before.
+    manifests: HashMap<Digest, HashSet<Vec<u8>>>,
 }
 
 /// What came of a run.
@@ -206,7 +206,7 @@ impl Case {
         let Some(key) = self.keys.get(line) else { return Had::Nothing };
         let manifest = self.manifest_path(key);
         let Ok(bytes) = std::fs::read(manifest) else { return Had::Nothing };
-        if self.manifests.get(key) != Some(&bytes) {
+        if !self.manifests.get(key).is_some_and(|written| written.contains(&bytes)) {
             return Had::Nothing;
         }
         let manifest: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
@@ -239,7 +239,7 @@ impl Case {
             // A manifest that was there before and was not written anew may have come to harm since.
             let is_new = came.ran.contains_key(line) || !self.manifests.contains_key(key);
             if let Some(bytes) = is_new.then(|| std::fs::read(self.manifest_path(key)).ok()).flatten() {
-                self.manifests.insert(key.clone(), bytes);
+                self.manifests.entry(key.clone()).or_default().insert(bytes);
             }
         }
         Ok(())

@@ -74,8 +74,15 @@ impl Wanted {
                 return false;
             }
             if metric.known.is_none() {
+                // Nothing is tuned on the split `test`, so it is no place to point to.
+                let is_tuned = metric.section != "table";
+                let may = |checked: &Checked| {
+                    let split = checked.spec.as_ref().and_then(|spec| spec.stage.split());
+                    !is_tuned || split != Some("test")
+                };
                 let has = |checked: &&Arc<Checked>| {
-                    measured(checked).is_some_and(|names| names.iter().any(|name| covers(name, &metric.name)))
+                    may(checked)
+                        && measured(checked).is_some_and(|names| names.iter().any(|name| covers(name, &metric.name)))
                 };
                 metric.elsewhere = trial.values().find(has).map(|checked| format!("{}.{}", checked.name, metric.name));
             }
@@ -102,8 +109,7 @@ impl Wanted {
                 // No trial has come so far; what is wrong with it is told elsewhere.
                 None => {}
                 Some(known) if known.is_empty() => {
-                    let mistake =
-                        Mistake::at(*span, format!("stage `{stage}` measures nothing that a table could show"));
+                    let mistake = Mistake::at(*span, format!("stage `{stage}` records no metrics"));
                     report.add(mistake.hint(elsewhere));
                 }
                 Some(known) => {
@@ -146,12 +152,12 @@ mod tests {
             3 | metrics = ["score.solved", "score.solved.long", "score.solvd", "score.speed", "train.loss"]
               |                                                                ^^^^^^^^^^^^^ expected one of `solved`, `solved.*`, `steps`
 
-            error: stage `data` measures nothing that a table could show
+            error: stage `data` records no metrics
              --> a.toml:4:51
             4 | differences = [["score.solved", "train.solved"], ["data.rows", "data.solved"]]
               |                                                   ^^^^^^^^^^^
 
-            error: stage `data` measures nothing that a table could show
+            error: stage `data` records no metrics
              --> a.toml:4:64
             4 | differences = [["score.solved", "train.solved"], ["data.rows", "data.solved"]]
               |                                                                ^^^^^^^^^^^^^

@@ -63,9 +63,15 @@ pub(super) fn experiment(
     match &tuning {
         Some(tuning) => {
             let candidates = tuning.arms.iter().filter_map(|arm| arm.candidates.first());
-            table::check_baseline(root, &table, candidates.flat_map(|candidate| &candidate.reporting), report);
+            table::check_baseline(
+                root,
+                &table,
+                &sweep.axes,
+                candidates.flat_map(|candidate| &candidate.reporting),
+                report,
+            );
         }
-        None => table::check_baseline(root, &table, &trials, report),
+        None => table::check_baseline(root, &table, &sweep.axes, &trials, report),
     }
     Experiment {
         name: document.name.clone(),

@@ -1,6 +1,6 @@
 //! `[table]`: what `pipe table` shows, checked against the stages and the axes it names.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value as Json;
 
@@ -26,21 +26,35 @@ pub(super) fn table(root: &Node, axes: &[Axis], wanted: &mut Wanted, report: &mu
     TableSpec { metrics, baseline, differences }
 }
 
-/// Whether any of `trials` has the values of the baseline; `exclude` may have left them out.
+/// Whether the baseline is one of the arms of `trials`: `exclude` may leave it out, and a zip may have one of its values twice.
 pub(super) fn check_baseline<'a>(
     root: &Node,
     table: &TableSpec,
+    axes: &[Axis],
     trials: impl IntoIterator<Item = &'a Trial>,
     report: &mut Report,
 ) {
     let Some(baseline) = &table.baseline else { return };
-    let is_baseline = |trial: &Trial| baseline.iter().all(|(name, value)| trial.assignment.get(name) == Some(value));
-    let entry = root.get("table").and_then(|entry| entry.node.get("baseline"));
+    let Some(entry) = root.get("table").and_then(|entry| entry.node.get("baseline")) else { return };
+    let is_fixed = |axis: &&Axis| axis.columns.iter().any(|column| baseline.contains_key(&column.name));
     let mut trials = trials.into_iter().peekable();
-    // Without any trial something else is wrong.
-    if let Some(entry) = entry.filter(|_| trials.peek().is_some() && !trials.any(is_baseline)) {
-        let label = "these values never meet, or `exclude` leaves them out";
-        report.add(Mistake::at(entry.key, "no trial has the values of the baseline").label(label).about("trials"));
+    // What is not fixed is told already, and without any trial something else is wrong.
+    if trials.peek().is_none() || !axes.iter().filter(|axis| !axis.is_seed()).all(|axis| is_fixed(&axis)) {
+        return;
+    }
+    let is_baseline = |trial: &&Trial| baseline.iter().all(|(name, value)| trial.assignment.get(name) == Some(value));
+    let arms: BTreeSet<&str> = trials.filter(is_baseline).map(|trial| trial.arm.as_str()).collect();
+    let mistake = |message: String| Mistake::at(entry.key, message).about("trials");
+    match arms.iter().collect::<Vec<_>>().as_slice() {
+        [] => {
+            let label = "these values never meet, or `exclude` leaves them out";
+            report.add(mistake("no trial has the values of the baseline".to_owned()).label(label));
+        }
+        [first, second, ..] => {
+            let message = format!("the baseline is one arm, but `{first}` and `{second}` both have its values");
+            report.add(mistake(message).label("fix more of the values that are varied together"));
+        }
+        [_] => {}
     }
 }
 
@@ -115,6 +129,19 @@ mod tests {
             6 | baseline = { steps = 5, rate = 1.0 }
               | ^^^^^^^^ these values never meet, or `exclude` leaves them out
         "#);
+    }
+
+    #[test]
+    fn a_baseline_that_is_two_arms_is_a_mistake() {
+        let zip = "baseline = { steps = 5, rate = 1.0, note = \"a\" }\n[[sweep.zip]]\nstages.train.note = [\"a\", \"a\"]\n\
+                   stages.score.split = [\"x\", \"y\"]\n";
+        insta::assert_snapshot!(files(zip).bad("a.toml", &[]), @r#"
+            error: the baseline is one arm, but `note=a,rate=1.0,split=x,steps=5` and `note=a,rate=1.0,split=y,steps=5` both have its values
+             --> a.toml:6:1
+            6 | baseline = { steps = 5, rate = 1.0, note = "a" }
+              | ^^^^^^^^ fix more of the values that are varied together
+        "#);
+        files(&zip.replace("note = \"a\" }", "note = \"a\", split = \"x\" }")).good("a.toml", &[]);
     }
 
     #[test]

@@ -190,9 +190,9 @@ mod tests {
                          metric = \"score.solved\"\n[table]\nmetrics = [\"final.solved\"]\nbaseline = { drop = \"none\" }\n";
 
     /// What a trial of the name measures: candidates are the better the more steps they make.
-    fn measured(name: &str) -> Option<TuningRun> {
+    fn measured(name: &str) -> TuningRun {
         let value = if name.contains("steps=6") { 0.5 } else { 0.25 };
-        Some(TuningRun { trial: name.to_owned(), value, key: String::new() })
+        TuningRun { trial: name.to_owned(), value, key: String::new() }
     }
 
     #[test]
@@ -213,7 +213,7 @@ mod tests {
         assert_eq!((tuning.metric.as_str(), tuning.goal, tuning.awaiting()), ("score.solved", Goal::Max, 3 + 3 + 2));
         assert!(experiment.reported().next().is_none());
 
-        let choices = tuning.choose(&measured);
+        let choices = tuning.choose(&|name| Some(measured(name)));
         assert_eq!(choices.len(), 3);
         assert_eq!(choices[0].chosen, "rate=0.1,steps=6", "the first of the best");
         assert_eq!(choices[0].candidates.iter().map(|tried| tried.runs.len()).collect::<Vec<_>>(), [2, 2, 2, 2]);
@@ -235,13 +235,13 @@ mod tests {
             swept(&SWEEP.replace("\"score.solved\"\n", "\"score.steps\"\ngoal = \"min\"\n")).good("a.toml", &[]);
         let tuning = experiment.tuning.clone().unwrap();
         let missing = "tune:drop=correct,rate=0.2,seed=102,steps=6";
-        let choices = tuning.choose(&|name| measured(name).filter(|_| name != missing));
+        let choices = tuning.choose(&|name| (name != missing).then(|| measured(name)));
         assert_eq!(choices.iter().map(|choice| choice.arm.as_str()).collect::<Vec<_>>(), ["drop=none", "drop=other"]);
         assert_eq!(choices[0].chosen, "rate=0.1,steps=5");
         experiment.choose(choices);
         assert_eq!(experiment.reported().count(), 5);
         assert_eq!(experiment.tuning.as_ref().unwrap().awaiting(), 3);
-        experiment.choose(tuning.choose(&measured));
+        experiment.choose(tuning.choose(&|name| Some(measured(name))));
         assert_eq!(experiment.reported().count(), 8, "choosing again takes the place of what was chosen");
     }
 
@@ -254,6 +254,7 @@ mod tests {
             ("metric = \"score.solved\"", "metric = \"score.solvd\"\ngoal = \"maximum\""),
             ("metric = \"score.solved\"", "metric = \"score.solvd\""),
             ("metric = \"score.solved\"", "metric = \"scor.solved\""),
+            ("metric = \"score.solved\"", "metric = \"data.solved\""),
             ("\"params.rate\" = [0.1, 0.2], \"stages.train.steps\" = [5, 6]", "\"params.rate\" = [0.1]"),
             ("\"params.rate\" = [0.1, 0.2], \"stages.train.steps\" = [5, 6]", "\"stages.final.seed\" = [1, 2]"),
             ("\"params.rate\" = [0.1, 0.2]", "\"params.seed\" = [7, 8], \"stages.train.stepz\" = [1]"),
@@ -303,6 +304,17 @@ mod tests {
             13 | metric = "scor.solved"
                |          ^^^^^^^^^^^^^ expected one of `data`, `final`, `score`, `train`
             hint: did you mean `score`?
+
+            error: `data.solved` cannot tell `rate=0.1,steps=5` from `rate=0.1,steps=6`
+              --> a.toml:13:10
+            13 | metric = "data.solved"
+               |          ^^^^^^^^^^^^^ what they differ in does not lead to stage `data`
+
+            error: stage `data` records no metrics
+              --> a.toml:13:10
+            13 | metric = "data.solved"
+               |          ^^^^^^^^^^^^^
+            hint: did you mean `score.solved`?
 
             error: there is nothing to choose from: the grid of `sweep.tune` has one candidate
               --> a.toml:10:8

@@ -25,9 +25,10 @@ impl Manifest {
     pub(crate) fn from_portable(bytes: &[u8]) -> Result<Self, String> {
         let body = sealed::open(bytes).ok_or("does not have the digest that it carries")?;
         let manifest: Self = serde_json::from_slice(&body).map_err(|error| format!("cannot be understood: {error}"))?;
-        match manifest.key_is_right() {
-            true => Ok(manifest),
-            false => Err("has a key that is not the hash of its parts".to_owned()),
+        if manifest.key_is_right() {
+            Ok(manifest)
+        } else {
+            Err("has a key that is not the hash of its parts".to_owned())
         }
     }
 

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cache::{RACY, now};
 use super::disk::Disk;
-use super::{Digest, FileStat, Lookup, Manifest, Store, StoreError};
+use super::{Acceptance, Digest, FileStat, Lookup, Manifest, Store, StoreError};
 use crate::pipeline::stage::ArtifactType;
 
 /// Digits of a record's own digest.
@@ -47,6 +47,8 @@ pub struct StoredResult {
     pub seconds: f64,
     /// Its outputs, default one first.
     pub outputs: Vec<StoredName>,
+    /// See [`Manifest::accepted`].
+    pub accepted: Option<Acceptance>,
 }
 
 /// A named output without its files.
@@ -69,7 +71,7 @@ impl StoredResult {
             digest: output.digest.clone(),
         };
         let outputs = manifest.outputs.iter().map(output).collect();
-        Self { key: manifest.key.clone(), seconds: manifest.seconds, outputs }
+        Self { key: manifest.key.clone(), seconds: manifest.seconds, outputs, accepted: manifest.accepted.clone() }
     }
 }
 
@@ -94,8 +96,13 @@ struct Record<'a> {
     stat: FileStat,
     seconds: f64,
     #[serde(borrow)]
-    outputs: Vec<(Cow<'a, str>, ArtifactType, Cow<'a, str>, Vec<File<'a>>)>,
+    outputs: Vec<Output<'a>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    accepted: Option<Acceptance>,
 }
+
+/// Name, type, digest, files.
+type Output<'a> = (Cow<'a, str>, ArtifactType, Cow<'a, str>, Vec<File<'a>>);
 
 /// Path below the object, executable bit, stat.
 type File<'a> = (Cow<'a, str>, bool, FileStat);
@@ -141,15 +148,15 @@ impl Index {
         if !self.writable || key_bytes(&manifest.key).is_none() {
             return;
         }
-        let files = |files: &'_ [super::StoredFile]| -> Vec<(String, bool, FileStat)> {
-            files.iter().map(|file| (file.path.clone(), file.executable, file.stat)).collect()
+        let files = |files: &'_ [super::StoredFile]| -> Vec<File<'static>> {
+            files.iter().map(|file| (file.path.clone().into(), file.executable, file.stat)).collect()
         };
         let outputs = manifest.outputs.iter().map(|output| {
-            let files =
-                files(&output.files).into_iter().map(|(path, executable, stat)| (path.into(), executable, stat));
-            (output.name.as_str().into(), output.artifact, output.digest.0.as_str().into(), files.collect())
+            let digest = output.digest.0.as_str().into();
+            (output.name.as_str().into(), output.artifact, digest, files(&output.files))
         });
-        let record = Record { stat, seconds: manifest.seconds, outputs: outputs.collect() };
+        let accepted = manifest.accepted.clone();
+        let record = Record { stat, seconds: manifest.seconds, outputs: outputs.collect(), accepted };
         let json = serde_json::to_string(&record).expect("a record is plain data");
         let rest = format!("{} {json}", manifest.key);
         let line: Arc<[u8]> = format!("{} {rest}", seal(rest.as_bytes())).into_bytes().into();
@@ -258,7 +265,7 @@ impl Store {
             }
             outputs.push(StoredName { name: name.clone().into_owned(), artifact: *artifact, digest });
         }
-        Some(StoredResult { key: key.clone(), seconds: record.seconds, outputs })
+        Some(StoredResult { key: key.clone(), seconds: record.seconds, outputs, accepted: record.accepted.clone() })
     }
 
     /// Adds a manifest to the index that was written just now; the caller holds the key's lock, so it is the one that lies

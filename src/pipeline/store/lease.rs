@@ -238,9 +238,9 @@ impl Store {
         let mut keys: Vec<Digest> = keys.into_iter().collect();
         keys.sort();
         let mut hasher = blake3::Hasher::new();
-        keys.iter().for_each(|key| {
+        for key in &keys {
             hasher.update(key.0.as_bytes());
-        });
+        }
         self.disk.append(&path, format!("{ENDED}{}\n", Timestamp::now()).as_bytes()).at("write", &path)?;
         // The same run again takes the place of the one before, so that runs which change nothing leave nothing.
         let ended = path.with_file_name(hasher.finalize().to_hex().as_str());

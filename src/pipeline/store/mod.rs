@@ -70,7 +70,7 @@ pub use lookup::Lookup;
 pub use pins::Pin;
 pub use publish::{DraftOutput, ManifestDraft};
 pub use record::{RunRecord, TrialRecords};
-pub use verify::{Damage, VerifyReport};
+pub use verify::{Damage, Verification, VerifyReport};
 pub use work::{Attempts, Owner};
 
 /// The layout that this program reads and writes.

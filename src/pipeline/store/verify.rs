@@ -2,9 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use jiff::{SignedDuration, Timestamp};
+use rayon::iter::{IndexedParallelIterator as _, IntoParallelRefIterator as _, ParallelIterator as _};
+use serde::{Deserialize, Serialize};
 
 use super::error::At as _;
-use super::{Digest, Manifest, Store, StoreError};
+use super::{Digest, Manifest, Store, StoreError, sealed};
 
 /// Something of a result that is not what was stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,6 +20,40 @@ pub struct Damage {
     pub key: Digest,
     /// What is wrong, naming the file.
     pub what: String,
+}
+
+/// How a verification goes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Verification<'a> {
+    /// The results; none for all.
+    pub keys: Option<&'a [Digest]>,
+    /// Whether it writes down how far it came, and goes on from where the last one was interrupted.
+    pub goes_on: bool,
+    /// Whether it begins anew all the same.
+    pub is_fresh: bool,
+    /// Set when it should stop after the objects at hand.
+    pub interrupt: Option<&'a AtomicBool>,
+}
+
+/// How often it is written down how far a verification has come.
+const SAVE: Duration = Duration::from_secs(2);
+
+/// What was hashed longer ago than this by an interrupted verification is hashed again.
+const FRESH: SignedDuration = SignedDuration::from_hours(7 * 24);
+
+/// How far an interrupted verification came, as it lies on disk.
+#[derive(Default, Serialize, Deserialize)]
+struct Hashed {
+    /// Objects that are as stored, and when they were hashed.
+    hashed: BTreeMap<Digest, Timestamp>,
+}
+
+/// How far a verification has come.
+struct State {
+    hashed: BTreeMap<Digest, Timestamp>,
+    saved: Instant,
+    bad: BTreeMap<Digest, String>,
+    bytes: u64,
 }
 
 /// What a verification found.
@@ -24,6 +65,10 @@ pub struct VerifyReport {
     pub objects: usize,
     /// Bytes that were hashed.
     pub bytes: u64,
+    /// Objects that an interrupted verification had hashed before.
+    pub resumed: usize,
+    /// Whether it was stopped before the end.
+    pub interrupted: bool,
     /// Results whose manifest or content is not what was stored.
     pub damaged: Vec<Damage>,
     /// Results of which an object is not there, and asked-for keys without a result.
@@ -46,12 +91,20 @@ impl Store {
     pub fn verify(
         &self,
         keys: Option<&[Digest]>,
-        progress: &mut dyn FnMut(u64, u64),
+        progress: &mut (dyn FnMut(u64, u64) + Send),
+    ) -> Result<VerifyReport, StoreError> {
+        self.verify_in_pieces(&Verification { keys, ..Verification::default() }, progress)
+    }
+
+    /// [`Store::verify`] that can be stopped and goes on where it stopped.
+    pub fn verify_in_pieces(
+        &self,
+        verification: &Verification<'_>,
+        progress: &mut (dyn FnMut(u64, u64) + Send),
     ) -> Result<VerifyReport, StoreError> {
         let mut report = VerifyReport::default();
-        let everything = keys.is_none();
         let all;
-        let keys = if let Some(keys) = keys {
+        let keys = if let Some(keys) = verification.keys {
             keys
         } else {
             all = self.keys()?;
@@ -60,6 +113,13 @@ impl Store {
         let mut manifests: Vec<Manifest> = Vec::new();
         for key in keys {
             match self.manifest(key)? {
+                Some(Ok(manifest)) if !manifest.key_is_right() => {
+                    let what = format!(
+                        "the manifest `{}` has a key that is not the hash of its parts",
+                        self.manifest_path(key).display()
+                    );
+                    report.damaged.push(Damage { key: key.clone(), what });
+                }
                 Some(Ok(manifest)) => manifests.push(manifest),
                 Some(Err(what)) => report.damaged.push(Damage { key: key.clone(), what }),
                 None => {
@@ -73,32 +133,102 @@ impl Store {
         for output in manifests.iter().flat_map(|manifest| &manifest.outputs) {
             sizes.insert(&output.digest, output.files.iter().map(|file| file.size).sum());
         }
-        let total = sizes.values().sum();
-        let mut bad: BTreeMap<&Digest, String> = BTreeMap::new();
-        let mut done = 0;
-        progress(done, total);
-        for (digest, size) in &sizes {
-            if let Err(what) = self.verify_digest(digest)? {
-                bad.insert(*digest, what);
-            }
-            done += size;
-            progress(done, total);
-        }
-        report.objects = sizes.len();
-        report.bytes = done;
+        let bad = self.hash_objects(&sizes, verification, &mut report, progress)?;
         for manifest in &manifests {
-            for output in &manifest.outputs {
-                let Some(what) = bad.get(&output.digest) else { continue };
-                let there = self.disk.is_folder(&self.object(&output.digest));
-                let list = if there { &mut report.damaged } else { &mut report.missing };
-                list.push(Damage { key: manifest.key.clone(), what: what.clone() });
-            }
+            self.blame(manifest, &bad, &mut report);
         }
-        if everything {
+        if verification.keys.is_none() {
             let objects = self.shelved(&self.folder("objects"))?;
             report.orphans = objects.into_iter().filter(|path| !sizes.contains_key(&Digest(file_name(path)))).collect();
+        } else if !bad.is_empty() {
+            // What is damaged may be part of results that nobody asked about.
+            let asked: BTreeSet<&Digest> = keys.iter().collect();
+            for key in self.keys()?.iter().filter(|key| !asked.contains(*key)) {
+                if let Some(Ok(manifest)) = self.manifest(key)? {
+                    self.blame(&manifest, &bad, &mut report);
+                }
+            }
         }
         Ok(report)
+    }
+
+    /// Hashes objects, on as many threads as there are; gives what is wrong with those that are not as stored.
+    fn hash_objects(
+        &self,
+        sizes: &BTreeMap<&Digest, u64>,
+        verification: &Verification<'_>,
+        report: &mut VerifyReport,
+        progress: &mut (dyn FnMut(u64, u64) + Send),
+    ) -> Result<BTreeMap<Digest, String>, StoreError> {
+        let path = self.folder("cache").join("verify.json");
+        let mut state = State { hashed: BTreeMap::new(), saved: Instant::now(), bad: BTreeMap::new(), bytes: 0 };
+        if verification.goes_on && !verification.is_fresh {
+            state.hashed = self.hashed_before(&path);
+            state.hashed.retain(|digest, _| sizes.contains_key(digest));
+        }
+        report.resumed = state.hashed.len();
+        let left: Vec<(&Digest, u64)> = sizes
+            .iter()
+            .filter(|(digest, _)| !state.hashed.contains_key(*digest))
+            .map(|(one, size)| (*one, *size))
+            .collect();
+        let total = left.iter().map(|(_, size)| size).sum();
+        progress(0, total);
+        let stops = || verification.interrupt.is_some_and(|interrupt| interrupt.load(Ordering::Relaxed));
+        let shared = Mutex::new((&mut state, progress));
+        left.par_iter().with_max_len(1).try_for_each(|(digest, size)| {
+            if stops() {
+                return Ok(());
+            }
+            let verified = self.verify_digest(digest)?;
+            let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+            let (state, progress) = &mut *shared;
+            match verified {
+                Ok(()) => {
+                    state.hashed.insert((*digest).clone(), Timestamp::now());
+                }
+                Err(what) => {
+                    state.bad.insert((*digest).clone(), what);
+                }
+            }
+            state.bytes += size;
+            progress(state.bytes, total);
+            if verification.goes_on && state.saved.elapsed() > SAVE {
+                self.save_hashed(&path, &state.hashed)?;
+                state.saved = Instant::now();
+            }
+            Ok::<(), StoreError>(())
+        })?;
+        report.bytes = state.bytes;
+        report.objects = state.hashed.len() + state.bad.len() - report.resumed;
+        report.interrupted = report.objects < left.len();
+        if verification.goes_on {
+            if report.interrupted { self.save_hashed(&path, &state.hashed)? } else { self.remove(&path).map(drop)? }
+        }
+        Ok(state.bad)
+    }
+
+    /// Adds what is wrong with a result whose objects are among the bad ones.
+    fn blame(&self, manifest: &Manifest, bad: &BTreeMap<Digest, String>, report: &mut VerifyReport) {
+        for output in &manifest.outputs {
+            let Some(what) = bad.get(&output.digest) else { continue };
+            let there = self.disk.is_folder(&self.object(&output.digest));
+            let list = if there { &mut report.damaged } else { &mut report.missing };
+            list.push(Damage { key: manifest.key.clone(), what: what.clone() });
+        }
+    }
+
+    /// What an interrupted verification has hashed not long ago; nothing where that cannot be read.
+    fn hashed_before(&self, path: &Path) -> BTreeMap<Digest, Timestamp> {
+        let sealed = self.disk.read(path).ok().and_then(|bytes| sealed::open(&bytes));
+        let hashed = sealed.and_then(|body| serde_json::from_slice::<Hashed>(&body).ok()).unwrap_or_default().hashed;
+        let now = Timestamp::now();
+        hashed.into_iter().filter(|(_, when)| now.duration_since(*when) < FRESH).collect()
+    }
+
+    fn save_hashed(&self, path: &Path, hashed: &BTreeMap<Digest, Timestamp>) -> Result<(), StoreError> {
+        let body = serde_json::to_vec(&Hashed { hashed: hashed.clone() }).expect("times are plain data");
+        self.disk.write_atomically(path, &sealed::seal(&body), false)
     }
 
     /// Puts aside the damaged results of a report, so that the next run rebuilds them; gives how many. Orphans stay: one may belong

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::alarms::Alarm;
-use super::{Driver, Live, made_of, shown};
+use super::{Driver, Live, made_of};
 use crate::pipeline::exec::event::Event;
 use crate::pipeline::exec::local;
 use crate::pipeline::exec::request;
@@ -36,13 +36,8 @@ impl Driver<'_, '_> {
                 self.as_planned[node] = planned.key.as_ref() == Some(&key) && planned.state == State::Cached;
                 true
             }
-            Found::Miss => false,
-            Found::Damaged { what } => {
-                // The attempt puts it aside, once it holds the key.
-                let text = format!("the result of `{}` is damaged and is made again: {what}", shown(planned));
-                (self.events)(&Event::Warning { text });
-                false
-            }
+            // The attempt puts what is damaged aside and says so, once it holds the key.
+            Found::Miss | Found::Damaged { .. } => false,
         };
         Ok(Input::Found { node, key, cached })
     }

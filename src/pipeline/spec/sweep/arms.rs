@@ -243,6 +243,9 @@ mod tests {
         assert_eq!(rewards(&files, "drop=none,weight=0.5"), ["correct", "other"]);
         assert_eq!(rewards(&files, "drop=correct,weight=0.5"), ["other"], "it is left out whatever is swept in it");
         assert_eq!(rewards(&files, "drop=other,weight=1.0"), ["correct"]);
+        let plan = crate::pipeline::plan::Plan::new(&[files.good("a.toml", &[])], None).unwrap();
+        // The weight of what is left out makes no difference: one `data`, and five times `train` and `score` for six trials.
+        assert_eq!((plan.trials.len(), plan.nodes.len()), (6, 1 + 2 * 5));
     }
 
     #[test]

@@ -16,6 +16,7 @@ mod assign;
 mod axes;
 mod exclude;
 mod path;
+mod schema;
 mod tune;
 
 use std::collections::HashMap;
@@ -28,6 +29,7 @@ pub(super) use crate::pipeline::spec::sweep::assign::Assignment;
 use crate::pipeline::spec::sweep::exclude::Exclusion;
 pub(super) use crate::pipeline::spec::sweep::exclude::{find, not_swept};
 pub(super) use crate::pipeline::spec::sweep::path::leaves;
+pub(super) use crate::pipeline::spec::sweep::schema::schema;
 pub(super) use crate::pipeline::spec::sweep::tune::{Candidates, Tune};
 use crate::pipeline::spec::tree::{Node, Value};
 

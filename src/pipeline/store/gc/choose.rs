@@ -5,15 +5,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use jiff::{SignedDuration, Timestamp};
 
 use super::survey::{Stored, Survey};
-use super::{GcPlan, GcPolicy, Gone, Kept, Removal, Tally};
+use super::{GcPlan, GcPolicy, Gone, Kept, Removal};
 use crate::pipeline::store::Digest;
 
-/// A plan without garbage.
-pub(super) struct Choice {
-    pub(super) plan: GcPlan,
-}
-
-/// Chooses. What is leased, pinned, a root or among the newest always stays; of the rest, what is too old goes, then what was
+/// A plan without garbage. What is leased, pinned, a root or among the newest always stays; of the rest, what is too old goes, then what was
 /// used least recently until the store fits.
 pub(super) fn choose(
     survey: &Survey,
@@ -21,7 +16,7 @@ pub(super) fn choose(
     leased: &HashSet<Digest>,
     pinned: &BTreeSet<Digest>,
     now: Timestamp,
-) -> Choice {
+) -> GcPlan {
     let mut kept: Vec<Option<Kept>> = survey.results.iter().map(|one| must_stay(one, policy, leased, pinned)).collect();
     if policy.keep_inputs {
         keep_inputs(&survey.results, &mut kept);
@@ -34,7 +29,9 @@ pub(super) fn choose(
     }
     let mut held = Held::new(&survey.results);
     let size = held.bytes;
-    gone.keys().for_each(|index| held.remove(&survey.results[*index]));
+    for index in gone.keys() {
+        held.remove(&survey.results[*index]);
+    }
     let mut by_use: Vec<usize> = (0..survey.results.len()).collect();
     by_use.sort_by_key(|index| (survey.results[*index].last_used, &survey.results[*index].key));
     let most = policy.max_size.unwrap_or(u64::MAX);
@@ -51,7 +48,7 @@ pub(super) fn choose(
         GcPlan { size, freed: size - held.bytes, over: held.bytes.saturating_sub(most), ..GcPlan::default() };
     let mut inputs_of_kept = HashSet::new();
     for (index, one) in survey.results.iter().enumerate().filter(|(index, _)| !gone.contains_key(index)) {
-        plan.kept.entry(kept[index].unwrap_or(Kept::NoRule)).or_insert_with(Tally::default).add(one.bytes());
+        plan.kept.entry(kept[index].unwrap_or(Kept::NoRule)).or_default().add(one.bytes());
         inputs_of_kept.extend(&one.inputs);
     }
     let is_input = |one: &Stored| {
@@ -71,7 +68,7 @@ pub(super) fn choose(
             why: *why,
         });
     }
-    Choice { plan }
+    plan
 }
 
 fn must_stay(one: &Stored, policy: &GcPolicy, leased: &HashSet<Digest>, pinned: &BTreeSet<Digest>) -> Option<Kept> {
@@ -184,13 +181,13 @@ mod tests {
     fn chosen(policy: &GcPolicy, leased: &[usize], pinned: &[usize]) -> (Vec<usize>, GcPlan) {
         let keys = |numbers: &[usize]| numbers.iter().map(|number| key(*number)).collect::<Vec<_>>();
         let (leased, pinned) = (keys(leased).into_iter().collect(), keys(pinned).into_iter().collect());
-        let plan = choose(&survey(), policy, &leased, &pinned, Timestamp::from_second(NOW).unwrap()).plan;
+        let plan = choose(&survey(), policy, &leased, &pinned, Timestamp::from_second(NOW).unwrap());
         let number = |removal: &Removal| (1..5).find(|number| key(*number) == removal.key).unwrap();
         (plan.results.iter().map(number).collect(), plan)
     }
 
-    fn days(days: u64) -> Option<Duration> {
-        Some(Duration::from_secs(days * 86_400))
+    fn days(days: u64) -> Duration {
+        Duration::from_secs(days * 86_400)
     }
 
     #[test]
@@ -203,7 +200,7 @@ mod tests {
 
     #[test]
     fn age_counts_from_the_last_use_and_what_is_kept_is_kept() {
-        let policy = GcPolicy { older_than: days(5), ..GcPolicy::default() };
+        let policy = GcPolicy { older_than: Some(days(5)), ..GcPolicy::default() };
         let (gone, plan) = chosen(&policy, &[], &[]);
         assert_eq!(gone, [1, 4, 3], "least recently used first");
         assert_eq!((plan.freed, plan.inputs_of_kept), (100 + 400 + 50 + 3, 1));
@@ -230,7 +227,7 @@ mod tests {
         let last = GcPolicy { keep_last: Some(1), ..GcPolicy::default() };
         assert_eq!(chosen(&last, &[], &[]).0, [3]);
         assert_eq!(chosen(&GcPolicy { keep_last: Some(2), ..last.clone() }, &[], &[]).0, Vec::<usize>::new());
-        assert_eq!(chosen(&GcPolicy { older_than: days(7), ..last.clone() }, &[], &[]).0, [4]);
+        assert_eq!(chosen(&GcPolicy { older_than: Some(days(7)), ..last.clone() }, &[], &[]).0, [4]);
         assert_eq!(chosen(&GcPolicy { max_size: Some(0), ..last }, &[], &[]).0, [4, 3]);
     }
 }

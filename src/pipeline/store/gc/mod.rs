@@ -201,8 +201,7 @@ impl Store {
         let survey = self.survey(progress)?;
         let leased = self.leased()?;
         let pinned = self.pinned()?;
-        let choice = choose::choose(&survey, policy, &leased, &pinned, now);
-        let mut plan = choice.plan;
+        let mut plan = choose::choose(&survey, policy, &leased, &pinned, now);
         let garbage = self.garbage(&survey, policy.older_than, now)?;
         plan.size += garbage.iter().map(|one| one.bytes).sum::<u64>();
         plan.freed += garbage.iter().map(|one| one.bytes).sum::<u64>();

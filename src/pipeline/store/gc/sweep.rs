@@ -132,13 +132,13 @@ impl Sweep<'_> {
     fn garbage(&mut self, garbage: &Garbage) -> Result<(), StoreError> {
         let store = self.store;
         let lock = match &garbage.key {
-            Some(key) => match store.try_lock(key)? {
-                Some(lock) => Some(lock),
-                None => {
+            Some(key) => {
+                let Some(lock) = store.try_lock(key)? else {
                     self.report.busy += 1;
                     return Ok(());
-                }
-            },
+                };
+                Some(lock)
+            }
             None => None,
         };
         let has_result =
