@@ -257,7 +257,9 @@ impl State {
         }
         self.compact();
         let all: Vec<u64> = self.inodes.keys().copied().collect();
-        all.into_iter().for_each(|number| self.sync(number));
+        for number in all {
+            self.sync(number);
+        }
     }
 
     /// Takes what is synced from the front of the journal. What is synced behind something that is not stays in its turn.
