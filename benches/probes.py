@@ -32,6 +32,8 @@ class Engine:
     """One project in a folder of its own. `tail` is a parameter of a that leaves its first line alone."""
 
     name = ""
+    # How long b takes where something is to happen meanwhile, seconds: longer than the engine takes to start.
+    pause = 1.0
 
     def __init__(self, folder, sleep=0.0):
         self.folder, self.ran, self.sleep, self.tail = folder, folder / "ran", sleep, "tail"
@@ -305,7 +307,7 @@ def typo(engine, place):
 
 
 def killed(engine, place):
-    project = fresh(engine, place, sleep=1.5)
+    project = fresh(engine, place, sleep=engine.pause)
     process = project.start()
     until(lambda: "b" in project.has_run())
     os.killpg(process.pid, signal.SIGKILL)
@@ -316,7 +318,7 @@ def killed(engine, place):
 
 
 def second(engine, place):
-    project = fresh(engine, place, sleep=1.5)
+    project = fresh(engine, place, sleep=engine.pause)
     first = project.start()
     until(lambda: "b" in project.has_run())
     other = project.start()
@@ -370,7 +372,7 @@ def main():
     if options.peers:
         programs = install(os.path.abspath(options.peers))
         for engine in [Dvc, Snakemake, Redun]:
-            engine.program = str(programs[engine.name])
+            engine.program, engine.pause = str(programs[engine.name]), 15.0
             engines.append(engine)
     place = Path(tempfile.mkdtemp(prefix="probes-"))
     failed = 0

@@ -168,7 +168,7 @@ fn draft(plan: &Plan, node: &Node, reason: &str, store: &Store) -> Result<Accept
         from: record.key,
         reason: reason.to_owned(),
         by: who.unwrap_or_else(|| "unknown".to_owned()),
-        differences: node.reasons.clone(),
+        differences: node.reasons.iter().map(ToString::to_string).collect(),
     })
 }
 

@@ -10,8 +10,10 @@ pub mod audit;
 pub mod bundle;
 pub mod check;
 pub mod comparison;
+pub mod config;
 pub mod failure;
 pub mod gc;
+pub mod graph;
 pub mod import;
 pub mod pace;
 pub mod plan;
@@ -27,6 +29,7 @@ pub mod table;
 pub mod tuning;
 pub mod ui;
 pub mod verify;
+pub mod why;
 
 use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
@@ -86,7 +89,9 @@ enum Command {
     Audit(audit::Args),
     Bundle(bundle::Args),
     Check(check::Args),
+    Config(config::Args),
     Gc(gc::Args),
+    Graph(graph::Args),
     Import(import::Args),
     Plan(plan::Args),
     Rescore(rescore::Args),
@@ -96,6 +101,7 @@ enum Command {
     Show(show::Args),
     Table(table::Args),
     Verify(verify::Args),
+    Why(why::Args),
 }
 
 /// What a command is given besides its arguments.
@@ -144,7 +150,9 @@ fn dispatch(command: &Command, session: &Session) -> Result<(), Failure> {
         Command::Audit(args) => audit::run(args, session),
         Command::Bundle(args) => bundle::run(args, session),
         Command::Check(args) => check::run(args, session),
+        Command::Config(args) => config::run(args, session),
         Command::Gc(args) => gc::run(args, session),
+        Command::Graph(args) => graph::run(args, session),
         Command::Import(args) => import::run(args, session),
         Command::Plan(args) => plan::run(args, session),
         Command::Rescore(args) => rescore::run(args, session),
@@ -154,6 +162,7 @@ fn dispatch(command: &Command, session: &Session) -> Result<(), Failure> {
         Command::Show(args) => show::run(args, session),
         Command::Table(args) => table::run(args, session),
         Command::Verify(args) => verify::run(args, session),
+        Command::Why(args) => why::run(args, session),
     }
 }
 

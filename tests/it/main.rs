@@ -5,6 +5,7 @@
 mod architecture;
 mod continuing;
 mod engine;
+mod explanation;
 mod generated;
 mod learning;
 mod lifecycle;

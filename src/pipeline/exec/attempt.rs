@@ -9,17 +9,19 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::pipeline::exec::numerics::numerics;
 use crate::pipeline::plan::NodeName;
 use crate::pipeline::stage::{ArtifactType, InputArtifact, Interrupted, Output, Resources, StageContext, StageEvent};
 use crate::pipeline::store::{
-    Attempts, Digest, DraftOutput, KeyLock, KeyParts, Lookup, Manifest, ManifestDraft, Owner, Store, StoreError,
+    Attempts, Digest, DraftOutput, KeyLock, KeyParts, Lookup, Manifest, ManifestDraft, Owner, Reached, Store,
+    StoreError,
 };
 
 /// The version of [`Request`]; a worker refuses any other.
@@ -179,6 +181,7 @@ pub fn attempt(
     let _log = crate::telemetry::logging::thread_to_file(&log).map_err(AttemptError::Failed)?;
     let (kind, threads, device) = (&request.kind, attempts.threads, &request.device);
     tracing::info!(%kind, attempt = attempts.attempts, threads, %device, "begins");
+    let reached = Arc::new(Mutex::new(attempts.reached.clone()));
     let mut context = StageContext {
         inputs,
         out: out.clone(),
@@ -191,7 +194,7 @@ pub fn attempt(
             save_every: Duration::try_from_secs_f64(request.save_every_seconds).unwrap_or(Duration::from_secs(60)),
         },
         interrupt,
-        events: watched(store, request, &attempts, began, events),
+        events: watched(store, request, &attempts, Arc::clone(&reached), began, events),
     };
     let ran = catch_unwind(AssertUnwindSafe(|| run(&mut context)))
         .unwrap_or_else(|panic| Err(anyhow!("the stage panicked: {}", panic_text(panic.as_ref()))));
@@ -199,7 +202,8 @@ pub fn attempt(
         show_curves(store, name, &request.key);
     }
     let seconds = attempts.seconds + began.elapsed().as_secs_f64();
-    let ended = Attempts { seconds, owner: None, ..attempts.clone() };
+    let reached = reached.lock().map(|reached| reached.clone()).unwrap_or_default();
+    let ended = Attempts { seconds, reached, owner: None, ..attempts.clone() };
     let changed = if ran.is_ok() { changed_file(store, &request.files)? } else { None };
     let finished = ran.and_then(|()| finish(request, &out, &mut context));
     drop(context);
@@ -328,7 +332,7 @@ fn begin(
     }
     let earlier = earlier.unwrap_or_default();
     let threads = if resumes { earlier.threads } else { request.threads.max(1) };
-    let mut numerics = numerics(request, threads);
+    let mut numerics = numerics(request.numerics.clone(), &request.device, threads);
     if resumes {
         let mut changes: Vec<String> = numerics
             .iter()
@@ -344,38 +348,14 @@ fn begin(
         }
     }
     let attempts = earlier.attempts + 1;
-    let (device, owner) = (request.device.clone(), Some(Owner::here()));
-    Ok(Attempts { attempts, threads, device, seconds: earlier.seconds, numerics, owner })
+    // How far an earlier attempt came counts as long as its saved work does.
+    let reached = earlier.reached.filter(|_| resumes);
+    let (device, seconds, owner) = (request.device.clone(), earlier.seconds, Some(Owner::here()));
+    Ok(Attempts { attempts, threads, device, seconds, numerics, reached, error: None, owner })
 }
 
 /// The name in [`Manifest::numerics`] of what changed between attempts.
 const RESUMED_UNDER: &str = "changed_on_resume";
-
-/// What the numbers are computed with.
-fn numerics(request: &Request, threads: usize) -> BTreeMap<String, String> {
-    let mut numerics = request.numerics.clone();
-    numerics.insert("pipe".to_owned(), env!("CARGO_PKG_VERSION").to_owned());
-    numerics.insert("cpu".to_owned(), cpu_features().to_owned());
-    numerics.insert("threads".to_owned(), threads.to_string());
-    numerics.insert("device".to_owned(), request.device.clone());
-    numerics
-}
-
-/// The architecture with those features by which numerical libraries choose their code.
-fn cpu_features() -> &'static str {
-    static FEATURES: OnceLock<String> = OnceLock::new();
-    FEATURES.get_or_init(|| {
-        let mut features = vec![std::env::consts::ARCH];
-        #[cfg(target_arch = "x86_64")]
-        {
-            macro_rules! detect {
-                ($($name:tt)*) => { $(if std::is_x86_feature_detected!($name) { features.push($name); })* };
-            }
-            detect!("sse4.2" "avx" "f16c" "fma" "avx2" "avx512f" "avx512bw" "avx512vl" "avx512vnni" "avx512bf16");
-        }
-        features.join("+")
-    })
-}
 
 /// The stage's events, with two chores done on the way: curves are linked as soon as there are any, and the seconds so far
 /// are written down, so that a kill loses few of them.
@@ -383,6 +363,7 @@ fn watched(
     store: &Store,
     request: &Request,
     attempts: &Attempts,
+    reached: Arc<Mutex<Option<Reached>>>,
     began: Instant,
     mut events: Box<dyn FnMut(StageEvent) + Send>,
 ) -> Box<dyn FnMut(StageEvent) + Send> {
@@ -393,7 +374,12 @@ fn watched(
         match &event {
             StageEvent::Note { text } => tracing::info!("{text}"),
             StageEvent::Resumed { done } => tracing::info!("goes on from {done}"),
-            StageEvent::Progress { .. } | StageEvent::Metrics { .. } => {}
+            StageEvent::Progress { done, total, unit } => {
+                if let Ok(mut reached) = reached.lock() {
+                    *reached = Some(Reached { done: *done, total: *total, unit: unit.clone() });
+                }
+            }
+            StageEvent::Metrics { .. } => {}
         }
         if !linked && store.has_curves(&key) {
             linked = true;
@@ -406,6 +392,7 @@ fn watched(
         if noted.elapsed() >= NOTE_SECONDS {
             noted = Instant::now();
             attempts.seconds = earlier + began.elapsed().as_secs_f64();
+            attempts.reached = reached.lock().map(|reached| reached.clone()).unwrap_or_default();
             if let (StageEvent::Progress { done, total, unit }, Some(owner)) = (&event, &mut attempts.owner) {
                 owner.progress = Some((*done, *total, unit.clone()));
             }
@@ -473,7 +460,9 @@ fn draft_outputs(request: &Request, out: &Path) -> Vec<DraftOutput> {
 
 /// Keeps what a failed attempt left, and its reason at the end of its log.
 fn fail(store: &Store, lock: &KeyLock, out: &Path, ended: &Attempts, error: anyhow::Error) -> anyhow::Error {
-    let kept = store.save_attempts(lock.key(), ended).and_then(|()| store.keep_failed(lock, out));
+    let first_line = format!("{error:#}").lines().next().map(str::to_owned);
+    let ended = Attempts { error: first_line, ..ended.clone() };
+    let kept = store.save_attempts(lock.key(), &ended).and_then(|()| store.keep_failed(lock, out));
     let logged = store.append_log(lock.key(), &format!("failed: {error:#}"));
     // The stage's own error is what the user must see; that its traces could not be kept is the smaller news.
     if let Err(second) = kept {

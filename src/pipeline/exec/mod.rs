@@ -6,6 +6,7 @@ mod driver;
 pub mod event;
 mod local;
 pub mod machine;
+mod numerics;
 mod request;
 pub mod scheduler;
 pub mod select;

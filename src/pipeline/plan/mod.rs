@@ -1,6 +1,8 @@
 //! The plan: every node of every trial, merged by recipe, and what a run would do with it. Planning changes nothing.
 
 mod assess;
+pub mod explain;
+pub mod forecast;
 mod graph;
 pub mod key;
 pub mod reason;
@@ -17,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::pipeline::plan::key::Outline;
+use crate::pipeline::plan::reason::Reason;
 use crate::pipeline::spec::{Experiment, StageSpec};
 use crate::pipeline::stage::ArtifactType;
 use crate::pipeline::store::{Digest, KeyParts, Store, StoreError, StoredResult, source_digest};
@@ -86,8 +89,8 @@ pub struct Node {
     pub files: BTreeMap<String, Digest>,
     /// What a run would do.
     pub state: State,
-    /// Why, shortest first; for people.
-    pub reasons: Vec<String>,
+    /// Why, the nearest first.
+    pub reasons: Vec<Reason>,
     /// What would save the user a part of the run.
     pub hint: Option<String>,
     /// The result, where it is cached.
@@ -160,6 +163,11 @@ impl Node {
     /// The name by which it is shown.
     pub fn name(&self) -> &NodeName {
         &self.names[0]
+    }
+
+    /// The node that makes the input which the stage names so.
+    pub fn producer(&self, reference: &str) -> Option<usize> {
+        self.edge(reference).map(|edge| edge.from)
     }
 
     /// The edge that a reference of its stage is.
@@ -303,7 +311,7 @@ mod tests {
         assert_eq!(plan.nodes[0].names.len(), 3);
         assert_eq!(plan.nodes[2].names.iter().map(|name| name.experiment.as_str()).collect::<Vec<_>>(), ["a", "b"]);
         assert_eq!(plan.trials[2].stages, BTreeMap::from([("data".into(), 0), ("train".into(), 2)]));
-        assert!(plan.nodes.iter().all(|node| node.state == State::Run && node.reasons == ["never run"]));
+        assert!(plan.nodes.iter().all(|node| node.state == State::Run && node.reasons == [Reason::NeverRun]));
         assert!(plan.nodes[0].key.is_some() && plan.nodes[1].key.is_none());
     }
 

@@ -6,9 +6,10 @@
 use std::fmt;
 use std::path::Path;
 
+use serde::{Serialize, Serializer};
 use serde_json::Value;
 
-use crate::pipeline::store::{Digest, KeyParts};
+use crate::pipeline::store::{Digest, KeyParts, Manifest, Reached};
 
 /// The characters of a value that are shown.
 const SHOWN: usize = 40;
@@ -18,8 +19,18 @@ const SHOWN: usize = 40;
 pub enum Reason {
     /// No run under any of its names is recorded.
     NeverRun,
+    /// No run of its trial is recorded, and there are runs of other trials of the experiment.
+    NewTrial,
     /// A run was stopped before its end.
-    Interrupted,
+    Interrupted {
+        /// How far it had come, where that was written down.
+        reached: Option<Reached>,
+    },
+    /// The last attempt failed.
+    Failed {
+        /// The first line of its error.
+        error: String,
+    },
     /// The result is there and is not what was stored.
     Damaged {
         /// What is wrong.
@@ -31,7 +42,9 @@ pub enum Reason {
         reason: String,
     },
     /// Nothing changed, but the result is not in the store.
-    Gone,
+    Removed,
+    /// Something changed since the last run, and of its result nothing is left that would say what.
+    ChangedSinceRemoved,
     /// The stage is of another kind now.
     Kind {
         /// The kind before.
@@ -59,13 +72,17 @@ pub enum Reason {
     },
     /// The content of a file changed.
     File {
-        /// The file.
-        name: String,
+        /// The file, absolute.
+        path: String,
     },
     /// An input is there and is not what it was.
     InputDiffers {
         /// As the stage names it.
         reference: String,
+        /// The output of the producer.
+        output: String,
+        /// As the stage named it before, where that was otherwise.
+        was: Option<String>,
     },
     /// An input is made in this run.
     InputRuns {
@@ -84,16 +101,32 @@ impl Reason {
     pub fn rests_on_a_run(&self) -> bool {
         matches!(self, Self::InputRuns { .. } | Self::InputMayRun { .. })
     }
+
+    /// The input in which the reason lies, if it lies in one.
+    pub fn input(&self) -> Option<&str> {
+        match self {
+            Self::InputDiffers { reference, .. } | Self::InputRuns { reference } | Self::InputMayRun { reference } => {
+                Some(reference)
+            }
+            _ => None,
+        }
+    }
 }
 
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NeverRun => write!(f, "never run"),
-            Self::Interrupted => write!(f, "was interrupted"),
+            Self::NewTrial => write!(f, "new trial"),
+            Self::Interrupted { reached: None } => write!(f, "was interrupted"),
+            Self::Interrupted { reached: Some(Reached { done, total, unit }) } => {
+                write!(f, "was interrupted at {done} of {total} {unit}")
+            }
+            Self::Failed { error } => write!(f, "failed last time: {error}"),
             Self::Damaged { what } => write!(f, "its result is damaged: {what}"),
             Self::Accepted { reason } => write!(f, "accepted: {reason}"),
-            Self::Gone => write!(f, "its result is no longer in the store"),
+            Self::Removed => write!(f, "its result was removed"),
+            Self::ChangedSinceRemoved => write!(f, "changed since its last run, whose result was removed"),
             Self::Kind { old, new } => write!(f, "kind changed ({old} => {new})"),
             Self::Version { of, old: Some(old), new: Some(new) } => write!(f, "{of} v{old} => v{new}"),
             Self::Version { of, old: None, new: Some(new) } => write!(f, "{of} v{new} is new"),
@@ -105,26 +138,61 @@ impl fmt::Display for Reason {
             Self::Parameter { path, old, .. } => {
                 write!(f, "{path} removed ({})", old.as_ref().map_or_else(String::new, shown))
             }
-            Self::File { name } => write!(f, "file {name} changed"),
-            Self::InputDiffers { reference } => write!(f, "input `{reference}` now differs"),
+            Self::File { path } => write!(f, "file {} changed", beneath_here(Path::new(path)).display()),
+            Self::InputDiffers { reference, output, was } => {
+                write!(f, "input `{reference}` now differs")?;
+                match (reference.contains('.'), was) {
+                    (_, Some(was)) => write!(f, " (it was `{was}`)"),
+                    (false, None) => write!(f, " (its output `{output}`)"),
+                    (true, None) => Ok(()),
+                }
+            }
             Self::InputRuns { reference } => write!(f, "input `{reference}` runs"),
             Self::InputMayRun { reference } => write!(f, "input `{reference}` may run"),
         }
     }
 }
 
+impl Serialize for Reason {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// A path as people see it from the folder in which they are: relative where it lies below.
+fn beneath_here(path: &Path) -> &Path {
+    let here = std::env::current_dir().ok();
+    here.and_then(|here| path.strip_prefix(here).ok()).unwrap_or(path)
+}
+
 fn shown(value: &Value) -> String {
-    let text = match value.get("$input").or_else(|| value.get("$file")) {
-        Some(Value::String(text)) => text.clone(),
-        _ => match value.as_f64().filter(|number| number.abs() < 1e-3 && *number != 0.0) {
+    let text = plain(value);
+    match text.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
+    }
+}
+
+/// A value as people write it; edges and files by their names.
+fn plain(value: &Value) -> String {
+    match value {
+        Value::Object(fields) => {
+            if let Some(Value::String(text)) =
+                fields.get("as").or_else(|| fields.get("$input")).or_else(|| fields.get("$file"))
+            {
+                return text.clone();
+            }
+            let fields: Vec<String> = fields.iter().map(|(name, value)| format!("{name} = {}", plain(value))).collect();
+            format!("{{ {} }}", fields.join(", "))
+        }
+        Value::Array(items) => format!("[{}]", items.iter().map(plain).collect::<Vec<_>>().join(", ")),
+        Value::Number(number) => match number.as_f64().filter(|number| number.abs() < 1e-3 && *number != 0.0) {
             // As people write learning rates.
             Some(number) => format!("{number:e}"),
             None => value.to_string(),
         },
-    };
-    match text.char_indices().nth(SHOWN) {
-        Some((end, _)) => format!("{}...", &text[..end]),
-        None => text,
+        Value::Null => "nothing".to_owned(),
+        other => other.to_string(),
     }
 }
 
@@ -132,7 +200,12 @@ fn shown(value: &Value) -> String {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum InputNow {
     /// It is there.
-    Is(Digest),
+    Is {
+        /// The digest of its content.
+        digest: Digest,
+        /// The output of the producer.
+        output: String,
+    },
     /// It is made in this run.
     Runs,
     /// It may be made in this run.
@@ -153,12 +226,14 @@ pub struct Now<'a> {
 
 impl Now<'_> {
     /// Every difference to what the stage was, the stage's own first.
-    pub fn differences(&self, before: &KeyParts) -> Vec<Reason> {
+    pub fn differences(&self, last: &Manifest) -> Vec<Reason> {
+        let before = &last.parts;
         if before.kind != self.parts.kind {
             return vec![Reason::Kind { old: before.kind.clone(), new: self.parts.kind.clone() }];
         }
         let mut found = Vec::new();
-        self.compare("", Some(self.params), Some(&before.params), &mut found);
+        let before_by_name = Some(&last.params);
+        self.compare("", Some(self.params), Some(&before.params), before_by_name, &mut found);
         let mut version = |of: String, old: Option<u32>, new: Option<u32>| {
             if old != new {
                 found.push(Reason::Version { of, old, new });
@@ -180,28 +255,26 @@ impl Now<'_> {
         found
     }
 
-    /// Reasons that lie in inputs which are not there yet.
-    pub fn pending_inputs(&self) -> Vec<Reason> {
-        let mut found: Vec<Reason> = crate::pipeline::stage::references(self.params)
-            .into_iter()
-            .filter_map(|(reference, _)| match (self.input)(&reference) {
-                InputNow::Is(_) => None,
-                InputNow::Runs => Some(Reason::InputRuns { reference }),
-                InputNow::MayRun => Some(Reason::InputMayRun { reference }),
-            })
-            .collect();
-        found.sort_by_key(rank);
-        found
-    }
-
-    fn compare(&self, path: &str, new: Option<&Value>, old: Option<&Value>, found: &mut Vec<Reason>) {
+    /// Compares what stands at a path now with what stood there, whose edges are digests, and `named`, whose edges are names.
+    fn compare(
+        &self,
+        path: &str,
+        new: Option<&Value>,
+        old: Option<&Value>,
+        named: Option<&Value>,
+        found: &mut Vec<Reason>,
+    ) {
         let tagged =
             |value: Option<&Value>, tag: &str| value.and_then(|value| value.get(tag)?.as_str().map(str::to_owned));
         match (new, old) {
             (Some(new), Some(_)) if new.get("$input").is_some() => {
                 if let (Some(reference), Some(before)) = (tagged(Some(new), "$input"), tagged(old, "$input")) {
                     found.extend(match (self.input)(&reference) {
-                        InputNow::Is(digest) => (digest.0 != before).then_some(Reason::InputDiffers { reference }),
+                        InputNow::Is { digest, .. } if digest.0 == before => None,
+                        InputNow::Is { output, .. } => {
+                            let was = tagged(named, "$input").filter(|was| *was != reference);
+                            Some(Reason::InputDiffers { reference, output, was })
+                        }
                         InputNow::Runs => Some(Reason::InputRuns { reference }),
                         InputNow::MayRun => Some(Reason::InputMayRun { reference }),
                     });
@@ -209,16 +282,14 @@ impl Now<'_> {
                 }
             }
             (Some(new), Some(_)) if new.get("$file").is_some() => {
-                if let (Some(file), Some(before)) = (tagged(Some(new), "$file"), tagged(old, "$file")) {
-                    let placed = tagged(Some(new), "as");
-                    let same = (self.file)(&file).is_some_and(|digest| digest.0 == before);
-                    if !same {
-                        let name = Path::new(&file).file_name().map(|name| name.to_string_lossy().into_owned());
-                        found.push(Reason::File { name: placed.or(name).unwrap_or(file) });
-                    } else if placed != tagged(old, "as") {
+                if let (Some(path_now), Some(before)) = (tagged(Some(new), "$file"), tagged(old, "$file")) {
+                    let (placed, placed_before) = (tagged(Some(new), "as"), tagged(old, "as"));
+                    if placed != placed_before {
                         let text = |placed: Option<String>| placed.map(Value::String);
-                        let (old, new) = (text(tagged(old, "as")), text(placed));
+                        let (old, new) = (text(placed_before), text(placed));
                         found.push(Reason::Parameter { path: path.to_owned(), old, new });
+                    } else if (self.file)(&path_now).is_none_or(|digest| digest.0 != before) {
+                        found.push(Reason::File { path: path_now });
                     }
                     return;
                 }
@@ -228,13 +299,15 @@ impl Now<'_> {
                 names.sort();
                 names.dedup();
                 for name in names {
-                    self.compare(&join(path, name), new.get(name), old.get(name), found);
+                    let named = named.and_then(|named| named.get(name));
+                    self.compare(&join(path, name), new.get(name), old.get(name), named, found);
                 }
                 return;
             }
             (Some(Value::Array(new)), Some(Value::Array(old))) if new.len() == old.len() => {
                 for (at, (new, old)) in new.iter().zip(old).enumerate() {
-                    self.compare(&join(path, &at.to_string()), Some(new), Some(old), found);
+                    let named = named.and_then(|named| named.get(at));
+                    self.compare(&join(path, &at.to_string()), Some(new), Some(old), named, found);
                 }
                 return;
             }
@@ -243,7 +316,9 @@ impl Now<'_> {
             (new, old) if new == old => return,
             _ => {}
         }
-        found.push(Reason::Parameter { path: path.to_owned(), old: old.cloned(), new: new.cloned() });
+        // What was there is shown by its names, not by the digests that stand for them.
+        let old = old.map(|old| named.unwrap_or(old).clone());
+        found.push(Reason::Parameter { path: path.to_owned(), old, new: new.cloned() });
     }
 }
 
@@ -254,19 +329,25 @@ fn join(path: &str, name: &str) -> String {
 /// The user's own changes come first, then code, then what follows from changes elsewhere.
 fn rank(reason: &Reason) -> u8 {
     match reason {
-        Reason::Damaged { .. } | Reason::Interrupted => 0,
+        Reason::Damaged { .. } | Reason::Interrupted { .. } | Reason::Failed { .. } => 0,
         Reason::Kind { .. } | Reason::Parameter { .. } => 1,
         Reason::File { .. } => 2,
         Reason::Version { .. } => 3,
         Reason::InputDiffers { .. } => 4,
         Reason::InputRuns { .. } => 5,
         Reason::InputMayRun { .. } => 6,
-        Reason::Gone | Reason::NeverRun | Reason::Accepted { .. } => 7,
+        Reason::Removed
+        | Reason::ChangedSinceRemoved
+        | Reason::NeverRun
+        | Reason::NewTrial
+        | Reason::Accepted { .. } => 7,
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use serde_json::json;
 
     use super::*;
@@ -276,40 +357,60 @@ mod tests {
         KeyParts { kind: "sft".into(), version, parts: vec![part], params, rng_abi: 1 }
     }
 
+    fn made(parts: KeyParts, params: Value) -> Manifest {
+        Manifest {
+            key: Digest("k".into()),
+            recipe: Digest("r".into()),
+            parts,
+            params,
+            inputs: BTreeMap::new(),
+            outputs: Vec::new(),
+            seconds: 1.0,
+            attempts: 1,
+            finished: String::new(),
+            numerics: BTreeMap::new(),
+            metrics: BTreeMap::new(),
+            accepted: None,
+        }
+    }
+
     #[test]
     fn each_sort_of_change_is_said_in_its_own_words() {
         let params = json!({
             "learning_rate": 2e-5, "steps": 10.0, "rewards": {"a": {"weight": 1}}, "list": [1, 2], "gone": null,
-            "data": {"$file": "/home/me/data.jsonl"}, "model": {"$input": "sft", "wants": "checkpoint"},
+            "data": {"$file": "/home/me/data.jsonl"}, "files": [{"$file": "/a", "as": "a"}, {"$file": "/b", "as": "b"}], "model": {"$input": "sft", "wants": "checkpoint"},
             "tokens": {"$input": "tokens"}, "tokenizer": {"$input": "tokenizer"},
         });
         let before = json!({
             "learning_rate": 1e-5, "steps": 10, "rewards": {"b": {"weight": 1}}, "list": [1], "gone": null,
-            "data": {"$file": "aa"}, "model": {"$input": "bb"}, "tokens": {"$input": "cc"}, "tokenizer": {"$input": "dd"},
+            "data": {"$file": "aa"}, "files": [{"$file": "other", "as": "a"}], "model": {"$input": "bb"}, "tokens": {"$input": "cc"}, "tokenizer": {"$input": "dd"},
         });
         let now = Now {
             parts: &parts(2, Part::new("task.maze", 2), json!({})),
             params: &params,
             input: &|reference| match reference {
-                "sft" => InputNow::Is(Digest("other".into())),
+                "sft" => InputNow::Is { digest: Digest("other".into()), output: "last".into() },
                 "tokens" => InputNow::Runs,
-                _ => InputNow::Is(Digest("dd".into())),
+                _ => InputNow::Is { digest: Digest("dd".into()), output: "tokenizer".into() },
             },
             file: &|_| Some(Digest("other".into())),
         };
-        let found = now.differences(&parts(1, Part::new("task.maze", 1), before));
+        let named = json!({"model": {"$input": "base"}, "list": [1], "rewards": {"b": {"weight": 1}},
+            "files": [{"$file": "/a", "as": "a"}]});
+        let found = now.differences(&made(parts(1, Part::new("task.maze", 1), before), named));
         let found: Vec<String> = found.iter().map(ToString::to_string).collect();
         assert_eq!(
             found,
             [
+                "files changed ([a] => [a, b])",
                 "learning_rate changed (1e-5 => 2e-5)",
-                "list changed ([1] => [1,2])",
-                "rewards.a added ({\"weight\":1})",
-                "rewards.b removed ({\"weight\":1})",
-                "file data.jsonl changed",
+                "list changed ([1] => [1, 2])",
+                "rewards.a added ({ weight = 1 })",
+                "rewards.b removed ({ weight = 1 })",
+                "file /home/me/data.jsonl changed",
                 "kind sft v1 => v2",
                 "task.maze v1 => v2",
-                "input `sft` now differs",
+                "input `sft` now differs (it was `base`)",
                 "input `tokens` runs",
             ]
         );
@@ -318,6 +419,7 @@ mod tests {
     #[test]
     fn long_values_are_cut() {
         assert_eq!(shown(&json!("é".repeat(90))).chars().count(), SHOWN + 3);
+        assert_eq!(shown(&json!({"on": true, "rate": 1e-5})), "{ on = true, rate = 1e-5 }");
         assert_eq!(shown(&json!({"$input": "sft"})), "sft");
     }
 }

@@ -30,6 +30,19 @@ pub(super) struct Document {
     pub(super) root: Node,
     /// The parameters that only an overlay has: nothing of the pipeline can rest on them.
     pub(super) overlaid_params: BTreeSet<Arc<str>>,
+    /// The texts of its files, and whose each is.
+    pub(super) layers: Vec<(u32, Layer)>,
+}
+
+/// Whose file a text is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Layer {
+    /// The pipeline's, or one that it extends.
+    Pipeline,
+    /// One that the experiment extends.
+    Extends,
+    /// The experiment's own.
+    Experiment,
 }
 
 /// Reads files and lays them over each other.
@@ -78,6 +91,8 @@ impl Composer {
         self.layers(file, None, Role::Experiment, &mut Vec::new(), &mut layers);
         let span = layers.overlays.last()?.span;
         let mut root = Node::empty(span);
+        let mut sources: Vec<(u32, Layer)> = vec![(span.source, Layer::Experiment)];
+        sources.extend(layers.overlays.iter().map(|layer| (layer.span.source, Layer::Extends)));
         let mut base_params = None;
         let mut whole = layers.whole;
         if let Some((pipeline, written)) = &layers.pipeline {
@@ -86,6 +101,7 @@ impl Composer {
             self.layers(&path, Some(*written), Role::Pipeline, &mut Vec::new(), &mut beneath);
             whole &= beneath.whole;
             beneath.overlays.iter().for_each(|layer| root.overlay(layer));
+            sources.extend(beneath.overlays.iter().map(|layer| (layer.span.source, Layer::Pipeline)));
             root.remove("description");
             base_params = Some(params(&root));
         }
@@ -104,7 +120,7 @@ impl Composer {
             let at = Span { start: 0, end: 0, ..span };
             self.report.add(Mistake::at(at, format!("`{name}` has no stages")).hint(hint).absent_stage());
         }
-        whole.then(|| Document { name, path: file.to_owned(), span, root, overlaid_params })
+        whole.then(|| Document { name, path: file.to_owned(), span, root, overlaid_params, layers: sources })
     }
 
     /// Every file that was read, by its absolute path.

@@ -6,8 +6,13 @@ use crate::pipeline::spec::{StageSpec, Trial};
 
 /// Every stage of a trial as one TOML document.
 pub fn resolved(trial: &Trial) -> String {
+    text(&resolved_value(trial))
+}
+
+/// Every stage of a trial as one plain value, as [`resolved`] writes it.
+pub fn resolved_value(trial: &Trial) -> Json {
     let stages = trial.stages.iter().map(|(name, spec)| (name.clone(), stage_value(spec)));
-    text(&Json::Object(Map::from_iter([("stages".to_owned(), Json::Object(stages.collect()))])))
+    Json::Object(Map::from_iter([("stages".to_owned(), Json::Object(stages.collect()))]))
 }
 
 /// One stage as a TOML document, `[stages.NAME]` and below.
@@ -32,8 +37,11 @@ fn as_written(value: Json) -> Option<Json> {
         Json::Null => None,
         Json::Array(items) => Some(Json::Array(items.into_iter().filter_map(as_written).collect())),
         Json::Object(mut fields) => {
-            if let Some(reference) = fields.remove("$input").or_else(|| fields.remove("$file")) {
-                return Some(reference);
+            // A file that is placed stands in the text as the place that it gets.
+            let path = fields.remove("$file");
+            let placed = path.is_some().then(|| fields.remove("as")).flatten();
+            if let Some(written) = placed.or(path).or_else(|| fields.remove("$input")) {
+                return Some(written);
             }
             Some(Json::Object(fields.into_iter().filter_map(|(key, value)| Some((key, as_written(value)?))).collect()))
         }

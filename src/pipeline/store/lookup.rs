@@ -41,6 +41,11 @@ impl Store {
         Ok(Lookup::Hit(Arc::new(manifest)))
     }
 
+    /// What stands in the manifest of `key`, whatever became of its objects; `None` where there is none that can be read.
+    pub fn manifest_of(&self, key: &Digest) -> Result<Option<Arc<Manifest>>, StoreError> {
+        Ok(self.manifest(key)?.and_then(Result::ok).map(Arc::new))
+    }
+
     /// The manifest of `key`: `None` where there is none, `Some(Err)` where it is damaged. Objects are not looked at.
     pub(super) fn manifest(&self, key: &Digest) -> Result<Option<Result<Manifest, String>>, StoreError> {
         let path = self.manifest_path(key);

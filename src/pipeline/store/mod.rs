@@ -71,7 +71,7 @@ pub use pins::Pin;
 pub use publish::{DraftOutput, ManifestDraft};
 pub use record::{RunRecord, TrialRecords};
 pub use verify::{Damage, Verification, VerifyReport};
-pub use work::{Attempts, Owner};
+pub use work::{Attempts, Owner, Reached};
 
 /// The layout that this program reads and writes.
 const FORMAT: &str = "1";

@@ -236,6 +236,11 @@ impl Store {
         Ok(stages)
     }
 
+    /// Whether anything of an experiment is recorded.
+    pub fn is_recorded(&self, experiment: &str) -> Result<bool, StoreError> {
+        Ok(!entries(&*self.disk, &self.folder("runs").join(segment(experiment)))?.is_empty())
+    }
+
     /// Every recorded stage of an experiment, by trial and stage.
     pub fn recorded_trials(&self, experiment: &str) -> Result<BTreeMap<String, TrialRecords>, StoreError> {
         let mut trials: BTreeMap<String, TrialRecords> = BTreeMap::new();

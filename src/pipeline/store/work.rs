@@ -30,6 +30,12 @@ pub struct Attempts {
     pub seconds: f64,
     /// What the last attempt computed with.
     pub numerics: BTreeMap<String, String>,
+    /// How far the last attempt had come when this was written.
+    #[serde(default)]
+    pub reached: Option<Reached>,
+    /// The first line of the error of the last attempt, where it failed.
+    #[serde(default)]
+    pub error: Option<String>,
     /// Who makes the attempt that runs now; for people alone, since only the lock tells whether one runs.
     #[serde(default)]
     pub owner: Option<Owner>,
@@ -55,6 +61,17 @@ impl Owner {
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
         Self { process: std::process::id(), host, since, progress: None }
     }
+}
+
+/// How far a stage has come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reached {
+    /// Units done.
+    pub done: u64,
+    /// Units in all.
+    pub total: u64,
+    /// What is counted, as `steps`.
+    pub unit: String,
 }
 
 impl Store {

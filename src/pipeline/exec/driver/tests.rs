@@ -96,7 +96,8 @@ impl Place {
     /// State and reasons by stage.
     fn plan_says(&self, experiments: &[Experiment]) -> Vec<(String, State, Vec<String>)> {
         let nodes = self.plan(experiments).nodes.into_iter();
-        nodes.map(|node| (node.name().stage.clone(), node.state, node.reasons)).collect()
+        let said = |node: &Node| node.reasons.iter().map(ToString::to_string).collect();
+        nodes.map(|node| (node.name().stage.clone(), node.state, said(&node))).collect()
     }
 }
 
@@ -157,7 +158,7 @@ fn a_changed_file_is_a_reason() {
     place.run(&toys(vec![with_file("a", &file)]));
     std::fs::write(&file, "two").unwrap();
     let says = place.plan_says(&toys(vec![with_file("a", &file)]));
-    assert_eq!(says, [("a".into(), State::Run, vec!["file data.jsonl changed".into()])]);
+    assert_eq!(says, [("a".into(), State::Run, vec![format!("file {} changed", file.display())])]);
 }
 
 #[test]
@@ -226,7 +227,7 @@ fn an_interrupted_stage_saves_and_goes_on_at_the_next_run() {
     assert!(came.events.iter().any(|event| matches!(event, Event::Interrupted { .. })));
     let says = place.plan_says(&stages());
     assert_eq!(says[0].1, State::Resume);
-    assert_eq!(says[0].2, ["was interrupted"]);
+    assert_eq!(says[0].2, ["was interrupted at 1 of 2 waits"]);
     place.options.interrupt = Arc::default();
     assert_eq!(place.run(&stages()).outcome.run, 2);
 }
