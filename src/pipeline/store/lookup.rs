@@ -117,15 +117,17 @@ impl Store {
     }
 
     /// Puts aside what is damaged of the result of the lock's key, so that the next run rebuilds it. `what` is kept beside it.
+    /// Gives whether anything was.
     ///
     /// It needs the lock, because between a look and a rename another process could have rebuilt the result, and what is
     /// whole would be lost. The manifest goes first, so that a kill in between leaves a miss.
-    pub fn quarantine(&self, lock: &KeyLock, what: &str) -> Result<(), StoreError> {
+    pub fn quarantine(&self, lock: &KeyLock, what: &str) -> Result<bool, StoreError> {
         let key = lock.key();
         let mut bad_objects = Vec::new();
         match self.manifest(key)? {
-            None => return Ok(()),
+            None => return Ok(false),
             Some(Err(_)) => {}
+            Some(Ok(manifest)) if !manifest.key_is_right() => {}
             Some(Ok(manifest)) => {
                 for output in &manifest.outputs {
                     if self.verify_object(output)?.is_err() {
@@ -133,7 +135,7 @@ impl Store {
                     }
                 }
                 if bad_objects.is_empty() {
-                    return Ok(());
+                    return Ok(false);
                 }
             }
         }
@@ -142,7 +144,7 @@ impl Store {
         for digest in bad_objects {
             self.move_bad_object(&digest, &aside)?;
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Puts a damaged object aside, whichever results it belongs to. It does nothing to one that is whole.
@@ -333,5 +335,19 @@ mod tests {
         }
         let asked = sandbox.store.verify(Some(&[key(1)]), &mut |_, _| ()).unwrap();
         assert_eq!(keys(&asked.missing), [key(1)]);
+        assert_eq!(sandbox.store.repair(&asked).unwrap(), 0, "there is nothing to put aside");
+    }
+
+    #[test]
+    fn a_result_whose_key_is_not_the_hash_of_its_parts_is_put_aside() {
+        let sandbox = Sandbox::new();
+        sandbox.publish(1, &[("data", "one")]);
+        let path = sandbox.store.manifest_path(&key(1));
+        let mut value = serde_json::to_value(&*sandbox.store.manifest_of(&key(1)).unwrap().unwrap()).unwrap();
+        value["parts"]["version"] = 2.into();
+        std::fs::write(&path, sealed::seal(&serde_json::to_vec(&value).unwrap())).unwrap();
+        let report = sandbox.store.verify(None, &mut |_, _| ()).unwrap();
+        assert_eq!((report.damaged.len(), sandbox.store.repair(&report).unwrap()), (1, 1));
+        assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Miss));
     }
 }
