@@ -177,12 +177,20 @@ impl Store {
                 continue;
             }
             let living = name.starts_with(LIVING) && {
-                // It may have ended just now and bear its other name.
-                if !self.disk.is_there(&path) {
-                    continue;
+                let file = match self.disk.open_lock_there(&path) {
+                    Ok(file) => file,
+                    // It has ended just now and bears its other name.
+                    Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                    Err(error) => return Err(error).at("open the lock", &path),
+                };
+                match file.try_lock_shared() {
+                    Ok(()) => {
+                        drop(FileLock(file));
+                        false
+                    }
+                    Err(TryLockError::WouldBlock) => true,
+                    Err(TryLockError::Error(error)) => return Err(error).at("lock", &path),
                 }
-                let file = self.disk.open_lock(&path).at("open the lock", &path)?;
-                matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock))
             };
             found.push((path, living));
         }
@@ -216,7 +224,12 @@ impl Store {
             let folder = self.folder("leases");
             let path = self.disk.beside(&folder, LIVING, &|path| self.disk.create(path, b"")).at("write", &folder)?;
             let file = self.disk.open_lock(&path).at("open the lock", &path)?;
-            file.try_lock().map_err(std::io::Error::from).at("lock", &path)?;
+            // Whoever reads the leases just now holds it for a moment.
+            while let Err(error) = file.lock() {
+                if error.kind() != ErrorKind::Interrupted {
+                    return Err(error).at("lock", &path);
+                }
+            }
             *lease = Some(Taken { path, lock: FileLock(file), keys: HashSet::new() });
         }
         let taken = lease.as_mut().expect("it was taken just now");

@@ -496,6 +496,11 @@ impl Disk for Volatile {
         let name = blake3::hash(path.as_os_str().as_encoded_bytes()).to_hex();
         File::options().read(true).write(true).create(true).truncate(false).open(self.locks.path().join(name.as_str()))
     }
+
+    fn open_lock_there(&self, path: &Path) -> io::Result<File> {
+        self.stat(path)?;
+        self.open_lock(path)
+    }
 }
 
 #[cfg(test)]
