@@ -46,7 +46,8 @@ impl Store {
         Ok(self.manifest(key)?.and_then(Result::ok).map(Arc::new))
     }
 
-    /// The manifest of `key`: `None` where there is none, `Some(Err)` where it is damaged. Objects are not looked at.
+    /// The manifest of `key`: `None` where there is none, `Some(Err)` where it is damaged. Objects are not looked at. One that
+    /// is whole and that this program does not understand is an error.
     pub(super) fn manifest(&self, key: &Digest) -> Result<Option<Result<Manifest, String>>, StoreError> {
         let path = self.manifest_path(key);
         let bytes =
@@ -65,7 +66,11 @@ impl Store {
         match serde_json::from_slice::<Manifest>(&body) {
             Ok(manifest) if manifest.key == *key => Ok(Some(Ok(manifest))),
             Ok(_) => damaged("is that of another key"),
-            Err(error) => damaged(&format!("cannot be understood: {error}")),
+            // It is as it was written, so another program understands it.
+            Err(error) => {
+                let problem = format!("was written by another version of this program: {error}; use that version");
+                Err(StoreError::unfit(&path, problem))
+            }
         }
     }
 
@@ -305,6 +310,18 @@ mod tests {
         sandbox.store.quarantine_object(&manifest.outputs[0].digest, "a false alarm").unwrap();
         assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Hit(_)));
         assert_eq!(std::fs::read_dir(sandbox.store.root().join("quarantine")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_whole_manifest_of_another_version_is_no_damage() {
+        let sandbox = Sandbox::new();
+        sandbox.publish(1, &[("data", "one")]);
+        let path = sandbox.store.manifest_path(&key(1));
+        std::fs::write(&path, sealed::seal(br#"{"key":{"of":"tomorrow"}}"#)).unwrap();
+        let error = sandbox.store.lookup(&key(1)).unwrap_err().to_string();
+        assert!(error.contains("another version of this program"), "{error}");
+        assert!(sandbox.store.quarantine(&sandbox.store.lock(&key(1)).unwrap(), "it is new").is_err());
+        assert!(path.exists());
     }
 
     #[test]
