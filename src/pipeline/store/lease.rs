@@ -197,16 +197,24 @@ impl Store {
         Ok(found)
     }
 
-    /// The folded records; none where they are damaged, so that results only look newer than they are.
+    /// The folded records. Damaged ones are an error: without them results look older than they are.
     fn folded(&self) -> Result<BTreeMap<Digest, Timestamp>, StoreError> {
         #[derive(serde::Deserialize)]
         struct OnDisk {
             uses: BTreeMap<Digest, Timestamp>,
         }
-        let bytes = self.bytes_of(&self.folder("leases").join(FOLDED))?;
+        let path = self.folder("leases").join(FOLDED);
+        let bytes = match self.disk.read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(BTreeMap::new()),
+            Err(error) => return Err(error).at("read", &path),
+        };
         let body = sealed::open(&bytes);
-        let on_disk = body.and_then(|body| serde_json::from_slice::<OnDisk>(&body).ok());
-        Ok(on_disk.map(|on_disk| on_disk.uses).unwrap_or_default())
+        let on_disk = body.and_then(|body| serde_json::from_slice::<OnDisk>(&body).ok()).ok_or_else(|| {
+            let problem = "does not say when results were last used; remove it, and they count as used when they were made";
+            StoreError::unfit(&path, problem)
+        })?;
+        Ok(on_disk.uses)
     }
 
     /// Appends to the lease; the caller holds `locks/store`.
@@ -358,6 +366,18 @@ mod tests {
         let after = sandbox.store.last_uses().unwrap();
         assert_eq!(ended(&sandbox), 0);
         assert_eq!(after, before.into_iter().filter(|(one, _)| [key(1), key(9)].contains(one)).collect());
+    }
+
+    #[test]
+    fn a_damaged_record_of_use_stops_the_collection() {
+        let sandbox = Sandbox::new();
+        let path = sandbox.store.folder("leases").join(FOLDED);
+        assert!(sandbox.store.last_uses().unwrap().is_empty());
+        for bytes in ["", "{}"] {
+            std::fs::write(&path, bytes).unwrap();
+            let error = sandbox.store.plan_gc(&Default::default(), &|_, _| ()).unwrap_err().to_string();
+            assert!(error.contains("used.json` does not say"), "{error}");
+        }
     }
 
     #[test]
