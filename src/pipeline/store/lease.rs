@@ -1,7 +1,8 @@
 //! Which results running processes rest on, so that none is collected under them; and when each was last used.
 //!
 //! ```text
-//! leases/run-<random>   a process at work: the keys that it rests on, one a line; it holds the file's lock while it lives
+//! leases/run-<random>   a process at work: the keys that it rests on, and the objects that it reads whatever becomes of their
+//!                       results, one a line; it holds the file's lock while it lives
 //! leases/<digest>       what an ended process rested on, named by its keys; its last line says until when
 //! leases/used.json      the same of many processes, folded together by the collector
 //! locks/store           held shared, for moments, by whoever publishes or takes a lease; alone by the collector
@@ -92,7 +93,8 @@ impl Store {
         Ok(Hold { store: self, _lock: lock })
     }
 
-    /// Writes down that this process rests on the results of `keys` until it ends. Look them up after it, not before.
+    /// Writes down that this process rests on the results of `keys`, which may be objects as well, until it ends. Look them up
+    /// after it, not before.
     pub fn lease(&self, keys: &[&Digest]) -> Result<(), StoreError> {
         let known = self.lease.0.lock().unwrap_or_else(PoisonError::into_inner);
         if known.as_ref().is_some_and(|taken| keys.iter().all(|key| taken.keys.contains(*key))) {
@@ -125,7 +127,7 @@ impl Store {
         Ok(Alone { _store: lock("store")?, _door: door })
     }
 
-    /// The keys that living processes rest on. Certain only for whoever is [`Store::alone`].
+    /// The keys and objects that living processes rest on. Certain only for whoever is [`Store::alone`].
     pub(super) fn leased(&self) -> Result<HashSet<Digest>, StoreError> {
         let mut keys = HashSet::new();
         for (path, living) in self.leases()? {
