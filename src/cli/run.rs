@@ -72,6 +72,7 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     };
     check_names(args, &experiments, session)?;
     watch_signals(session, &options.interrupt, &options.kill)?;
+    let most_failures = options.most_failures;
     let mut whole = Outcome::default();
     let mut ran = BTreeSet::new();
     let mut known = HashSet::new();
@@ -87,11 +88,16 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         same_arms(session, &plan, these)?;
         let again = |node: &&Node| node.state == State::Cached && known.contains(&node.recipe);
         let shared = plan.nodes.iter().filter(again).count();
-        let Some(options) = phase(&options, &plan, these) else { break plan };
+        let Some(mut options) = phase(&options, &plan, these) else { break plan };
+        options.most_failures = options.most_failures.map(|most| most - whole.failed);
         let outcome = execute(&plan, &store, &options, session)?;
         known.extend(plan.nodes.iter().map(|node| node.recipe.clone()));
         add(&mut whole, &outcome, shared);
-        if outcome.skipped > 0 || outcome.interrupted > 0 || experiments.iter().all(|one| one.tuning.is_none()) {
+        let is_over = outcome.skipped > 0
+            || outcome.interrupted > 0
+            || most_failures.is_some_and(|most| whole.failed >= most)
+            || experiments.iter().all(|one| one.tuning.is_none());
+        if is_over {
             break plan;
         }
         ran.extend(plan.trials.iter().map(|trial| (trial.experiment.clone(), trial.trial.clone())));
