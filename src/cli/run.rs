@@ -100,7 +100,7 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         if is_over {
             break plan;
         }
-        ran.extend(plan.trials.iter().map(|trial| (trial.experiment.clone(), trial.trial.clone())));
+        ran.extend(these.iter().flat_map(tuning::identities));
         tuning::choose(session, &mut experiments, Some(&store))?;
         for experiment in experiments.iter() {
             if let Some(tuning) = &experiment.tuning {

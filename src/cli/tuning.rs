@@ -11,7 +11,7 @@ use crate::cli::failure::Failure;
 use crate::cli::results::StageResult;
 use crate::cli::{Session, render};
 use crate::pipeline::plan::{Plan, State};
-use crate::pipeline::spec::Experiment;
+use crate::pipeline::spec::{Experiment, Trial};
 use crate::pipeline::spec::tune::{Choice, Goal, Purpose, Tuning, TuningRun};
 use crate::pipeline::store::{Lookup, Store};
 
@@ -106,11 +106,25 @@ fn measured<'a>(
     Ok(runs)
 }
 
+/// A trial: its experiment, its name, and the candidate that it reports, which may become another.
+pub type Identity = (String, String, String);
+
+fn identity(experiment: &str, tuning: Option<&Tuning>, trial: &Trial) -> Identity {
+    let mut choices = tuning.into_iter().filter(|_| trial.purpose == Purpose::Report).flat_map(|tuning| &tuning.choices);
+    let chosen = choices.find(|choice| choice.arm == trial.arm).map(|choice| choice.chosen.clone());
+    (experiment.to_owned(), trial.name.clone(), chosen.unwrap_or_default())
+}
+
+/// The trials of an experiment as they are now.
+pub fn identities(experiment: &Experiment) -> impl Iterator<Item = Identity> {
+    experiment.trials.iter().map(|trial| identity(&experiment.name, experiment.tuning.as_ref(), trial))
+}
+
 /// The trials of `experiments` that are not among `ran`, those of experiments without any left out.
-pub fn not_yet_run(experiments: &[Experiment], ran: &BTreeSet<(String, String)>) -> Vec<Experiment> {
+pub fn not_yet_run(experiments: &[Experiment], ran: &BTreeSet<Identity>) -> Vec<Experiment> {
     let mut left = experiments.to_vec();
-    for Experiment { name, trials, .. } in &mut left {
-        trials.retain(|trial| !ran.contains(&(name.clone(), trial.name.clone())));
+    for Experiment { name, trials, tuning, .. } in &mut left {
+        trials.retain(|trial| !ran.contains(&identity(name, tuning.as_ref(), trial)));
     }
     left.retain(|experiment| !experiment.trials.is_empty());
     left
