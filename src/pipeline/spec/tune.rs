@@ -264,6 +264,13 @@ mod tests {
     }
 
     #[test]
+    fn nothing_that_the_metric_rests_on_reads_the_split_test() {
+        let told = swept(&format!("{SWEEP}[stages.score]\nothers = [\"final\"]\n")).bad("a.toml", &[]);
+        assert!(told.starts_with("error: the split `test` selects nothing"), "{told}");
+        assert!(told.contains("`final` reads `split = \"test\"`"), "{told}");
+    }
+
+    #[test]
     fn tuning_that_cannot_choose() {
         let mut told = Vec::new();
         for (old, new) in [
