@@ -79,8 +79,9 @@ impl Driver<'_, '_> {
             }
         };
         let began = Instant::now();
-        if let Some(timeout) = timeout {
-            self.alarms.set(node, began + timeout, Alarm::Timeout);
+        // A time so long that no clock shows its end never comes.
+        if let Some(moment) = timeout.and_then(|timeout| began.checked_add(timeout)) {
+            self.alarms.set(node, moment, Alarm::Timeout);
         }
         self.running.insert(node, Live { running, began, timed_out: false });
         Ok(())
