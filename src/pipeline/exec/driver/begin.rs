@@ -54,6 +54,8 @@ impl Driver<'_, '_> {
             self.inbox.push_back(Input::Elsewhere(node));
             return Ok(());
         }
+        // What was asked while it waited for another process is over.
+        self.alarms.cancel(node);
         // Whoever runs the stage takes it again, which is another process where the kind runs in the worker.
         drop(lock);
         let again = self.again.contains(&node);
