@@ -1,6 +1,7 @@
 //! `pipe run`: reads, plans, executes, and tells what happens while it does.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -108,7 +109,7 @@ fn in_parts(
     options: &Options,
     experiments: &mut [Experiment],
     whole: &mut Outcome,
-) -> Result<(Plan, bool), Failure> {
+) -> Result<(ManuallyDrop<Plan>, bool), Failure> {
     let wrong = |error: StoreError| Failure::input(&error).hint(store_hint(&session.store));
     let most_failures = options.most_failures;
     let mut ran = BTreeSet::new();
