@@ -36,7 +36,7 @@ impl Sweep {
         let assigned = |chosen: Vec<usize>| assignment(axes.iter().copied().zip(chosen));
         let assignments: Vec<Assignment> = self.kept(report).into_iter().map(assigned).collect();
         self.check_names(assignments.iter().map(|assignment| assignment.name.as_str()), report);
-        self.check_arms(&assignments, report);
+        self.check_arms(assignments.iter(), report);
         assignments
     }
 
@@ -64,12 +64,13 @@ impl Sweep {
     }
 
     /// Arms of one name would be averaged as one.
-    fn check_arms(&self, assignments: &[Assignment], report: &mut Report) {
+    pub(super) fn check_arms<'a>(&self, assignments: impl Iterator<Item = &'a Assignment>, report: &mut Report) {
         let seeds: Vec<&str> =
             self.axes.iter().filter(|axis| axis.is_seed()).map(|axis| axis.columns[0].name.as_str()).collect();
         let mut known: HashMap<&str, Vec<(&String, &Json)>> = HashMap::new();
-        let mut told = HashSet::new();
-        for Assignment { arm, values, .. } in assignments {
+        // Where their trials have one name too, that was told.
+        let (mut names, mut told) = (HashSet::new(), HashSet::new());
+        for Assignment { arm, values, .. } in assignments.filter(|one| names.insert(one.name.as_str())) {
             let own: Vec<(&String, &Json)> = values.iter().filter(|(path, _)| !seeds.contains(&path.as_str())).collect();
             if *known.entry(arm).or_insert_with(|| own.clone()) != own && told.insert(arm) {
                 let message = format!("two arms would both be called `{arm}`");
