@@ -101,8 +101,8 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Runs what was read, the trials that tune before those that they choose, and adds up in `whole` what came of it. Gives the
-/// last plan, and whether others were carried out before it.
+/// Runs what was read, the trials that tune before those that they choose, and adds up in `whole` what came of it.
+/// Gives the last plan, and whether others were carried out before it.
 fn in_parts(
     session: &Session,
     store: &Store,
