@@ -110,7 +110,8 @@ fn measured<'a>(
 pub type Identity = (String, String, String);
 
 fn identity(experiment: &str, tuning: Option<&Tuning>, trial: &Trial) -> Identity {
-    let mut choices = tuning.into_iter().filter(|_| trial.purpose == Purpose::Report).flat_map(|tuning| &tuning.choices);
+    let tuning = tuning.filter(|_| trial.purpose == Purpose::Report);
+    let mut choices = tuning.iter().flat_map(|tuning| &tuning.choices);
     let chosen = choices.find(|choice| choice.arm == trial.arm).map(|choice| choice.chosen.clone());
     (experiment.to_owned(), trial.name.clone(), chosen.unwrap_or_default())
 }
