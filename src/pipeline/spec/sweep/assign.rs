@@ -71,7 +71,8 @@ impl Sweep {
         // Where their trials have one name too, that was told.
         let (mut names, mut told) = (HashSet::new(), HashSet::new());
         for Assignment { arm, values, .. } in assignments.filter(|one| names.insert(one.name.as_str())) {
-            let own: Vec<(&String, &Json)> = values.iter().filter(|(path, _)| !seeds.contains(&path.as_str())).collect();
+            let own = values.iter().filter(|(path, _)| !seeds.contains(&path.as_str()));
+            let own: Vec<(&String, &Json)> = own.collect();
             if *known.entry(arm).or_insert_with(|| own.clone()) != own && told.insert(arm) {
                 let message = format!("two arms would both be called `{arm}`");
                 report.extend(self.key.map(|key| Mistake::at(key, message)));
