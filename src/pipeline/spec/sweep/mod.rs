@@ -160,7 +160,8 @@ fn check_overlap(axes: &[Axis], report: &mut Report) {
         }
         let is_around = |path: &[String]| path.starts_with(&column.segments) || column.segments.starts_with(path);
         if let Some((path, first)) = known.iter().find(|(path, _)| is_around(path)) {
-            let message = format!("`{}` and `{}` are swept, and one lies within the other", column.name, path.join("."));
+            let (name, other) = (&column.name, path.join("."));
+            let message = format!("`{name}` and `{other}` are swept, and one lies within the other");
             report.add(Mistake::at(column.key, message).also(*first, "the other is swept"));
         }
         known.insert(&column.segments, column.key);
