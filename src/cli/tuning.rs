@@ -11,8 +11,8 @@ use crate::cli::failure::Failure;
 use crate::cli::results::StageResult;
 use crate::cli::{Session, render};
 use crate::pipeline::plan::{Plan, State};
-use crate::pipeline::spec::{Experiment, Trial};
 use crate::pipeline::spec::tune::{Choice, Goal, Purpose, Tuning, TuningRun};
+use crate::pipeline::spec::{Experiment, Trial};
 use crate::pipeline::store::{Lookup, Store};
 
 /// What was tuned and how, as tables show it and stores keep it.
@@ -81,12 +81,7 @@ fn split(tuning: &Tuning) -> (&str, &str) {
 }
 
 /// What the tuning trials of an experiment have measured so far, by trial.
-fn measured<'a>(
-    experiment: &str,
-    tuning: &Tuning,
-    plan: &'a Plan,
-    store: &Store,
-) -> Result<Runs<'a>, Failure> {
+fn measured<'a>(experiment: &str, tuning: &Tuning, plan: &'a Plan, store: &Store) -> Result<Runs<'a>, Failure> {
     let (stage, metric) = split(tuning);
     let mut runs = BTreeMap::new();
     for trial in plan.trials.iter().filter(|trial| trial.experiment == experiment) {

@@ -213,7 +213,8 @@ impl Store {
         };
         let body = sealed::open(&bytes);
         let on_disk = body.and_then(|body| serde_json::from_slice::<OnDisk>(&body).ok()).ok_or_else(|| {
-            let problem = "does not say when results were last used; remove it, and they count as used when they were made";
+            let problem =
+                "does not say when results were last used; remove it, and they count as used when they were made";
             StoreError::unfit(&path, problem)
         })?;
         Ok(on_disk.uses)

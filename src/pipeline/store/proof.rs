@@ -105,7 +105,7 @@ impl Play {
     fn every_stage(&mut self) {
         for number in KEYS {
             self.act(|store, _| match store.lookup(&key(number))? {
-                Lookup::Damaged { what } => store.quarantine(&store.lock(&key(number))?, &what),
+                Lookup::Damaged { what } => store.quarantine(&store.lock(&key(number))?, &what).map(drop),
                 _ => Ok(()),
             });
             self.publish(number);
