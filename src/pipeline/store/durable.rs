@@ -67,7 +67,7 @@ impl dyn Disk + '_ {
             match make(&path) {
                 Ok(()) => return Ok(path),
                 // An earlier process of this number, or one of another host, was killed in the middle of the same.
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                Err(error) if matches!(error.kind(), ErrorKind::AlreadyExists | ErrorKind::DirectoryNotEmpty) => {}
                 Err(error) => {
                     let _ = self.remove_file(&path);
                     return Err(error);
@@ -128,5 +128,26 @@ impl dyn Disk + '_ {
     /// Whether there is anything of this name.
     pub(super) fn is_there(&self, path: &Path) -> bool {
         self.stat(path).is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::disk::Native;
+    use super::*;
+
+    #[test]
+    fn a_name_that_a_killed_process_has_left_is_passed_over() {
+        let place = tempfile::tempdir().unwrap();
+        let disk: &dyn Disk = &Native;
+        let first = disk.beside(place.path(), "a-", &|path| disk.create_folder(path)).unwrap();
+        let (prefix, number) = first.to_str().unwrap().rsplit_once('-').unwrap();
+        let number: u64 = number.parse().unwrap();
+        for next in number + 1..number + 100 {
+            std::fs::create_dir_all(format!("{prefix}-{next}/full")).unwrap();
+        }
+        std::fs::write(first.join("file"), "x").unwrap();
+        let moved = disk.beside(place.path(), "a-", &|path| disk.rename(&first, path)).unwrap();
+        assert!(moved.join("file").exists() && !moved.join("full").exists());
     }
 }

@@ -193,4 +193,8 @@ impl Disk for Faulty {
     fn open_lock(&self, path: &Path) -> io::Result<File> {
         self.step()?.open_lock(path)
     }
+
+    fn open_lock_there(&self, path: &Path) -> io::Result<File> {
+        self.step()?.open_lock_there(path)
+    }
 }

@@ -105,7 +105,7 @@ impl Play {
     fn every_stage(&mut self) {
         for number in KEYS {
             self.act(|store, _| match store.lookup(&key(number))? {
-                Lookup::Damaged { what } => store.quarantine(&store.lock(&key(number))?, &what),
+                Lookup::Damaged { what } => store.quarantine(&store.lock(&key(number))?, &what).map(drop),
                 _ => Ok(()),
             });
             self.publish(number);
@@ -122,7 +122,7 @@ impl Play {
         self.publish(4);
         self.publish(6);
         self.act(|store, _| match store.lookup(&key(7))? {
-            Lookup::Damaged { what } => store.quarantine(&store.lock(&key(7))?, &what),
+            Lookup::Damaged { what } => store.quarantine(&store.lock(&key(7))?, &what).map(drop),
             _ => Ok(()),
         });
         self.publish(7);

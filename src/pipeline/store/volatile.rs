@@ -508,6 +508,11 @@ impl Disk for Volatile {
         // Opened anew, because a lock is that of an open file and not of its copies.
         File::options().read(true).write(true).open(format!("/proc/self/fd/{}", file.as_raw_fd()))
     }
+
+    fn open_lock_there(&self, path: &Path) -> io::Result<File> {
+        self.stat(path)?;
+        self.open_lock(path)
+    }
 }
 
 #[cfg(test)]
