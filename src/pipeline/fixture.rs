@@ -71,6 +71,7 @@ impl Stage for Toy {
             Act::Fail => anyhow::bail!("it was meant to fail"),
             Act::Panic => panic!("it was meant to panic"),
             Act::Flaky => {
+                std::fs::create_dir_all(&context.work)?;
                 std::fs::write(state, "")?;
                 anyhow::bail!("the first attempt fails")
             }
@@ -79,6 +80,7 @@ impl Stage for Toy {
                 while !context.interrupted() {
                     std::thread::sleep(std::time::Duration::from_millis(2));
                 }
+                std::fs::create_dir_all(&context.work)?;
                 std::fs::write(state, "")?;
                 return Err(Interrupted.into());
             }

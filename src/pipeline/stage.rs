@@ -436,7 +436,8 @@ pub struct StageContext {
     pub inputs: BTreeMap<String, InputArtifact>,
     /// The folder that holds one empty folder per output. Only what lies here is kept as the result.
     pub out: PathBuf,
-    /// A folder that survives a kill and belongs to this key alone: training states lie here.
+    /// A folder that survives a kill and belongs to this key alone: training states lie here. Whoever writes there first
+    /// makes it.
     pub work: PathBuf,
     /// Logs of this key: metrics, event files, text; never part of the result.
     pub logs: PathBuf,

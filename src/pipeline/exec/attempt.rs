@@ -598,6 +598,7 @@ mod tests {
         let sandbox = Sandbox::new();
         let mut request = request(&sandbox, 1);
         let stop: Run<'_> = &|context| {
+            std::fs::create_dir_all(&context.work)?;
             std::fs::write(context.work.join("state"), "half")?;
             write(context, "unfinished")?;
             std::thread::sleep(Duration::from_millis(5));
@@ -624,6 +625,7 @@ mod tests {
     fn saved_work_of_another_device_or_of_unknown_origin_is_dropped() {
         let sandbox = Sandbox::new();
         let stop: Run<'_> = &|context| {
+            std::fs::create_dir_all(&context.work)?;
             std::fs::write(context.work.join("state"), "half")?;
             Err(Interrupted.into())
         };
@@ -648,6 +650,7 @@ mod tests {
         let request = request(&sandbox, 1);
         let panics: Run<'_> = &|context| {
             write(context, "evidence")?;
+            std::fs::create_dir_all(&context.work)?;
             std::fs::write(context.work.join("state"), "half")?;
             let number = 7;
             panic!("row {number} is wrong")

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! attempts.json   how many attempts there were, and under which conditions
-//! state/          training states; whoever finds one goes on from it
+//! state/          training states, where a stage has made it; whoever finds one goes on from it
 //! out-<attempt>/  one folder an output; only the newest attempt's is ever looked at
 //! failed/         what the last failed attempt had written, for people
 //! ```
@@ -105,14 +105,16 @@ impl Store {
     /// Makes the empty folder in which attempt `number` puts its outputs, after removing those of attempts before it.
     pub(crate) fn begin_attempt(&self, lock: &KeyLock, number: u32, outputs: &[&str]) -> Result<PathBuf, StoreError> {
         let work = self.work(lock.key());
-        let logs = self.logs(lock.key());
-        for folder in [&self.state(lock.key()), &logs] {
-            self.disk.ensure_folder(folder, false)?;
-        }
-        for entry in self.disk.list(&work).at("list", &work)? {
-            if entry.name.as_encoded_bytes().starts_with(b"out-") {
-                self.disk.clear(&work.join(&entry.name))?;
+        self.disk.ensure_folder(&self.logs(lock.key()), false)?;
+        match self.disk.create_folder(&work) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                for entry in self.disk.list(&work).at("list", &work)? {
+                    if entry.name.as_encoded_bytes().starts_with(b"out-") {
+                        self.disk.clear(&work.join(&entry.name))?;
+                    }
+                }
             }
+            made => made.at("create the folder", &work)?,
         }
         let out = work.join(format!("out-{number}"));
         for folder in std::iter::once(out.clone()).chain(outputs.iter().map(|name| out.join(name))) {
