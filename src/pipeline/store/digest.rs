@@ -88,6 +88,17 @@ pub(super) fn digest_listed(disk: &dyn Disk, listed: &[Listed]) -> Result<(Diges
     Ok((digest_list(&files)?, files))
 }
 
+/// By it a stored folder is known to be unchanged: a digest of every file's path and stat.
+pub(super) fn stats_of_folder(disk: &dyn Disk, folder: &Path) -> Result<Digest, StoreError> {
+    let mut listed = list(disk, folder, Links::Refuse)?;
+    listed.sort_by(|a, b| a.relative.cmp(&b.relative));
+    let mut hasher = blake3::Hasher::new();
+    for Listed { relative, stat, .. } in &listed {
+        hasher.update(format!("{relative:?} {:o} {:?}\n", stat.mode, stat.identity).as_bytes());
+    }
+    Ok(Digest(hasher.finalize().to_hex().to_string()))
+}
+
 /// The digest of a user's file or folder, without any cache. Symbolic links count as what they point at.
 ///
 /// A plain file's digest is the BLAKE3 of its content; an executable one differs, because a program may be run.

@@ -7,11 +7,11 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
-use rayon::iter::{IndexedParallelIterator as _, IntoParallelRefIterator as _, ParallelIterator as _};
+use rayon::iter::{IndexedParallelIterator as _, IntoParallelIterator as _, IntoParallelRefIterator as _, ParallelIterator as _};
 use serde::{Deserialize, Serialize};
 
 use super::error::At as _;
-use super::{Digest, Manifest, Store, StoreError, sealed};
+use super::{Digest, Manifest, Store, StoreError, digest, sealed};
 
 /// Something of a result that is not what was stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,13 +44,22 @@ const FRESH: SignedDuration = SignedDuration::from_hours(7 * 24);
 /// How far an interrupted verification came, as it lies on disk.
 #[derive(Default, Serialize, Deserialize)]
 struct Hashed {
-    /// Objects that are as stored, and when they were hashed.
-    hashed: BTreeMap<Digest, Timestamp>,
+    /// Objects that are as stored.
+    hashed: BTreeMap<Digest, Sound>,
+}
+
+/// That an object was found to be as stored.
+#[derive(Clone, Serialize, Deserialize)]
+struct Sound {
+    /// When it was hashed.
+    when: Timestamp,
+    /// The stats of its files, taken before.
+    stats: Digest,
 }
 
 /// How far a verification has come.
 struct State {
-    hashed: BTreeMap<Digest, Timestamp>,
+    hashed: BTreeMap<Digest, Sound>,
     saved: Instant,
     bad: BTreeMap<Digest, String>,
     bytes: u64,
@@ -163,8 +172,7 @@ impl Store {
         let path = self.folder("cache").join("verify.json");
         let mut state = State { hashed: BTreeMap::new(), saved: Instant::now(), bad: BTreeMap::new(), bytes: 0 };
         if verification.goes_on && !verification.is_fresh {
-            state.hashed = self.hashed_before(&path);
-            state.hashed.retain(|digest, _| sizes.contains_key(digest));
+            state.hashed = self.hashed_before(&path, sizes);
         }
         report.resumed = state.hashed.len();
         let left: Vec<(&Digest, u64)> = sizes
@@ -180,12 +188,14 @@ impl Store {
             if stops() {
                 return Ok(());
             }
+            // Before, so that what changes meanwhile is hashed again by whoever goes on.
+            let stats = digest::stats_of_folder(&*self.disk, &self.object(digest));
             let verified = self.verify_digest(digest)?;
             let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
             let (state, progress) = &mut *shared;
             match verified {
                 Ok(()) => {
-                    state.hashed.insert((*digest).clone(), Timestamp::now());
+                    state.hashed.insert((*digest).clone(), Sound { when: Timestamp::now(), stats: stats? });
                 }
                 Err(what) => {
                     state.bad.insert((*digest).clone(), what);
@@ -218,15 +228,21 @@ impl Store {
         }
     }
 
-    /// What an interrupted verification has hashed not long ago; nothing where that cannot be read.
-    fn hashed_before(&self, path: &Path) -> BTreeMap<Digest, Timestamp> {
+    /// What of these objects an interrupted verification has hashed not long ago, and what has not changed since; nothing
+    /// where that cannot be read.
+    fn hashed_before(&self, path: &Path, sizes: &BTreeMap<&Digest, u64>) -> BTreeMap<Digest, Sound> {
         let sealed = self.disk.read(path).ok().and_then(|bytes| sealed::open(&bytes));
         let hashed = sealed.and_then(|body| serde_json::from_slice::<Hashed>(&body).ok()).unwrap_or_default().hashed;
         let now = Timestamp::now();
-        hashed.into_iter().filter(|(_, when)| now.duration_since(*when) < FRESH).collect()
+        let is_unchanged = |(digest, sound): &(Digest, Sound)| {
+            sizes.contains_key(digest)
+                && now.duration_since(sound.when) < FRESH
+                && digest::stats_of_folder(&*self.disk, &self.object(digest)).is_ok_and(|stats| stats == sound.stats)
+        };
+        hashed.into_par_iter().filter(is_unchanged).collect()
     }
 
-    fn save_hashed(&self, path: &Path, hashed: &BTreeMap<Digest, Timestamp>) -> Result<(), StoreError> {
+    fn save_hashed(&self, path: &Path, hashed: &BTreeMap<Digest, Sound>) -> Result<(), StoreError> {
         let body = serde_json::to_vec(&Hashed { hashed: hashed.clone() }).expect("times are plain data");
         self.disk.write_atomically(path, &sealed::seal(&body), false)
     }
@@ -269,4 +285,35 @@ impl Store {
 
 fn file_name(path: &Path) -> String {
     path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixture::Sandbox;
+    use super::*;
+
+    #[test]
+    fn what_has_changed_or_gone_since_the_interruption_is_looked_at_again() {
+        let sandbox = Sandbox::new();
+        let objects = ["one", "two", "three", "four"].map(|content| {
+            let number = content.len() * 10 + usize::from(content.as_bytes()[0]);
+            let manifest = sandbox.publish(number, &[("data", content)]);
+            manifest.outputs[0].digest.clone()
+        });
+        let now = Timestamp::now();
+        let stats = |object: &Digest| digest::stats_of_folder(&*sandbox.store.disk, &sandbox.store.object(object));
+        let sound = |object: &Digest| (object.clone(), Sound { when: now, stats: stats(object).unwrap() });
+        let path = sandbox.store.folder("cache").join("verify.json");
+        // All but the last, as if it had been interrupted there.
+        sandbox.store.save_hashed(&path, &objects[..3].iter().map(sound).collect()).unwrap();
+        let changed = sandbox.opened(&objects[0]).join("data");
+        std::fs::remove_file(&changed).unwrap();
+        std::fs::write(&changed, "eno").unwrap();
+        std::fs::rename(sandbox.opened(&objects[1]), sandbox.place.path().join("elsewhere")).unwrap();
+        let verification = Verification { goes_on: true, ..Verification::default() };
+        let report = sandbox.store.verify_in_pieces(&verification, &mut |_, _| ()).unwrap();
+        assert_eq!((report.resumed, report.objects), (1, 3));
+        assert_eq!((report.damaged.len(), report.missing.len()), (1, 1));
+        assert!(!path.exists());
+    }
 }

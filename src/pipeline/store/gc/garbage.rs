@@ -48,7 +48,7 @@ impl Store {
             }
         }
         for (_, path) in self.names(&self.folder("quarantine"))? {
-            if found.is_older(&path, older_than.unwrap_or(FOR_PEOPLE)) {
+            if self.is_for_nobody(&path, older_than, now) {
                 found.add(GarbageKind::Quarantine, path, None)?;
             }
         }
@@ -62,11 +62,40 @@ impl Store {
         for folder in ["manifests", "leases", "pins", "cache", "runs"] {
             found.below(&self.folder(folder), &mut |found, path, sort| {
                 let name = path.file_name().unwrap_or_default().as_encoded_bytes();
-                let is_left = sort == Sort::File && name.starts_with(b".new-") && found.is_older(path, HALF_WRITTEN);
+                let is_left = sort == Sort::File && name.starts_with(b".new-") && found.store.is_nobodys(path, now);
                 is_left.then_some(GarbageKind::Temporary)
             })?;
         }
         Ok(found.garbage)
+    }
+
+    /// Whether nobody went on with a work folder for `older_than`.
+    pub(super) fn is_old_work(
+        &self,
+        path: &Path,
+        older_than: Option<Duration>,
+        now: Timestamp,
+    ) -> Result<bool, StoreError> {
+        let Some(age) = older_than else { return Ok(false) };
+        let parts = self.names(path)?;
+        Ok(parts.iter().all(|(_, part)| self.is_older(part, age, now)) && self.is_older(path, age, now))
+    }
+
+    /// Whether what people may want to look at has lain there for long enough.
+    pub(super) fn is_for_nobody(&self, path: &Path, older_than: Option<Duration>, now: Timestamp) -> bool {
+        self.is_older(path, older_than.unwrap_or(FOR_PEOPLE), now)
+    }
+
+    /// Whether a half-written file is nobody's any more.
+    pub(super) fn is_nobodys(&self, path: &Path, now: Timestamp) -> bool {
+        self.is_older(path, HALF_WRITTEN, now)
+    }
+
+    /// Whether the last change lies further back than `age`.
+    fn is_older(&self, path: &Path, age: Duration, now: Timestamp) -> bool {
+        let Ok(stat) = self.disk.stat(path) else { return false };
+        let since = now.as_nanosecond() - stat.identity.3;
+        u128::try_from(since).is_ok_and(|since| since > age.as_nanos())
     }
 
     /// Every object by its digest.
@@ -125,16 +154,13 @@ impl Found<'_> {
         if has_result {
             return self.add(GarbageKind::FinishedWork, path.to_owned(), Some(key.clone()));
         }
-        let parts = self.store.names(path)?;
-        if older_than
-            .is_some_and(|age| parts.iter().all(|(_, part)| self.is_older(part, age)) && self.is_older(path, age))
-        {
+        if self.store.is_old_work(path, older_than, self.now)? {
             return self.add(GarbageKind::OldWork, path.to_owned(), Some(key.clone()));
         }
-        for (name, part) in parts {
+        for (name, part) in self.store.names(path)? {
             if name.starts_with("out-") {
                 self.add(GarbageKind::KilledAttempt, part, Some(key.clone()))?;
-            } else if name == "failed" && self.is_older(&part, older_than.unwrap_or(FOR_PEOPLE)) {
+            } else if name == "failed" && self.store.is_for_nobody(&part, older_than, self.now) {
                 self.add(GarbageKind::FailedAttempt, part, Some(key.clone()))?;
             }
         }
@@ -166,12 +192,5 @@ impl Found<'_> {
             }
         }
         Ok(())
-    }
-
-    /// Whether the last change lies further back than `age`.
-    fn is_older(&self, path: &Path, age: Duration) -> bool {
-        let Ok(stat) = self.store.disk.stat(path) else { return false };
-        let since = self.now.as_nanosecond() - stat.identity.3;
-        u128::try_from(since).is_ok_and(|since| since > age.as_nanos())
     }
 }

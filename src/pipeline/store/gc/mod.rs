@@ -170,6 +170,9 @@ pub struct GcPlan {
     pub inputs_of_kept: usize,
     /// Manifests that cannot be read: `pipe verify --repair` deals with them.
     pub unreadable: usize,
+    /// The age of garbage that the policy gave.
+    #[serde(skip)]
+    older_than: Option<Duration>,
 }
 
 impl GcPlan {
@@ -206,6 +209,7 @@ impl Store {
         plan.size += garbage.iter().map(|one| one.bytes).sum::<u64>();
         plan.freed += garbage.iter().map(|one| one.bytes).sum::<u64>();
         plan.garbage = garbage;
+        plan.older_than = policy.older_than;
         plan.unreadable = survey.unreadable;
         Ok(plan)
     }

@@ -3,11 +3,14 @@
 use std::collections::{BTreeSet, HashSet};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use jiff::Timestamp;
 
 use super::survey::References;
 use super::{Garbage, GarbageKind, GcPlan, GcReport, Removal};
 use crate::pipeline::store::error::At as _;
-use crate::pipeline::store::{Digest, Store, StoreError};
+use crate::pipeline::store::{Digest, IMPORT_MARK, Store, StoreError};
 
 /// Manifests that go while the collector has the store alone, before others get their turn.
 const MANIFESTS: usize = 256;
@@ -45,7 +48,7 @@ impl Store {
             sweep.logs(key)?;
         }
         for (done, garbage) in plan.garbage.iter().enumerate() {
-            sweep.garbage(garbage)?;
+            sweep.garbage(garbage, plan.older_than)?;
             progress(plan.results.len() + done + 1, total);
         }
         for path in std::mem::take(&mut sweep.trash) {
@@ -130,8 +133,9 @@ impl Sweep<'_> {
     }
 
     /// Removes a piece of garbage if it still is one.
-    fn garbage(&mut self, garbage: &Garbage) -> Result<(), StoreError> {
+    fn garbage(&mut self, garbage: &Garbage, older_than: Option<Duration>) -> Result<(), StoreError> {
         let store = self.store;
+        let (path, now) = (&garbage.path, Timestamp::now());
         let lock = match &garbage.key {
             Some(key) => {
                 let Some(lock) = store.try_lock(key)? else {
@@ -152,14 +156,12 @@ impl Sweep<'_> {
                 let works = garbage.key.as_ref().is_some_and(|key| store.disk.is_there(&store.work(key)));
                 !has_result(&garbage.key) && !works
             }
-            GarbageKind::Link => !store.disk.is_folder(&garbage.path),
-            GarbageKind::KilledAttempt
-            | GarbageKind::FailedAttempt
-            | GarbageKind::OldWork
-            | GarbageKind::Import
-            | GarbageKind::Quarantine
-            | GarbageKind::Temporary
-            | GarbageKind::Trash => true,
+            GarbageKind::Link => !store.disk.is_folder(path),
+            GarbageKind::OldWork => has_result(&garbage.key) || store.is_old_work(path, older_than, now)?,
+            GarbageKind::FailedAttempt | GarbageKind::Quarantine => store.is_for_nobody(path, older_than, now),
+            GarbageKind::Temporary => store.is_nobodys(path, now),
+            GarbageKind::Import => store.disk.is_there(&path.join(IMPORT_MARK)),
+            GarbageKind::KilledAttempt | GarbageKind::Trash => true,
         };
         if is_garbage {
             let removed = match garbage.kind {
@@ -323,6 +325,29 @@ mod tests {
         drop(reader);
         assert_eq!(collect(&sandbox.store, &everything()).objects, 1);
         assert_eq!(count(&sandbox.store, "objects"), 0);
+    }
+
+    #[test]
+    fn saved_work_that_somebody_goes_on_with_after_the_plan_stays() {
+        let sandbox = Sandbox::new();
+        let store = &sandbox.store;
+        let set_back = |path: &std::path::Path| {
+            let old = std::time::SystemTime::now() - Duration::from_secs(7200);
+            std::fs::File::open(path).unwrap().set_modified(old).unwrap();
+        };
+        let works = [1, 2, 3].map(|number| store.work(&key(number)));
+        for work in &works {
+            std::fs::create_dir_all(work.join("state")).unwrap();
+            set_back(&work.join("state"));
+            set_back(work);
+        }
+        let hour = GcPolicy { older_than: Some(Duration::from_secs(3600)), ..GcPolicy::default() };
+        let old = plan(store, &hour);
+        assert_eq!(old.garbage.len(), 3);
+        std::fs::write(works[0].join("state/saved"), "new").unwrap();
+        std::fs::create_dir(works[1].join("failed")).unwrap();
+        store.collect_garbage(&old, &mut |_, _| (), &mut || ()).unwrap();
+        assert_eq!(works.map(|work| work.exists()), [true, true, false]);
     }
 
     #[test]
