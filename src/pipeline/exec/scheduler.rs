@@ -127,6 +127,10 @@ impl Scheduler {
                 if self.nodes[node].phase == Phase::Elsewhere {
                     self.step_back(node, &mut actions);
                     self.find_if_ready(node, &mut actions);
+                    // An input that was taken back while the node ran may have failed since.
+                    for producer in self.nodes[node].shape.inputs.clone() {
+                        self.close_behind(producer, &mut actions);
+                    }
                 }
             }
             Input::Done(node) => self.done(node, Phase::Done, &mut actions),
@@ -372,6 +376,11 @@ impl Scheduler {
         }
         self.find_if_ready(producer, actions);
         // The producer may have failed while this node was reading what it had made before.
+        self.close_behind(producer, actions);
+    }
+
+    /// Settles what rests on a node that has ended without a result.
+    fn close_behind(&mut self, producer: usize, actions: &mut Vec<Action>) {
         if let Phase::Failed | Phase::Blocked | Phase::Interrupted = self.nodes[producer].phase {
             let phase =
                 if self.nodes[producer].phase == Phase::Interrupted { Phase::Interrupted } else { Phase::Blocked };

@@ -260,8 +260,8 @@ mod tests {
                      exclude = [{ note = \"a/b\", seed = 1 }, { note = \"a_b\", seed = 2 }]\n";
         insta::assert_snapshot!(swept(sweep).bad("a.toml", &[]), @r#"
             error: two arms would both be called `note=a_b`
-             --> a.toml:1:2
-            1 | [sweep]
+             --> a.toml:2:2
+            2 | [sweep]
               |  ^^^^^
         "#);
     }
