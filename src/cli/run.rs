@@ -1,6 +1,7 @@
 //! `pipe run`: reads, plans, executes, and tells what happens while it does.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -73,46 +74,11 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     check_names(args, &experiments, session)?;
     watch_signals(session, &options.interrupt, &options.kill)?;
     let mut whole = Outcome::default();
-    let mut ran = BTreeSet::new();
-    let mut known = HashSet::new();
-    // Where nothing is tuned, one pass takes all that was read.
-    let mut next: Option<Vec<Experiment>> = None;
-    let plan = loop {
-        let these = next.as_deref().unwrap_or(&experiments);
-        // What the plan finds must stay until the run ends, so nothing may be collected before it is leased.
-        let hold = store.hold().map_err(wrong)?;
-        let plan = session.plan(these, Some(&store))?;
-        hold.lease(plan.nodes.iter().filter_map(|node| node.key.as_ref())).map_err(wrong)?;
-        drop(hold);
-        same_arms(session, &plan, these)?;
-        let again = |node: &&Node| node.state == State::Cached && known.contains(&node.recipe);
-        let shared = plan.nodes.iter().filter(again).count();
-        let Some(options) = phase(&options, &plan, these) else { break plan };
-        let outcome = execute(&plan, &store, &options, session)?;
-        known.extend(plan.nodes.iter().map(|node| node.recipe.clone()));
-        add(&mut whole, &outcome, shared);
-        if outcome.skipped > 0 || outcome.interrupted > 0 || experiments.iter().all(|one| one.tuning.is_none()) {
-            break plan;
-        }
-        ran.extend(plan.trials.iter().map(|trial| (trial.experiment.clone(), trial.trial.clone())));
-        tuning::choose(session, &mut experiments, Some(&store))?;
-        for experiment in experiments.iter() {
-            if let Some(tuning) = &experiment.tuning {
-                store.record_tuning(&experiment.name, &Tuned::of(tuning)).map_err(wrong)?;
-            }
-        }
-        let left = tuning::not_yet_run(&experiments, &ran);
-        if left.is_empty() {
-            break plan;
-        }
-        for note in left.iter().flat_map(tuning::chosen) {
-            ui.note(&note);
-        }
-        next = Some(left);
-    };
-    if ui.is_json() {
-        ui.json_line(&Event::Finished(whole))?;
-    }
+    let ended = in_parts(session, &store, &options, &mut experiments, &mut whole);
+    // Whoever reads the events learns what was done, also where the run as a whole failed.
+    let told = if ui.is_json() { ui.json_line(&Event::Finished(whole)) } else { Ok(()) };
+    let (plan, is_old) = ended?;
+    told?;
     ui.note(&summary(&whole));
     if whole.failed > 0 {
         return Err(Failure::silent(1));
@@ -123,7 +89,7 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     }
     if !ui.is_json() {
         // Planned anew where something ran: only now are its keys known.
-        let is_stale = whole.run > 0 || !ran.is_empty();
+        let is_stale = whole.run > 0 || is_old;
         let plan = if is_stale { session.plan(&experiments, Some(&store))? } else { plan };
         table::print_after_run(session, &experiments, &plan, &store)?;
     }
@@ -133,6 +99,61 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         ui.note(&format!("curves: tensorboard --logdir {}", curves.display()));
     }
     Ok(())
+}
+
+/// Runs what was read, the trials that tune before those that they choose, and adds up in `whole` what came of it.
+/// Gives the last plan, and whether others were carried out before it.
+fn in_parts(
+    session: &Session,
+    store: &Store,
+    options: &Options,
+    experiments: &mut [Experiment],
+    whole: &mut Outcome,
+) -> Result<(ManuallyDrop<Plan>, bool), Failure> {
+    let wrong = |error: StoreError| Failure::input(&error).hint(store_hint(&session.store));
+    let most_failures = options.most_failures;
+    let mut ran = BTreeSet::new();
+    let mut known = HashSet::new();
+    // Where nothing is tuned, one pass takes all that was read.
+    let mut next: Option<Vec<Experiment>> = None;
+    loop {
+        let these = next.as_deref().unwrap_or(experiments);
+        // What the plan finds must stay until the run ends, so nothing may be collected before it is leased.
+        let hold = store.hold().map_err(wrong)?;
+        let plan = session.plan(these, Some(store))?;
+        hold.lease(plan.nodes.iter().filter_map(|node| node.key.as_ref())).map_err(wrong)?;
+        drop(hold);
+        same_arms(session, &plan, these)?;
+        let again = |node: &&Node| node.state == State::Cached && known.contains(&node.recipe);
+        let shared = plan.nodes.iter().filter(again).count();
+        let Some(mut options) = phase(options, &plan, these) else { break Ok((plan, !ran.is_empty())) };
+        options.most_failures = options.most_failures.map(|most| most - whole.failed);
+        let outcome = execute(&plan, store, &options, session)?;
+        known.extend(plan.nodes.iter().map(|node| node.recipe.clone()));
+        add(whole, &outcome, shared);
+        let is_over = outcome.skipped > 0
+            || outcome.interrupted > 0
+            || most_failures.is_some_and(|most| whole.failed >= most)
+            || experiments.iter().all(|one| one.tuning.is_none());
+        if is_over {
+            break Ok((plan, !ran.is_empty()));
+        }
+        ran.extend(these.iter().flat_map(tuning::identities));
+        tuning::choose(session, experiments, Some(store))?;
+        for experiment in experiments.iter() {
+            if let Some(tuning) = &experiment.tuning {
+                store.record_tuning(&experiment.name, &Tuned::of(tuning)).map_err(wrong)?;
+            }
+        }
+        let left = tuning::not_yet_run(experiments, &ran);
+        if left.is_empty() {
+            break Ok((plan, !ran.is_empty()));
+        }
+        for note in left.iter().flat_map(tuning::chosen) {
+            session.ui.note(&note);
+        }
+        next = Some(left);
+    }
 }
 
 /// Runs one plan and tells what happens.

@@ -149,8 +149,9 @@ pub fn attempt(
         )));
     }
     let lock = lock(store, &request.key, &interrupt)?;
-    let rests_on: Vec<&Digest> =
-        std::iter::once(&request.key).chain(request.inputs.values().map(|input| &input.key)).collect();
+    // The objects too: an input's manifest may be replaced or put aside while it is read.
+    let inputs = request.inputs.values().flat_map(|input| [&input.key, &input.digest]);
+    let rests_on: Vec<&Digest> = std::iter::once(&request.key).chain(inputs).collect();
     store.lease(&rests_on)?;
     if !request.again {
         match store.lookup(&request.key)? {

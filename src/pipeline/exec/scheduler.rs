@@ -276,6 +276,10 @@ impl Scheduler {
     }
 
     fn failed(&mut self, node: usize, lasting: bool, actions: &mut Vec<Action>) {
+        // The end may have been called while its key was being worked out, or an input taken back.
+        if !matches!(self.nodes[node].phase, Phase::Finding | Phase::Running) {
+            return;
+        }
         self.leave_running(node);
         self.leave_finding(node);
         let state = &mut self.nodes[node];
@@ -534,6 +538,25 @@ mod tests {
             [0, 1, 2, 3].map(|node| scheduler.phase(node)),
             [Phase::Failed, Phase::Done, Phase::Skipped, Phase::Skipped]
         );
+    }
+
+    #[test]
+    fn a_key_that_cannot_be_worked_out_after_the_end_changes_nothing() {
+        for most_failures in [Some(1), None] {
+            let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[]), shape(&[])], LIMITS, most_failures);
+            scheduler.on(Input::Begin);
+            scheduler.on(found(0, "a", false));
+            let (end, closed) = match most_failures {
+                Some(_) => (Input::Failed { node: 1, lasting: true }, Phase::Skipped),
+                None => (Input::Interrupt, Phase::Interrupted),
+            };
+            scheduler.on(end);
+            assert_eq!(scheduler.on(Input::Failed { node: 2, lasting: true }), []);
+            assert!(!scheduler.is_finished(), "the first still runs");
+            scheduler.on(Input::Done(0));
+            assert!(scheduler.is_finished());
+            assert_eq!(scheduler.phase(2), closed);
+        }
     }
 
     #[test]
@@ -809,6 +832,10 @@ mod tests {
                     match action {
                         Action::Find(node) => {
                             keys[node] = world.key(node, &outputs);
+                            if world.trouble && choose(8) == 0 {
+                                inbox.push_back(Input::Failed { node, lasting: true });
+                                continue;
+                            }
                             let text = &keys[node];
                             let cached = stored.contains(text) || World::stored(text) && !lost.contains(text);
                             inbox.push_back(Input::Found { node, key: key(text), cached });

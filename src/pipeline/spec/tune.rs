@@ -84,7 +84,7 @@ pub struct Choice {
 pub struct Tried {
     /// Its name.
     pub candidate: String,
-    /// The mean over the tuning seeds.
+    /// The mean over the tuning seeds; no number where one of them measured nothing.
     pub mean: f64,
     /// One for each tuning seed.
     pub runs: Vec<TuningRun>,
@@ -95,16 +95,17 @@ pub struct Tried {
 pub struct TuningRun {
     /// Its name.
     pub trial: String,
-    /// The value of the metric.
+    /// The value of the metric; no number where it measured nothing.
     pub value: f64,
     /// The key of the result that holds it.
     pub key: String,
 }
 
 impl Goal {
-    /// Whether `first` is strictly better than `second`.
+    /// Whether `first` is strictly better than `second`, as every number is than none.
     fn prefers(self, first: f64, second: f64) -> bool {
         match self {
+            _ if second.is_nan() => !first.is_nan(),
             Self::Max => first > second,
             Self::Min => first < second,
         }
@@ -243,6 +244,30 @@ mod tests {
         assert_eq!(experiment.tuning.as_ref().unwrap().awaiting(), 3);
         experiment.choose(tuning.choose(&|name| Some(measured(name))));
         assert_eq!(experiment.reported().count(), 8, "choosing again takes the place of what was chosen");
+    }
+
+    #[test]
+    fn a_candidate_that_measured_nothing_is_not_chosen() {
+        for goal in ["max", "min"] {
+            let metric = format!("\"score.solved\"\ngoal = \"{goal}\"\n");
+            let experiment = swept(&SWEEP.replace("\"score.solved\"\n", &metric)).good("a.toml", &[]);
+            for silent in ["rate=0.1,seed=101,steps=5", "rate=0.1,seed=102,steps=5"] {
+                let measured = |name: &str| {
+                    let value = if name.ends_with(silent) { f64::NAN } else { 0.5 };
+                    Some(TuningRun { value, ..measured(name) })
+                };
+                let choices = experiment.tuning.as_ref().unwrap().choose(&measured);
+                assert_eq!(choices[0].chosen, "rate=0.1,steps=6", "{goal} without {silent}");
+                assert!(choices[0].candidates[0].mean.is_nan());
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_that_the_metric_rests_on_reads_the_split_test() {
+        let told = swept(&format!("{SWEEP}[stages.score]\nothers = [\"final\"]\n")).bad("a.toml", &[]);
+        assert!(told.starts_with("error: the split `test` selects nothing"), "{told}");
+        assert!(told.contains("`final` reads `split = \"test\"`"), "{told}");
     }
 
     #[test]

@@ -131,7 +131,9 @@ impl Store {
     pub fn accept(&self, draft: AcceptanceDraft) -> Result<Manifest, AcceptError> {
         let lock = self.try_lock(&draft.key)?.ok_or(AcceptError::Busy)?;
         // From the look at the old objects to the new manifest nothing may be collected.
-        let _hold = self.hold()?;
+        let hold = self.hold()?;
+        // And afterwards both count as used now.
+        hold.lease([&draft.key, &draft.from])?;
         let old = self.check_acceptance(&draft)?;
         let when = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
         let AcceptanceDraft { key, recipe, parts, params, inputs, from, reason, by, differences, .. } = draft;

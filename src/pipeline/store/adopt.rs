@@ -68,7 +68,7 @@ impl Store {
         let lock = self.lock(&manifest.key)?;
         match self.lookup(&manifest.key)? {
             Lookup::Hit(_) => return Ok(false),
-            Lookup::Damaged { what } => self.quarantine(&lock, &what)?,
+            Lookup::Damaged { what } => self.quarantine(&lock, &what).map(drop)?,
             Lookup::Miss => {}
         }
         let _hold = self.hold()?;

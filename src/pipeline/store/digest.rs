@@ -79,8 +79,12 @@ pub fn digest_folder(folder: &Path) -> Result<(Digest, Vec<StoredFile>), StoreEr
 
 /// [`digest_folder`] on any disk.
 pub(super) fn digest_folder_on(disk: &dyn Disk, folder: &Path) -> Result<(Digest, Vec<StoredFile>), StoreError> {
-    let listed = list(disk, folder, Links::Refuse)?;
-    let files = hash_listed(&listed, &|path| hash_file(disk, path))?;
+    digest_listed(disk, &list(disk, folder, Links::Refuse)?)
+}
+
+/// The digest of a folder whose files are these, and the files.
+pub(super) fn digest_listed(disk: &dyn Disk, listed: &[Listed]) -> Result<(Digest, Vec<StoredFile>), StoreError> {
+    let files = hash_listed(listed, &|path| hash_file(disk, path))?;
     Ok((digest_list(&files)?, files))
 }
 

@@ -138,6 +138,9 @@ pub(super) trait Disk: fmt::Debug + Send + Sync {
 
     /// The file of a lock; made where it is not there, never emptied.
     fn open_lock(&self, path: &Path) -> io::Result<File>;
+
+    /// The file of a lock that is there.
+    fn open_lock_there(&self, path: &Path) -> io::Result<File>;
 }
 
 /// The file systems of this machine.
@@ -229,6 +232,10 @@ impl Disk for Native {
     fn open_lock(&self, path: &Path) -> io::Result<File> {
         // Some network file systems lock only what is open for writing.
         OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)
+    }
+
+    fn open_lock_there(&self, path: &Path) -> io::Result<File> {
+        OpenOptions::new().read(true).write(true).open(path)
     }
 }
 

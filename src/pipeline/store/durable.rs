@@ -11,17 +11,45 @@ use super::error::At as _;
 impl dyn Disk + '_ {
     /// Replaces a file as a whole: readers see the old or the new one. `durable` survives a power cut as well.
     pub(super) fn write_atomically(&self, path: &Path, bytes: &[u8], durable: bool) -> Result<(), StoreError> {
+        if durable {
+            return self.write_durably_after(&[], path, bytes);
+        }
         let folder = path.parent().unwrap_or(Path::new("."));
-        let written = |new: &Path| {
-            self.create(new, bytes)?;
-            if durable { self.sync(new) } else { Ok(()) }
-        };
+        let new = self.beside(folder, ".new-", &|new| self.create(new, bytes)).at("write", path)?;
+        self.put_in_place(&new, path)
+    }
+
+    /// Replaces a file as a whole, durably, and not before the names in these folders are durable.
+    ///
+    /// The file's bytes are synced first: on most file systems that syncs the names as well, and theirs then costs little.
+    pub(super) fn write_durably_after(&self, folders: &[PathBuf], path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+        let folder = path.parent().unwrap_or(Path::new("."));
+        let written = |new: &Path| self.create(new, bytes).and_then(|()| self.sync(new));
         let new = self.beside(folder, ".new-", &written).at("write", path)?;
-        if let Err(error) = self.rename(&new, path) {
-            let _ = self.remove_file(&new);
+        for other in folders {
+            if let Err(error) = self.sync(other) {
+                let _ = self.remove_file(&new);
+                return Err(error).at("write", other);
+            }
+        }
+        self.put_in_place(&new, path)?;
+        self.sync(folder).at("write", folder)
+    }
+
+    fn put_in_place(&self, new: &Path, path: &Path) -> Result<(), StoreError> {
+        if let Err(error) = self.rename(new, path) {
+            let _ = self.remove_file(new);
             return Err(error).at("write", path);
         }
-        if durable { self.sync(folder).at("write", folder) } else { Ok(()) }
+        Ok(())
+    }
+
+    /// Writes a file that counts as absent where a kill cuts it short: as a whole only where there is one already.
+    pub(super) fn write_loosely(&self, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+        match self.create(path, bytes) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => self.write_atomically(path, bytes, false),
+            other => other.at("write", path),
+        }
     }
 
     /// Makes something under a new name of `folder` that begins with `prefix`; gives its path. What a failure leaves half
@@ -39,7 +67,7 @@ impl dyn Disk + '_ {
             match make(&path) {
                 Ok(()) => return Ok(path),
                 // An earlier process of this number, or one of another host, was killed in the middle of the same.
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                Err(error) if matches!(error.kind(), ErrorKind::AlreadyExists | ErrorKind::DirectoryNotEmpty) => {}
                 Err(error) => {
                     let _ = self.remove_file(&path);
                     return Err(error);
@@ -100,5 +128,26 @@ impl dyn Disk + '_ {
     /// Whether there is anything of this name.
     pub(super) fn is_there(&self, path: &Path) -> bool {
         self.stat(path).is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::disk::Native;
+    use super::*;
+
+    #[test]
+    fn a_name_that_a_killed_process_has_left_is_passed_over() {
+        let place = tempfile::tempdir().unwrap();
+        let disk: &dyn Disk = &Native;
+        let first = disk.beside(place.path(), "a-", &|path| disk.create_folder(path)).unwrap();
+        let (prefix, number) = first.to_str().unwrap().rsplit_once('-').unwrap();
+        let number: u64 = number.parse().unwrap();
+        for next in number + 1..number + 100 {
+            std::fs::create_dir_all(format!("{prefix}-{next}/full")).unwrap();
+        }
+        std::fs::write(first.join("file"), "x").unwrap();
+        let moved = disk.beside(place.path(), "a-", &|path| disk.rename(&first, path)).unwrap();
+        assert!(moved.join("file").exists() && !moved.join("full").exists());
     }
 }

@@ -32,11 +32,11 @@ pub(super) const FAULTS: [Fault; 5] =
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Omission {
     /// Syncing files.
-    SyncFile,
+    Files,
     /// Syncing folders.
-    SyncFolder,
+    Folders,
     /// Syncing file systems.
-    SyncAll,
+    FileSystems,
 }
 
 /// Another disk with a fault.
@@ -181,16 +181,20 @@ impl Disk for Faulty {
 
     fn sync(&self, path: &Path) -> io::Result<()> {
         let disk = self.step()?;
-        let sort = if disk.stat(path)?.sort == Sort::Folder { Omission::SyncFolder } else { Omission::SyncFile };
+        let sort = if disk.stat(path)?.sort == Sort::Folder { Omission::Folders } else { Omission::Files };
         if self.omission == Some(sort) { Ok(()) } else { disk.sync(path) }
     }
 
     fn sync_all(&self, path: &Path) -> io::Result<()> {
         let disk = self.step()?;
-        if self.omission == Some(Omission::SyncAll) { Ok(()) } else { disk.sync_all(path) }
+        if self.omission == Some(Omission::FileSystems) { Ok(()) } else { disk.sync_all(path) }
     }
 
     fn open_lock(&self, path: &Path) -> io::Result<File> {
         self.step()?.open_lock(path)
+    }
+
+    fn open_lock_there(&self, path: &Path) -> io::Result<File> {
+        self.step()?.open_lock_there(path)
     }
 }

@@ -1,7 +1,8 @@
 //! Which results running processes rest on, so that none is collected under them; and when each was last used.
 //!
 //! ```text
-//! leases/run-<random>   a process at work: the keys that it rests on, one a line; it holds the file's lock while it lives
+//! leases/run-<random>   a process at work: the keys that it rests on, and the objects that it reads whatever becomes of their
+//!                       results, one a line; it holds the file's lock while it lives
 //! leases/<digest>       what an ended process rested on, named by its keys; its last line says until when
 //! leases/used.json      the same of many processes, folded together by the collector
 //! locks/store           held shared, for moments, by whoever publishes or takes a lease; alone by the collector
@@ -92,7 +93,8 @@ impl Store {
         Ok(Hold { store: self, _lock: lock })
     }
 
-    /// Writes down that this process rests on the results of `keys` until it ends. Look them up after it, not before.
+    /// Writes down that this process rests on the results of `keys`, which may be objects as well, until it ends. Look them up
+    /// after it, not before.
     pub fn lease(&self, keys: &[&Digest]) -> Result<(), StoreError> {
         let known = self.lease.0.lock().unwrap_or_else(PoisonError::into_inner);
         if known.as_ref().is_some_and(|taken| keys.iter().all(|key| taken.keys.contains(*key))) {
@@ -125,7 +127,7 @@ impl Store {
         Ok(Alone { _store: lock("store")?, _door: door })
     }
 
-    /// The keys that living processes rest on. Certain only for whoever is [`Store::alone`].
+    /// The keys and objects that living processes rest on. Certain only for whoever is [`Store::alone`].
     pub(super) fn leased(&self) -> Result<HashSet<Digest>, StoreError> {
         let mut keys = HashSet::new();
         for (path, living) in self.leases()? {
@@ -177,28 +179,44 @@ impl Store {
                 continue;
             }
             let living = name.starts_with(LIVING) && {
-                // It may have ended just now and bear its other name.
-                if !self.disk.is_there(&path) {
-                    continue;
+                let file = match self.disk.open_lock_there(&path) {
+                    Ok(file) => file,
+                    // It has ended just now and bears its other name.
+                    Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                    Err(error) => return Err(error).at("open the lock", &path),
+                };
+                match file.try_lock_shared() {
+                    Ok(()) => {
+                        drop(FileLock(file));
+                        false
+                    }
+                    Err(TryLockError::WouldBlock) => true,
+                    Err(TryLockError::Error(error)) => return Err(error).at("lock", &path),
                 }
-                let file = self.disk.open_lock(&path).at("open the lock", &path)?;
-                matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock))
             };
             found.push((path, living));
         }
         Ok(found)
     }
 
-    /// The folded records; none where they are damaged, so that results only look newer than they are.
+    /// The folded records. Damaged ones are an error: without them results look older than they are.
     fn folded(&self) -> Result<BTreeMap<Digest, Timestamp>, StoreError> {
         #[derive(serde::Deserialize)]
         struct OnDisk {
             uses: BTreeMap<Digest, Timestamp>,
         }
-        let bytes = self.bytes_of(&self.folder("leases").join(FOLDED))?;
+        let path = self.folder("leases").join(FOLDED);
+        let bytes = match self.disk.read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(BTreeMap::new()),
+            Err(error) => return Err(error).at("read", &path),
+        };
         let body = sealed::open(&bytes);
-        let on_disk = body.and_then(|body| serde_json::from_slice::<OnDisk>(&body).ok());
-        Ok(on_disk.map(|on_disk| on_disk.uses).unwrap_or_default())
+        let on_disk = body.and_then(|body| serde_json::from_slice::<OnDisk>(&body).ok()).ok_or_else(|| {
+            let problem = "does not say when results were last used; remove it, and they count as used when they were made";
+            StoreError::unfit(&path, problem)
+        })?;
+        Ok(on_disk.uses)
     }
 
     /// Appends to the lease; the caller holds `locks/store`.
@@ -216,7 +234,12 @@ impl Store {
             let folder = self.folder("leases");
             let path = self.disk.beside(&folder, LIVING, &|path| self.disk.create(path, b"")).at("write", &folder)?;
             let file = self.disk.open_lock(&path).at("open the lock", &path)?;
-            file.try_lock().map_err(std::io::Error::from).at("lock", &path)?;
+            // Whoever reads the leases just now holds it for a moment.
+            while let Err(error) = file.lock() {
+                if error.kind() != ErrorKind::Interrupted {
+                    return Err(error).at("lock", &path);
+                }
+            }
             *lease = Some(Taken { path, lock: FileLock(file), keys: HashSet::new() });
         }
         let taken = lease.as_mut().expect("it was taken just now");
@@ -345,6 +368,18 @@ mod tests {
         let after = sandbox.store.last_uses().unwrap();
         assert_eq!(ended(&sandbox), 0);
         assert_eq!(after, before.into_iter().filter(|(one, _)| [key(1), key(9)].contains(one)).collect());
+    }
+
+    #[test]
+    fn a_damaged_record_of_use_stops_the_collection() {
+        let sandbox = Sandbox::new();
+        let path = sandbox.store.folder("leases").join(FOLDED);
+        assert!(sandbox.store.last_uses().unwrap().is_empty());
+        for bytes in ["", "{}"] {
+            std::fs::write(&path, bytes).unwrap();
+            let error = sandbox.store.plan_gc(&Default::default(), &|_, _| ()).unwrap_err().to_string();
+            assert!(error.contains("used.json` does not say"), "{error}");
+        }
     }
 
     #[test]

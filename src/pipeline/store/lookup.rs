@@ -46,7 +46,8 @@ impl Store {
         Ok(self.manifest(key)?.and_then(Result::ok).map(Arc::new))
     }
 
-    /// The manifest of `key`: `None` where there is none, `Some(Err)` where it is damaged. Objects are not looked at.
+    /// The manifest of `key`: `None` where there is none, `Some(Err)` where it is damaged. Objects are not looked at. One that
+    /// is whole and that this program does not understand is an error.
     pub(super) fn manifest(&self, key: &Digest) -> Result<Option<Result<Manifest, String>>, StoreError> {
         let path = self.manifest_path(key);
         let bytes =
@@ -65,7 +66,11 @@ impl Store {
         match serde_json::from_slice::<Manifest>(&body) {
             Ok(manifest) if manifest.key == *key => Ok(Some(Ok(manifest))),
             Ok(_) => damaged("is that of another key"),
-            Err(error) => damaged(&format!("cannot be understood: {error}")),
+            // It is as it was written, so another program understands it.
+            Err(error) => {
+                let problem = format!("was written by another version of this program: {error}; use that version");
+                Err(StoreError::unfit(&path, problem))
+            }
         }
     }
 
@@ -117,15 +122,17 @@ impl Store {
     }
 
     /// Puts aside what is damaged of the result of the lock's key, so that the next run rebuilds it. `what` is kept beside it.
+    /// Gives whether anything was.
     ///
     /// It needs the lock, because between a look and a rename another process could have rebuilt the result, and what is
     /// whole would be lost. The manifest goes first, so that a kill in between leaves a miss.
-    pub fn quarantine(&self, lock: &KeyLock, what: &str) -> Result<(), StoreError> {
+    pub fn quarantine(&self, lock: &KeyLock, what: &str) -> Result<bool, StoreError> {
         let key = lock.key();
         let mut bad_objects = Vec::new();
         match self.manifest(key)? {
-            None => return Ok(()),
+            None => return Ok(false),
             Some(Err(_)) => {}
+            Some(Ok(manifest)) if !manifest.key_is_right() => {}
             Some(Ok(manifest)) => {
                 for output in &manifest.outputs {
                     if self.verify_object(output)?.is_err() {
@@ -133,7 +140,7 @@ impl Store {
                     }
                 }
                 if bad_objects.is_empty() {
-                    return Ok(());
+                    return Ok(false);
                 }
             }
         }
@@ -142,7 +149,7 @@ impl Store {
         for digest in bad_objects {
             self.move_bad_object(&digest, &aside)?;
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Puts a damaged object aside, whichever results it belongs to. It does nothing to one that is whole.
@@ -306,6 +313,18 @@ mod tests {
     }
 
     #[test]
+    fn a_whole_manifest_of_another_version_is_no_damage() {
+        let sandbox = Sandbox::new();
+        sandbox.publish(1, &[("data", "one")]);
+        let path = sandbox.store.manifest_path(&key(1));
+        std::fs::write(&path, sealed::seal(br#"{"key":{"of":"tomorrow"}}"#)).unwrap();
+        let error = sandbox.store.lookup(&key(1)).unwrap_err().to_string();
+        assert!(error.contains("another version of this program"), "{error}");
+        assert!(sandbox.store.quarantine(&sandbox.store.lock(&key(1)).unwrap(), "it is new").is_err());
+        assert!(path.exists());
+    }
+
+    #[test]
     fn verification_reads_everything_and_repair_makes_misses() {
         let sandbox = Sandbox::new();
         sandbox.publish(1, &[("data", "one")]);
@@ -333,5 +352,19 @@ mod tests {
         }
         let asked = sandbox.store.verify(Some(&[key(1)]), &mut |_, _| ()).unwrap();
         assert_eq!(keys(&asked.missing), [key(1)]);
+        assert_eq!(sandbox.store.repair(&asked).unwrap(), 0, "there is nothing to put aside");
+    }
+
+    #[test]
+    fn a_result_whose_key_is_not_the_hash_of_its_parts_is_put_aside() {
+        let sandbox = Sandbox::new();
+        sandbox.publish(1, &[("data", "one")]);
+        let path = sandbox.store.manifest_path(&key(1));
+        let mut value = serde_json::to_value(&*sandbox.store.manifest_of(&key(1)).unwrap().unwrap()).unwrap();
+        value["parts"]["version"] = 2.into();
+        std::fs::write(&path, sealed::seal(&serde_json::to_vec(&value).unwrap())).unwrap();
+        let report = sandbox.store.verify(None, &mut |_, _| ()).unwrap();
+        assert_eq!((report.damaged.len(), sandbox.store.repair(&report).unwrap()), (1, 1));
+        assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Miss));
     }
 }

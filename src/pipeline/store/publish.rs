@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::digest::{Links, digest_folder_on, list};
+use super::digest::{Links, Listed, digest_folder_on, digest_listed, list};
 use super::disk::{Disk, Sort};
 use super::error::At as _;
 use super::{Digest, KeyLock, KeyParts, Manifest, Store, StoreError, StoredFile, StoredOutput, sealed};
@@ -56,8 +56,10 @@ impl Store {
         // From here to the manifest nothing may be collected: an object that is there already has no other owner yet.
         let hold = self.hold()?;
         let mut outputs = Vec::with_capacity(draft.outputs.len());
+        let mut shelves = Vec::with_capacity(draft.outputs.len());
         for output in draft.outputs {
-            let (digest, files) = self.place(&output.folder)?;
+            let (digest, files) = self.put(&output.folder)?;
+            shelves.push(self.shelf(&digest));
             outputs.push(StoredOutput { name: output.name, artifact: output.artifact, digest, files });
         }
         let manifest = Manifest {
@@ -74,7 +76,7 @@ impl Store {
             metrics: draft.metrics,
             accepted: None,
         };
-        self.commit(lock, &manifest)?;
+        self.commit_after(&shelves, lock, &manifest)?;
         drop(hold);
         self.drop_work(lock);
         Ok(manifest)
@@ -83,10 +85,15 @@ impl Store {
     /// Writes the manifest of the lock's key, durably: from here on the result is there. The caller holds the collector off
     /// since it has looked at the objects.
     pub(super) fn commit(&self, lock: &KeyLock, manifest: &Manifest) -> Result<(), StoreError> {
+        self.commit_after(&[], lock, manifest)
+    }
+
+    /// [`Store::commit`], once the names in these shelves of objects are durable.
+    fn commit_after(&self, shelves: &[PathBuf], lock: &KeyLock, manifest: &Manifest) -> Result<(), StoreError> {
         let path = self.manifest_path(lock.key());
         let body = serde_json::to_vec(manifest).expect("a manifest is plain data");
         self.disk.ensure_folder(path.parent().expect("manifests lie in a folder"), true)?;
-        self.disk.write_atomically(&path, &sealed::seal(&body), true)?;
+        self.disk.write_durably_after(shelves, &path, &sealed::seal(&body))?;
         self.index_published(manifest);
         Ok(())
     }
@@ -102,21 +109,41 @@ impl Store {
 
     /// Makes a folder an object, durably.
     pub(super) fn place(&self, folder: &Path) -> Result<(Digest, Vec<StoredFile>), StoreError> {
+        let (digest, files) = self.put(folder)?;
+        let shelf = self.shelf(&digest);
+        self.disk.sync(&shelf).at("write", &shelf)?;
+        Ok((digest, files))
+    }
+
+    /// The folder of objects in which that of a digest lies.
+    fn shelf(&self, digest: &Digest) -> PathBuf {
+        self.object(digest).parent().expect("objects lie in a folder").to_owned()
+    }
+
+    /// Makes a folder an object, whose content is durable then and whose name is once its shelf is synced.
+    ///
+    /// The content comes before the name, so that whoever finds an object there may rely on it. It could not be synced later:
+    /// a disk that fails to tells it once, and to one process.
+    fn put(&self, folder: &Path) -> Result<(Digest, Vec<StoredFile>), StoreError> {
         let disk = &*self.disk;
-        if !make_fit(disk, folder)? {
+        let mut fit = Vec::new();
+        make_fit(disk, folder, "", &mut fit)?;
+        if fit.is_empty() {
             return Err(StoreError::unfit(folder, "holds no file"));
         }
-        let (digest, files) = digest_folder_on(disk, folder)?;
+        fit.sort_by(|a, b| a.relative.cmp(&b.relative));
+        let (digest, files) = digest_listed(disk, &fit)?;
         let object = self.object(&digest);
-        let shelf = object.parent().expect("objects lie in a folder").to_owned();
-        disk.ensure_folder(&shelf, true)?;
+        let shelf = self.shelf(&digest);
+        if !disk.is_folder(&shelf) {
+            disk.ensure_folder(&shelf, true)?;
+        }
         let mut synced = false;
         loop {
             if disk.is_there(&object) {
                 match digest_folder_on(disk, &object) {
                     Ok((found, files)) if found == digest => {
                         disk.clear(folder)?;
-                        disk.sync(&shelf).at("write", &shelf)?;
                         return Ok((digest, files));
                     }
                     Err(error) if !error.means_damage() => return Err(error),
@@ -136,42 +163,48 @@ impl Store {
                 Err(error) => return Err(error).at("create the object", &object),
             }
         }
-        disk.sync(&shelf).at("write", &shelf)?;
-        close_folders(disk, &object)?;
+        for folder in folders_of(&object, &files) {
+            // Only now, because a folder that may not be written cannot change its parent.
+            disk.set_mode(&folder, 0o555).at("change the mode of", &folder)?;
+        }
         unchanged(disk, &object, &files)?;
         Ok((digest, files))
     }
 }
 
 /// Makes a stage's folder fit to be an object: folders that can be moved, no empty ones, plain files that nobody may
-/// write and that have no other name. Gives whether it holds a file.
-fn make_fit(disk: &dyn Disk, folder: &Path) -> Result<bool, StoreError> {
+/// write and that have no other name. Adds its files, with their stats from before; gives whether it holds one.
+fn make_fit(disk: &dyn Disk, folder: &Path, prefix: &str, fit: &mut Vec<Listed>) -> Result<bool, StoreError> {
     disk.set_mode(folder, 0o755).at("change the mode of", folder)?;
-    let mut holds_file = false;
+    let before = fit.len();
     for entry in disk.list(folder).at("list", folder)? {
         let path = folder.join(&entry.name);
-        let stat = disk.stat(&path).at("read", &path)?;
-        match stat.sort {
-            Sort::Folder if make_fit(disk, &path)? => holds_file = true,
-            Sort::Folder => disk.remove_folder(&path).at("remove the empty folder", &path)?,
-            Sort::File => {
-                holds_file = true;
-                if stat.links > 1 {
-                    // Whoever holds the other name could change the object, and a change of mode would reach them.
-                    let copy = path.with_file_name(".pipe-copy");
-                    disk.copy(&path, &copy).at("copy", &path)?;
-                    disk.rename(&copy, &path).at("copy", &path)?;
-                }
-                let mode = if stat.is_executable() { 0o555 } else { 0o444 };
-                disk.set_mode(&path, mode).at("change the mode of", &path)?;
+        let Ok(name) = entry.name.into_string() else {
+            return Err(StoreError::unfit(&path, "has a name that is not UTF-8"));
+        };
+        let relative = if prefix.is_empty() { name } else { format!("{prefix}/{name}") };
+        if entry.is_folder {
+            if !make_fit(disk, &path, &relative, fit)? {
+                disk.remove_folder(&path).at("remove the empty folder", &path)?;
             }
-            Sort::Link | Sort::Special => {
-                let sort = if stat.sort == Sort::Link { "a symbolic link" } else { "a special file" };
-                return Err(StoreError::unfit(&path, format!("is {sort}; an output holds only files and folders")));
-            }
+            continue;
         }
+        let stat = disk.stat(&path).at("read", &path)?;
+        if stat.sort != Sort::File {
+            let sort = if stat.sort == Sort::Link { "a symbolic link" } else { "a special file" };
+            return Err(StoreError::unfit(&path, format!("is {sort}; an output holds only files and folders")));
+        }
+        if stat.links > 1 {
+            // Whoever holds the other name could change the object, and a change of mode would reach them.
+            let copy = path.with_file_name(".pipe-copy");
+            disk.copy(&path, &copy).at("copy", &path)?;
+            disk.rename(&copy, &path).at("copy", &path)?;
+        }
+        let mode = if stat.is_executable() { 0o555 } else { 0o444 };
+        disk.set_mode(&path, mode).at("change the mode of", &path)?;
+        fit.push(Listed { relative, path, stat });
     }
-    Ok(holds_file)
+    Ok(fit.len() > before)
 }
 
 /// Makes every file and folder of an object survive a power cut.
@@ -195,27 +228,18 @@ fn folders_of(folder: &Path, files: &[StoredFile]) -> std::collections::BTreeSet
     folders
 }
 
-/// Takes the right to write from every folder of an object. It comes after the rename, which needs that right.
-fn close_folders(disk: &dyn Disk, object: &Path) -> Result<(), StoreError> {
-    let mut open = vec![object.to_owned()];
-    while let Some(folder) = open.pop() {
-        let entries = disk.list(&folder).at("list", &folder)?;
-        open.extend(entries.iter().filter(|entry| entry.is_folder).map(|entry| folder.join(&entry.name)));
-        disk.set_mode(&folder, 0o555).at("change the mode of", &folder)?;
-    }
-    Ok(())
-}
-
 /// Holds that no file changed between its hashing and now, when its stat is recorded.
 fn unchanged(disk: &dyn Disk, object: &Path, files: &[StoredFile]) -> Result<(), StoreError> {
     let found = list(disk, object, Links::Refuse)?;
-    for (file, found) in files.iter().zip(found) {
-        if found.relative != file.path || found.stat.identity != file.stat {
-            let problem = "changed while it was stored; does the stage leave a process behind that writes to it?";
-            return Err(StoreError::unfit(&found.path, problem));
-        }
+    let is_same =
+        |(file, found): (&StoredFile, &Listed)| found.relative == file.path && found.stat.identity == file.stat;
+    if files.len() == found.len() && files.iter().zip(&found).all(is_same) {
+        return Ok(());
     }
-    Ok(())
+    let at = files.iter().zip(&found).position(|pair| !is_same(pair)).unwrap_or(files.len().min(found.len()));
+    let path = found.get(at).map_or_else(|| object.to_owned(), |found| found.path.clone());
+    let problem = "changed while it was stored; does the stage leave a process behind that writes to it?";
+    Err(StoreError::unfit(&path, problem))
 }
 
 #[cfg(test)]
@@ -316,6 +340,22 @@ mod tests {
         std::os::unix::fs::symlink("data", folder.join("link")).unwrap();
         let error = sandbox.publish_folder(2, &folder).unwrap_err().to_string();
         assert!(error.contains("/link` is a symbolic link"), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_comes_goes_or_changes_while_it_is_stored_is_noticed() {
+        let sandbox = Sandbox::new();
+        let folder = sandbox.folder(&FILES);
+        let (_, files) = digest_folder_on(&*sandbox.store.disk, &folder).unwrap();
+        let seen = || unchanged(&*sandbox.store.disk, &folder, &files).map_err(|error| error.to_string());
+        seen().unwrap();
+        std::fs::write(folder.join("later"), "x").unwrap();
+        assert!(seen().unwrap_err().contains("/later` changed while it was stored"));
+        std::fs::remove_file(folder.join("later")).unwrap();
+        std::fs::rename(folder.join("c"), folder.join("../moved")).unwrap();
+        assert!(seen().unwrap_err().contains("changed while it was stored"));
+        std::fs::write(folder.join("c"), "two").unwrap();
+        assert!(seen().unwrap_err().contains("/c` changed while it was stored"));
     }
 
     #[test]

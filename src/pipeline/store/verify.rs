@@ -237,10 +237,11 @@ impl Store {
         let mut keys = BTreeSet::new();
         for damage in report.damaged.iter().chain(&report.missing) {
             // Whoever works on the key makes its result anew.
-            if let Some(lock) = self.try_lock(&damage.key)? {
-                self.quarantine(&lock, &damage.what)?;
+            if let Some(lock) = self.try_lock(&damage.key)?
+                && self.quarantine(&lock, &damage.what)?
+            {
+                keys.insert(&damage.key);
             }
-            keys.insert(&damage.key);
         }
         Ok(keys.len())
     }

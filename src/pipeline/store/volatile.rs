@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd as _;
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -77,8 +78,8 @@ struct State {
 #[derive(Debug)]
 pub(super) struct Volatile {
     state: Mutex<State>,
-    /// Where the files of locks really are, because only a kernel can lock.
-    locks: tempfile::TempDir,
+    /// What is locked in place of a file, by inode, because only a kernel can lock.
+    locks: Mutex<BTreeMap<u64, File>>,
 }
 
 const ROOT: u64 = 1;
@@ -93,8 +94,7 @@ impl Volatile {
     }
 
     fn of(state: State) -> Self {
-        let locks = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
-        Self { state: Mutex::new(state), locks }
+        Self { state: Mutex::new(state), locks: Mutex::default() }
     }
 
     /// The same disk after every process was killed: nothing is lost.
@@ -257,7 +257,9 @@ impl State {
         }
         self.compact();
         let all: Vec<u64> = self.inodes.keys().copied().collect();
-        all.into_iter().for_each(|number| self.sync(number));
+        for number in all {
+            self.sync(number);
+        }
     }
 
     /// Takes what is synced from the front of the journal. What is synced behind something that is not stays in its turn.
@@ -493,8 +495,23 @@ impl Disk for Volatile {
     }
 
     fn open_lock(&self, path: &Path) -> io::Result<File> {
-        let name = blake3::hash(path.as_os_str().as_encoded_bytes()).to_hex();
-        File::options().read(true).write(true).create(true).truncate(false).open(self.locks.path().join(name.as_str()))
+        let mut state = self.state.lock().unwrap();
+        let number = match state.find(path, true) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                state.add(path, Body::File { bytes: Arc::default(), synced: None }, 0o644)?
+            }
+            found => found?,
+        };
+        let mut locks = self.locks.lock().unwrap();
+        let new = || rustix::fs::memfd_create("lock", rustix::fs::MemfdFlags::CLOEXEC).unwrap().into();
+        let file = locks.entry(number).or_insert_with(new);
+        // Opened anew, because a lock is that of an open file and not of its copies.
+        File::options().read(true).write(true).open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+    }
+
+    fn open_lock_there(&self, path: &Path) -> io::Result<File> {
+        self.stat(path)?;
+        self.open_lock(path)
     }
 }
 

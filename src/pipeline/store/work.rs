@@ -78,12 +78,12 @@ impl Store {
     /// Writes down what is known of the attempts at `key`, whose lock the caller has.
     pub(crate) fn save_attempts(&self, key: &Digest, attempts: &Attempts) -> Result<(), StoreError> {
         let bytes = serde_json::to_vec_pretty(attempts).expect("plain data has a JSON form");
-        self.disk.write_atomically(&self.work(key).join("attempts.json"), &bytes, false)
+        self.disk.write_loosely(&self.work(key).join("attempts.json"), &bytes)
     }
 
     /// Keeps a stage's resolved table beside its logs, for people.
     pub(crate) fn save_config(&self, lock: &KeyLock, text: &str) -> Result<(), StoreError> {
-        self.disk.write_atomically(&self.logs(lock.key()).join("config.toml"), text.as_bytes(), false)
+        self.disk.write_loosely(&self.logs(lock.key()).join("config.toml"), text.as_bytes())
     }
 
     /// Adds a line to the log of a key.

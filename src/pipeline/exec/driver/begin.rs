@@ -54,6 +54,8 @@ impl Driver<'_, '_> {
             self.inbox.push_back(Input::Elsewhere(node));
             return Ok(());
         }
+        // What was asked while it waited for another process is over.
+        self.alarms.cancel(node);
         // Whoever runs the stage takes it again, which is another process where the kind runs in the worker.
         drop(lock);
         let again = self.again.contains(&node);
@@ -79,8 +81,9 @@ impl Driver<'_, '_> {
             }
         };
         let began = Instant::now();
-        if let Some(timeout) = timeout {
-            self.alarms.set(node, began + timeout, Alarm::Timeout);
+        // A time so long that no clock shows its end never comes.
+        if let Some(moment) = timeout.and_then(|timeout| began.checked_add(timeout)) {
+            self.alarms.set(node, moment, Alarm::Timeout);
         }
         self.running.insert(node, Live { running, began, timed_out: false });
         Ok(())

@@ -48,7 +48,10 @@ impl Driver<'_, '_> {
     pub(super) fn retry(&mut self, node: usize, retry: u32) {
         let planned = &self.plan.nodes[node];
         let pause = backoff(&planned.spec.run.backoff, retry);
-        self.alarms.set(node, Instant::now() + pause, Alarm::Due);
+        // A pause so long that no clock shows its end never ends.
+        if let Some(moment) = Instant::now().checked_add(pause) {
+            self.alarms.set(node, moment, Alarm::Due);
+        }
         (self.events)(&Event::Retrying {
             node,
             name: planned.name().clone(),

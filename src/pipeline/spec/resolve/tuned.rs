@@ -43,7 +43,8 @@ impl Resolver<'_> {
                             "the arm `{arm}` is tuned by stage `{stage}`, which it does not have"
                         )));
                     }
-                    if trial.stages.get(stage).is_some_and(|spec| spec.stage.split() == Some("test")) {
+                    let testing = trial.stages.iter().find(|(_, spec)| spec.stage.split() == Some("test"));
+                    if let Some((stage, _)) = testing {
                         let hint =
                             format!("measure another split in a stage of its own: `{stage}` reads `split = \"test\"`");
                         report.add(mistake("the split `test` selects nothing".to_owned()).hint(hint).about("test"));

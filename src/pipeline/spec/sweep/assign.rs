@@ -1,6 +1,6 @@
 //! From axes to named assignments: every combination that is not left out, with what it lays over the document.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use serde_json::Value as Json;
 
@@ -36,6 +36,7 @@ impl Sweep {
         let assigned = |chosen: Vec<usize>| assignment(axes.iter().copied().zip(chosen));
         let assignments: Vec<Assignment> = self.kept(report).into_iter().map(assigned).collect();
         self.check_names(assignments.iter().map(|assignment| assignment.name.as_str()), report);
+        self.check_arms(assignments.iter(), report);
         assignments
     }
 
@@ -60,6 +61,23 @@ impl Sweep {
             report.extend(self.key.map(|key| Mistake::at(key, "`exclude` leaves nothing of the sweep")));
         }
         kept
+    }
+
+    /// Arms of one name would be averaged as one.
+    pub(super) fn check_arms<'a>(&self, assignments: impl Iterator<Item = &'a Assignment>, report: &mut Report) {
+        let seeds: Vec<&str> =
+            self.axes.iter().filter(|axis| axis.is_seed()).map(|axis| axis.columns[0].name.as_str()).collect();
+        let mut known: HashMap<&str, Vec<(&String, &Json)>> = HashMap::new();
+        // Where their trials have one name too, that was told.
+        let (mut names, mut told) = (HashSet::new(), HashSet::new());
+        for Assignment { arm, values, .. } in assignments.filter(|one| names.insert(one.name.as_str())) {
+            let own = values.iter().filter(|(path, _)| !seeds.contains(&path.as_str()));
+            let own: Vec<(&String, &Json)> = own.collect();
+            if *known.entry(arm).or_insert_with(|| own.clone()) != own && told.insert(arm) {
+                let message = format!("two arms would both be called `{arm}`");
+                report.extend(self.key.map(|key| Mistake::at(key, message)));
+            }
+        }
     }
 
     /// Trials of one name would take each other's place.
@@ -232,6 +250,19 @@ mod tests {
              --> a.toml:3:46
             3 | "stages.score.others" = [["data", "train"], ["data,train"]]
               |                                              ^^^^^^^^^^^^ expected one of `data`, `train`
+        "#);
+    }
+
+    #[test]
+    fn arms_that_meet_are_refused_even_where_their_trials_do_not() {
+        let sweep = "[sweep]\nseeds = { path = \"params.seed\", values = [1, 2] }\n\
+                     grid = { \"stages.train.note\" = [\"a/b\", \"a_b\"] }\n\
+                     exclude = [{ note = \"a/b\", seed = 1 }, { note = \"a_b\", seed = 2 }]\n";
+        insta::assert_snapshot!(swept(sweep).bad("a.toml", &[]), @r#"
+            error: two arms would both be called `note=a_b`
+             --> a.toml:1:2
+            1 | [sweep]
+              |  ^^^^^
         "#);
     }
 

@@ -308,6 +308,17 @@ mod tests {
     }
 
     #[test]
+    fn a_path_within_another_is_refused() {
+        for (first, second) in [("optimizer", "optimizer.beta"), ("optimizer.beta", "optimizer")] {
+            let told = swept(&format!(
+                "[sweep.grid]\n\"stages.train.{first}\" = [1]\n[[sweep.zip]]\nstages.train.{second} = [1]\n"
+            ));
+            let told = told.bad("a.toml", &[]);
+            assert!(told.contains("are swept, and one lies within the other"), "{told}");
+        }
+    }
+
+    #[test]
     fn a_path_is_swept_once() {
         let sweep = "[sweep]\nseeds = { path = \"stages.train.seed\", values = [1, 1.0, 2] }\n[sweep.grid]\nstages.train.seed = [1]\n\
                      params.rate = [1]\nstages.train.steps = 5\nstages.train.note = []\n[[sweep.zip]]\nparams.rate = [2]\n";

@@ -156,9 +156,15 @@ fn check_overlap(axes: &[Axis], report: &mut Report) {
         if let Some(first) = known.get(&*column.segments) {
             let mistake = Mistake::at(column.key, format!("`{}` is swept twice", column.name));
             report.add(mistake.also(*first, "it is swept first"));
-        } else {
-            known.insert(&column.segments, column.key);
+            continue;
         }
+        let is_around = |path: &[String]| path.starts_with(&column.segments) || column.segments.starts_with(path);
+        if let Some((path, first)) = known.iter().find(|(path, _)| is_around(path)) {
+            let (name, other) = (&column.name, path.join("."));
+            let message = format!("`{name}` and `{other}` are swept, and one lies within the other");
+            report.add(Mistake::at(column.key, message).also(*first, "the other is swept"));
+        }
+        known.insert(&column.segments, column.key);
     }
     for leaf in axes.iter().flat_map(|axis| &axis.points).flat_map(|point| &point.sets) {
         // `false` drops a table with all that is swept in it; that is what it is for.

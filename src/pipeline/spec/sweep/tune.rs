@@ -145,6 +145,7 @@ impl Sweep {
         }
         let first = || found.iter().filter_map(|arm: &Candidates| arm.all.first());
         self.check_names(first().flat_map(|one| &one.reporting).map(|one| one.name.as_str()), report);
+        self.check_arms(first().flat_map(|one| &one.reporting), report);
         let tried = found.iter().flat_map(|arm| &arm.all).flat_map(|one| &one.tuning);
         self.check_names(tried.map(|one| one.name.as_str()), report);
         found

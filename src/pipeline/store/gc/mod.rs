@@ -5,7 +5,7 @@
 //! | in danger                                             | safe because |
 //! |-------------------------------------------------------|--------------|
 //! | a result that a run has found and will read hours later | the run leased its key before it looked (`lease.rs`); leases are read again just before each removal |
-//! | an input of a stage that computes now, also in a worker that has outlived its driver | the attempt leases its inputs in its own process before it verifies them |
+//! | an input of a stage that computes now, also in a worker that has outlived its driver | the attempt leases its inputs, results and objects, in its own process before it verifies them |
 //! | an object that a publisher found there already, before its own manifest names it | publishing holds `locks/store` from the first look to the manifest; an object goes only while the collector has that lock alone, after every manifest that is there *then* has been read |
 //! | a result that is made again under the same key         | its manifest goes only under the key's own lock, which the maker holds; keys that are locked are left |
 //! | a reader who comes between two removals                | the manifest goes first, durably, so what a kill leaves is objects of no result: garbage for the next collection |

@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use rayon::iter::{IntoParallelRefIterator as _, ParallelIterator as _};
 
 use crate::pipeline::plan::NodeName;
+use crate::pipeline::store::disk::Sort;
 use crate::pipeline::store::error::At as _;
 use crate::pipeline::store::{Digest, FileStat, Manifest, Store, StoreError, sealed};
 
@@ -128,18 +129,28 @@ impl Store {
         Ok(names)
     }
 
-    /// The bytes of every file below `folder`, or of the file; none where it is not there.
+    /// The bytes of every file below `path`, or of the file; none where it is not there. Links are not followed.
     pub(super) fn tree_bytes(&self, path: &Path) -> Result<u64, StoreError> {
+        let mut open = match self.disk.stat(path) {
+            Ok(stat) if stat.sort == Sort::Folder => vec![path.to_owned()],
+            Ok(stat) => return Ok(stat.size()),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(0),
+            Err(error) => return Err(error).at("read", path),
+        };
         let mut bytes = 0;
-        let mut open = vec![path.to_owned()];
-        while let Some(path) = open.pop() {
-            match self.disk.list(&path) {
-                Ok(entries) => open.extend(entries.into_iter().map(|entry| path.join(entry.name))),
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
-                Err(error) if error.kind() == ErrorKind::NotADirectory => {
+        while let Some(folder) = open.pop() {
+            let entries = match self.disk.list(&folder) {
+                Ok(entries) => entries,
+                Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => continue,
+                Err(error) => return Err(error).at("list", &folder),
+            };
+            for entry in entries {
+                let path = folder.join(entry.name);
+                if entry.is_folder {
+                    open.push(path);
+                } else {
                     bytes += self.disk.stat(&path).map_or(0, |stat| stat.size());
                 }
-                Err(error) => return Err(error).at("list", &path),
             }
         }
         Ok(bytes)
@@ -161,4 +172,23 @@ fn read(store: &Store, key: &Digest) -> Result<Option<Manifest>, StoreError> {
         StoreError::unfit(&path, format!("{problem}; collect with that version"))
     })?;
     Ok((manifest.key == *key).then_some(manifest))
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::pipeline::store::fixture::Sandbox;
+
+    #[test]
+    fn the_bytes_of_a_tree_are_not_those_that_its_links_lead_to() {
+        let sandbox = Sandbox::new();
+        let folder = sandbox.folder(&[("a/b", "123"), ("c", "45")]);
+        let other = sandbox.folder(&[("large", "0123456789")]);
+        let link = folder.join("a/link");
+        std::os::unix::fs::symlink(&other, &link).unwrap();
+        std::os::unix::fs::symlink("..", folder.join("a/loop")).unwrap();
+        let name = other.as_os_str().len() as u64;
+        assert_eq!(sandbox.store.tree_bytes(&link).unwrap(), name);
+        assert_eq!(sandbox.store.tree_bytes(&folder).unwrap(), 5 + name + 2);
+        assert_eq!(sandbox.store.tree_bytes(&folder.join("none")).unwrap(), 0);
+    }
 }

@@ -93,7 +93,7 @@ impl Sweep<'_> {
         Ok(removed)
     }
 
-    /// Renames away every object that no manifest names now.
+    /// Renames away every object that no manifest names now and no process reads.
     fn objects(&mut self, waiting: &mut dyn FnMut()) -> Result<(), StoreError> {
         let store = self.store;
         let trash = store.folder("trash");
@@ -103,7 +103,8 @@ impl Sweep<'_> {
         references.refresh(store)?;
         loop {
             let alone = store.alone(waiting)?;
-            let named = references.refresh(store)?;
+            let mut named = references.refresh(store)?;
+            named.extend(store.leased()?);
             let unnamed = store.objects_there()?.into_iter().filter(|(digest, _)| !named.contains(digest));
             let some: Vec<PathBuf> = unnamed.map(|(_, path)| path).take(OBJECTS).collect();
             for path in &some {
@@ -307,6 +308,21 @@ mod tests {
         std::thread::sleep(Duration::from_millis(20));
         collect(store, &GcPolicy { older_than: Some(Duration::from_millis(1)), ..GcPolicy::default() });
         assert!(!there(store.work(&key(3))) && count(store, "quarantine") == 0 && !is_hit(store, 1));
+    }
+
+    #[test]
+    fn an_object_that_a_process_reads_outlives_its_result() {
+        let sandbox = Sandbox::new();
+        let manifest = sandbox.publish(1, &[("data", "one")]);
+        let object = &manifest.outputs[0].digest;
+        let reader = Store::open(sandbox.store.root()).unwrap();
+        reader.lease(&[&key(1), object]).unwrap();
+        std::fs::remove_file(sandbox.store.manifest_path(&key(1))).unwrap();
+        assert_eq!(collect(&sandbox.store, &everything()).objects, 0);
+        reader.verify_digest(object).unwrap().unwrap();
+        drop(reader);
+        assert_eq!(collect(&sandbox.store, &everything()).objects, 1);
+        assert_eq!(count(&sandbox.store, "objects"), 0);
     }
 
     #[test]

@@ -38,6 +38,22 @@ fn a_stage_with_retries_is_tried_again() {
 }
 
 #[test]
+fn times_that_no_clock_shows_never_come() {
+    let place = Place::new();
+    let longest = format!("{}s", u64::MAX);
+    let mut patient = echo("b", "b", &[]);
+    patient.run.timeout = Some(longest.clone());
+    assert_eq!(place.run(&toys(vec![patient])).outcome.run, 1);
+    let stop = std::sync::Arc::clone(&place.options.interrupt);
+    let came = place.run_watched(&toys(vec![retrying(Act::Flaky, 1, &longest)]), &mut |event| {
+        if matches!(event, Event::Retrying { .. }) {
+            stop.store(true, Ordering::Relaxed);
+        }
+    });
+    assert_eq!((came.retried().len(), came.outcome.interrupted), (1, 1));
+}
+
+#[test]
 fn a_forced_stage_that_fails_at_first_does_not_take_its_old_result() {
     let mut place = Place::new();
     let stages = toys(vec![retrying(Act::Flaky, 1, "1ms")]);
