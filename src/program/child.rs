@@ -5,9 +5,10 @@
 //! the parent's death would reach the program alone, and not what it has started.
 
 use std::collections::BTreeSet;
-use std::io::{ErrorKind, Write as _};
+use std::ffi::OsStr;
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -16,6 +17,42 @@ use rustix::process::{Pid, Signal, kill_process_group};
 
 /// How often a start is tried while the program's file is still open for writing.
 const BUSY_TRIES: u32 = 100;
+
+/// The command of a program whose environment has this `PATH`.
+///
+/// A bare name is looked for here where that surely finds what the system would find: only a program that is named by its path
+/// is started without copying the page tables of this process, which takes longer than all else that a short program does.
+pub(crate) fn command(name: &OsStr, path: Option<&OsStr>) -> Command {
+    let Some(file) = path.and_then(|path| found(name, path)) else { return Command::new(name) };
+    let mut command = Command::new(file);
+    command.arg0(name);
+    command
+}
+
+/// The first file of `path` that may be executed, if the kernel can execute it and nothing leaves a doubt.
+fn found(name: &OsStr, path: &OsStr) -> Option<PathBuf> {
+    if name.is_empty() || name.as_encoded_bytes().contains(&b'/') {
+        return None;
+    }
+    for folder in std::env::split_paths(path) {
+        // A relative folder is one of the program's own working folder.
+        if !folder.is_absolute() {
+            return None;
+        }
+        let file = folder.join(name);
+        match rustix::fs::access(&file, rustix::fs::Access::EXEC_OK) {
+            Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => {}
+            Err(_) => return None,
+            Ok(()) => {
+                let mut start = [0; 4];
+                std::fs::File::open(&file).ok()?.read_exact(&mut start).ok()?;
+                // What is neither is a script without its first line, which the system hands to a shell.
+                return (start.starts_with(b"#!") || start == *b"\x7fELF").then_some(file);
+            }
+        }
+    }
+    None
+}
 
 /// Starts a program in a process group of its own; the error says why it cannot be started.
 pub(crate) fn spawn(command: &mut Command) -> Result<Child, String> {
@@ -142,5 +179,53 @@ pub(crate) fn unwatch(group: Pid) {
     // A watchdog that is gone is started anew for the next program.
     if watched.watchdog.as_mut().is_some_and(|watchdog| watchdog.order('-', group).is_err()) {
         watched.watchdog = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    fn path(folders: &[&Path]) -> std::ffi::OsString {
+        std::env::join_paths(folders).unwrap()
+    }
+
+    fn says(name: &str, path: &OsStr, arguments: &[&str]) -> String {
+        let mut command = command(name.as_ref(), Some(path));
+        command.args(arguments).env_clear().env("PATH", path).stdout(Stdio::piped());
+        let output = spawn(&mut command).unwrap().wait_with_output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    #[test]
+    fn a_bare_name_is_found_where_the_system_finds_it_and_keeps_its_name() {
+        let place = tempfile::tempdir().unwrap();
+        let [empty, own] = ["empty", "own"].map(|name| place.path().join(name));
+        let write = |folder: &Path, name: &str, text: &str, mode: u32| {
+            std::fs::create_dir_all(folder).unwrap();
+            std::fs::write(folder.join(name), text).unwrap();
+            std::fs::set_permissions(folder.join(name), std::fs::Permissions::from_mode(mode)).unwrap();
+        };
+        write(&empty, "script", "#!/bin/sh\necho wrong\n", 0o644);
+        write(&own, "script", "#!/bin/sh\necho \"$1 of ${0##*/}\"\n", 0o755);
+        write(&own, "lines", "echo \"$1\"\n", 0o755);
+        let system = [Path::new("/usr/bin"), Path::new("/bin")];
+        let folders = path(&[&place.path().join("none"), &own, system[0], system[1]]);
+        assert!(found("sh".as_ref(), &folders).is_some_and(|file| file.ends_with("sh") && file.is_absolute()));
+        assert_eq!(says("sh", &folders, &["-c", "echo $0"]), "sh\n", "it is called as the user calls it");
+        assert_eq!(found("script".as_ref(), &folders), Some(own.join("script")));
+        assert_eq!(says("script", &folders, &["x"]), "x of script\n");
+        // What leaves a doubt is the system's to find.
+        assert_eq!(found("lines".as_ref(), &folders), None, "no first line that names its interpreter");
+        assert_eq!(says("lines", &folders, &["x"]), "x\n");
+        assert_eq!(found("script".as_ref(), &path(&[Path::new("own"), &own])), None, "a relative folder");
+        assert_eq!(found("./script".as_ref(), &folders), None);
+        assert_eq!(found("absent".as_ref(), &folders), None);
+        if !rustix::process::geteuid().is_root() {
+            assert_eq!(found("script".as_ref(), &path(&[&empty, &own])), None, "one that may not be executed");
+        }
+        assert_eq!(says("script", &path(&[&empty, &own, system[0], system[1]]), &["x"]), "x of script\n");
     }
 }

@@ -121,7 +121,8 @@ impl Program {
         let folder = folder.map_err(|error| start(format!("cannot make a folder for `{name}`: {error}")))?;
         let laid_out = lay_out(launch.files, folder.path());
         laid_out.map_err(|error| start(format!("cannot start `{name}`: {error:#}")))?;
-        let mut command = std::process::Command::new(name);
+        let path = std::env::var_os("PATH");
+        let mut command = child::command(name.as_ref(), path.as_deref());
         command.args(arguments).current_dir(folder.path()).env_clear().envs(inherited());
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let child = child::spawn(&mut command).map_err(start)?;

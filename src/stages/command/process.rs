@@ -6,7 +6,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, waitid};
 
-use crate::program::child::{how, signal, spawn, unwatch, watch};
+use crate::program::child::{command, how, signal, spawn, unwatch, watch};
 
 /// How often a running program's driver asks whether it should stop.
 const ASK: Duration = Duration::from_millis(50);
@@ -82,7 +82,8 @@ impl Program<'_> {
         let log = || File::options().append(true).create(true).open(self.log);
         let log = log().and_then(|out| Ok((out, log()?)));
         let (out, err) = log.with_context(|| format!("cannot write the log `{}`", self.log.display()))?;
-        let mut command = Command::new(self.name);
+        let path = self.environment.get(OsStr::new("PATH"));
+        let mut command = command(self.name, path.map(OsString::as_os_str));
         command.args(self.arguments).current_dir(self.folder).env_clear().envs(&self.environment);
         command.stdin(Stdio::null()).stdout(out).stderr(err);
         spawn(&mut command).map_err(anyhow::Error::msg)
