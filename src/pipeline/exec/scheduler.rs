@@ -377,6 +377,10 @@ impl Scheduler {
         self.find_if_ready(producer, actions);
         // The producer may have failed while this node was reading what it had made before.
         self.close_behind(producer, actions);
+        // And one of the producer's own inputs, after the producer was done with it.
+        for input in self.nodes[producer].shape.inputs.clone() {
+            self.close_behind(input, actions);
+        }
     }
 
     /// Settles what rests on a node that has ended without a result.
