@@ -378,7 +378,7 @@ mod tests {
         assert!(sandbox.store.last_uses().unwrap().is_empty());
         for bytes in ["", "{}"] {
             std::fs::write(&path, bytes).unwrap();
-            let error = sandbox.store.plan_gc(&Default::default(), &|_, _| ()).unwrap_err().to_string();
+            let error = sandbox.store.plan_gc(&super::super::GcPolicy::default(), &|_, _| ()).unwrap_err().to_string();
             assert!(error.contains("used.json` does not say"), "{error}");
         }
     }

@@ -5,6 +5,9 @@
 //! of each file nothing, the old bytes, a torn beginning, zeros of the right length, or the new bytes. No file system in
 //! use is that bad, and none promises to be better.
 
+mod dice;
+mod opened;
+
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
@@ -16,21 +19,8 @@ use std::sync::{Arc, Mutex};
 use rustix::io::Errno;
 
 use super::disk::{Content, Disk, Entry, Sort, Stat};
-
-/// A small generator of random numbers (SplitMix64), for what a cut keeps.
-#[derive(Clone, Debug)]
-pub(super) struct Dice(pub(super) u64);
-
-impl Dice {
-    /// A number below `sides`.
-    pub(super) fn roll(&mut self, sides: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((mixed ^ (mixed >> 31)) % sides as u64) as usize
-    }
-}
+pub(super) use dice::Dice;
+use opened::Opened;
 
 type Names = BTreeMap<OsString, u64>;
 
@@ -330,25 +320,6 @@ fn name_of(component: Component<'_>) -> Option<OsString> {
         Component::Normal(name) => Some(name.to_owned()),
         Component::ParentDir => Some("..".into()),
         _ => None,
-    }
-}
-
-/// A file as it was opened.
-struct Opened {
-    stat: Stat,
-    bytes: Arc<Vec<u8>>,
-}
-
-impl Content for Opened {
-    fn stat(&self) -> io::Result<Stat> {
-        Ok(self.stat)
-    }
-
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        let from = usize::try_from(offset).unwrap().min(self.bytes.len());
-        let read = buffer.len().min(self.bytes.len() - from);
-        buffer[..read].copy_from_slice(&self.bytes[from..from + read]);
-        Ok(read)
     }
 }
 
