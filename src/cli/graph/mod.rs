@@ -1,6 +1,6 @@
 //! `pipe graph`: the stages of an experiment and what rests on what, drawn.
 //!
-//! A [`drawing::Drawing`] is what is to be seen; [`layout`] places it, and one file for each format writes it down.
+//! A `drawing::Drawing` is what is to be seen; `layout` places it, and one file for each format writes it down.
 
 mod dot;
 mod drawing;

@@ -2,7 +2,7 @@
 //!
 //! The nearest history counts: the same key, then the last run of the same name, then the same stage in other trials, then
 //! other stages of the kind. Where a kind names the number that grows with its work ([`Continues::grows`]), times are scaled
-//! by it. It must never decide anything, and reads only as much as [`READ`] allows.
+//! by it. It must never decide anything, and reads only as much as `READ` allows.
 
 use std::collections::HashMap;
 
