@@ -54,7 +54,10 @@ def run(command: list, folder: Path, repeat: int = 1) -> Taken:
     for _ in range(repeat):
         with tempfile.TemporaryFile() as said:
             begin = time.perf_counter()
-            child = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=said, env=environment())
+            # A group of its own, because redun ends its whole group when it is done.
+            child = subprocess.Popen(
+                command, cwd=folder, stdout=subprocess.DEVNULL, stderr=said, env=environment(), start_new_session=True
+            )
             status, usage = wait(child, begin)
             seconds.append(time.perf_counter() - begin)
             memory = max(memory, usage.ru_maxrss / 1000) if usage else memory
