@@ -1,14 +1,13 @@
 //! `pipe config`: what the files of a trial come to, every value with the place it was written at.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 use serde_json::{Map, Value as Json, json};
 
 use crate::cli::failure::Failure;
 use crate::cli::ui::Look;
-use crate::cli::why::{is_toml, place};
-use crate::cli::{Session, render};
+use crate::cli::why::place;
+use crate::cli::{FilesAndStage, Session, render};
 use crate::pipeline::spec::origin::{Origins, Way, Written};
 use crate::pipeline::spec::{Experiment, Trial, resolved_value};
 use crate::stages::KINDS;
@@ -19,12 +18,8 @@ const COMMENTS: usize = 48;
 /// Show the configuration that the files come to, as TOML that reads again
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Experiment or pipeline files, then perhaps a stage
-    #[arg(required = true, num_args = 1.., value_names = ["FILES", "STAGE"])]
-    arguments: Vec<String>,
-    /// Lay a value over every file, as `--set stages.sft.steps=10`
-    #[arg(long = "set", value_name = "PATH=VALUE")]
-    sets: Vec<String>,
+    #[command(flatten)]
+    named: FilesAndStage,
     /// Only this trial
     #[arg(long, value_name = "TRIAL")]
     trial: Option<String>,
@@ -39,12 +34,8 @@ pub struct Args {
 /// With `--json`, an array with `{experiment, trial, values}` for every trial, where `values` is a table of path to
 /// `{value, source, file, line}`.
 pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
-    let (files, stage) = match args.arguments.split_last() {
-        Some((stage, files)) if !files.is_empty() && !is_toml(stage) => (files, Some(stage.as_str())),
-        _ => (&args.arguments[..], None),
-    };
-    let files: Vec<PathBuf> = files.iter().map(PathBuf::from).collect();
-    let experiments = session.read(&files, &args.sets)?;
+    let (files, stage) = args.named.split();
+    let experiments = session.read(&files, &args.named.sets)?;
     let chosen = chosen(&experiments, args.trial.as_deref())?;
     let (color, several) = (session.ui.output_color(), chosen.len() > 1);
     let mut rows = Vec::new();
@@ -58,7 +49,7 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
                 None => failure.hint(format!("expected one of {known}")),
             });
         }
-        let origins = Origins::of(&experiment.path, &args.sets, trial, KINDS)
+        let origins = Origins::of(&experiment.path, &args.named.sets, trial, KINDS)
             .ok_or_else(|| Failure::failed(format!("`{}` changed while it was read", experiment.path.display())))?;
         let mut document = if args.resolved { resolved_value(trial) } else { Json::Object(origins.document.clone()) };
         if let Some(stage) = stage {

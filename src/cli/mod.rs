@@ -177,6 +177,29 @@ pub struct Files {
     pub sets: Vec<String>,
 }
 
+/// The files of a command that may name a stage behind them.
+#[derive(Clone, Debug, clap::Args)]
+pub struct FilesAndStage {
+    /// Experiment or pipeline files, then the stage: `STAGE`, `TRIAL/STAGE`, `EXPERIMENT/STAGE` or `EXPERIMENT/TRIAL/STAGE`
+    #[arg(required = true, num_args = 1.., value_names = ["FILES", "STAGE"])]
+    arguments: Vec<String>,
+    /// Lay a value over every file, as `--set stages.sft.steps=10`
+    #[arg(long = "set", value_name = "PATH=VALUE")]
+    pub sets: Vec<String>,
+}
+
+impl FilesAndStage {
+    /// The files, and the stage where one is named: the last argument, unless it is called as a TOML file is.
+    pub fn split(&self) -> (Vec<PathBuf>, Option<&str>) {
+        let is_file = |argument: &str| Path::new(argument).extension().is_some_and(|extension| extension == "toml");
+        let (files, stage) = match self.arguments.split_last() {
+            Some((stage, files)) if !files.is_empty() && !is_file(stage) => (files, Some(stage.as_str())),
+            _ => (&self.arguments[..], None),
+        };
+        (files.iter().map(PathBuf::from).collect(), stage)
+    }
+}
+
 impl Session {
     /// Reads experiments, with what their tuning trials have chosen so far; every mistake of every file is in the failure.
     /// They are never taken apart: the process ends soon, and what it holds ends with it at once.

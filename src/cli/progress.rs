@@ -13,7 +13,7 @@ use crate::cli::ui::{Look, Ui};
 use crate::pipeline::exec::event::Event;
 use crate::pipeline::plan::{NodeName, Plan};
 use crate::pipeline::stage::StageEvent;
-use crate::pipeline::store::Owner;
+use crate::pipeline::store::{Owner, Reached};
 
 /// Without a terminal a running stage says how far it is at most this often.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
@@ -86,7 +86,9 @@ impl<'a> Progress<'a> {
                 self.stop(*node);
                 self.settle();
             }
-            Event::Waiting { name, owner, .. } => self.line("waiting", Look::Dim, name, &owner_text(owner.as_ref())),
+            Event::Waiting { name, owner, reached, .. } => {
+                self.line("waiting", Look::Dim, name, &owner_text(owner.as_ref(), reached.as_ref()));
+            }
             Event::Retrying { node, name, error, attempt, attempts, seconds } => {
                 self.stop(*node);
                 let when = if *seconds >= 1.0 { format!(" in {}", render::duration(*seconds)) } else { String::new() };
@@ -280,15 +282,17 @@ impl Running {
 }
 
 /// Who works on a stage that this run waits for.
-fn owner_text(owner: Option<&Owner>) -> String {
-    let Some(Owner { process, host, since, progress }) = owner else {
+fn owner_text(owner: Option<&Owner>, reached: Option<&Reached>) -> String {
+    let Some(Owner { process, host, since }) = owner else {
         return "another run is working on it".to_owned();
     };
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
     let time = render::duration(now.saturating_sub(*since) as f64);
     let text = format!("process {process} on {host} has been working on it for {time}");
-    match progress {
-        Some((done, total, unit)) => format!("{text}, {}/{} {unit}", render::count(*done), render::count(*total)),
+    match reached {
+        Some(Reached { done, total, unit }) => {
+            format!("{text}, {}/{} {unit}", render::count(*done), render::count(*total))
+        }
         None => text,
     }
 }

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Value, json};
@@ -10,7 +9,7 @@ use serde_json::{Value, json};
 use crate::cli::failure::Failure;
 use crate::cli::plan::{state_look, state_name};
 use crate::cli::ui::Look;
-use crate::cli::{Session, render};
+use crate::cli::{FilesAndStage, Session, render};
 use crate::pipeline::exec::ExecError;
 use crate::pipeline::exec::select;
 use crate::pipeline::plan::explain::Compared;
@@ -30,37 +29,22 @@ const MOST: usize = 100;
 /// Explain why a stage would run: what changed, old => new, followed upstream to the cause
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Experiment or pipeline files, then the stage: `STAGE`, `TRIAL/STAGE`, `EXPERIMENT/STAGE` or `EXPERIMENT/TRIAL/STAGE`
-    #[arg(required = true, num_args = 1.., value_names = ["FILES", "STAGE"])]
-    arguments: Vec<String>,
-    /// Lay a value over every file, as `--set stages.sft.steps=10`
-    #[arg(long = "set", value_name = "PATH=VALUE")]
-    sets: Vec<String>,
-}
-
-impl Args {
-    /// The files, and the stage where one is named.
-    fn split(&self) -> (Vec<PathBuf>, Option<&String>) {
-        let (files, stage) = match self.arguments.split_last() {
-            Some((stage, files)) if !files.is_empty() && !is_toml(stage) => (files, Some(stage)),
-            _ => (&self.arguments[..], None),
-        };
-        (files.iter().map(PathBuf::from).collect(), stage)
-    }
+    #[command(flatten)]
+    named: FilesAndStage,
 }
 
 /// With `--json`, an array of `{names, kind, recipe, key, state, because, reasons, compared_with, made}` of the stages asked
 /// for, each followed by those upstream in which its reasons lie.
 pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
-    let (files, stage) = args.split();
-    let experiments = session.read(&files, &args.sets)?;
+    let (files, stage) = args.named.split();
+    let experiments = session.read(&files, &args.named.sets)?;
     let store = session.existing_store()?;
     let plan = session.plan(&experiments, store.as_ref())?;
     let meant: BTreeSet<usize> = match stage {
-        Some(stage) => select::nodes(&plan, std::slice::from_ref(stage), "why").map_err(unknown)?,
+        Some(stage) => select::nodes(&plan, &[stage.to_owned()], "why").map_err(unknown)?,
         None => ends(&plan),
     };
-    let mut told = Told::new(&plan, store.as_ref(), Sources { experiments: &experiments, sets: &args.sets });
+    let mut told = Told::new(&plan, store.as_ref(), Sources { experiments: &experiments, sets: &args.named.sets });
     let groups = plan.alike(meant);
     if session.ui.is_json() {
         let mut rows = Vec::new();
@@ -87,11 +71,6 @@ fn unknown(error: ExecError) -> Failure {
         ExecError::UnknownStage { name, hint, .. } => Failure::wrong(format!("no stage is called `{name}`")).hint(hint),
         other => Failure::stage(&other),
     }
-}
-
-/// Whether an argument is a file and not the name of a stage.
-pub(super) fn is_toml(argument: &str) -> bool {
-    Path::new(argument).extension().is_some_and(|extension| extension == "toml")
 }
 
 /// `FILE:LINE`, or `--set`.

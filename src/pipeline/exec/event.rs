@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::pipeline::plan::NodeName;
 use crate::pipeline::stage::StageEvent;
-use crate::pipeline::store::{Digest, Owner};
+use crate::pipeline::store::{Digest, Owner, Reached};
 
 /// One thing that happened in a run. `node` is the index of the plan's node.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -35,6 +35,9 @@ pub enum Event {
         /// Who works on it, where that is known.
         #[serde(default)]
         owner: Option<Owner>,
+        /// How far it had come some seconds ago.
+        #[serde(default)]
+        reached: Option<Reached>,
     },
     /// An attempt at a node failed, and another follows.
     Retrying {

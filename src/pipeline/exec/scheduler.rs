@@ -706,8 +706,7 @@ mod tests {
                 }
             }
             assert!(scheduler.is_finished() && (0..count).all(|node| scheduler.phase(node) == Phase::Done));
-            // A busy machine may take several times as long as a free one; a quadratic walk would take minutes.
-            assert!(began.elapsed().as_secs() < 30, "{:?}", began.elapsed());
+            assert!(began.elapsed().as_secs() < 5, "{:?}", began.elapsed());
         }
     }
 

@@ -50,8 +50,6 @@ pub struct Owner {
     pub host: String,
     /// When it began, in seconds since 1970.
     pub since: u64,
-    /// Units done, units in all, and what is counted, as of some seconds ago.
-    pub progress: Option<(u64, u64, String)>,
 }
 
 impl Owner {
@@ -59,7 +57,7 @@ impl Owner {
     pub(crate) fn here() -> Self {
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
-        Self { process: std::process::id(), host, since, progress: None }
+        Self { process: std::process::id(), host, since }
     }
 }
 

@@ -7,6 +7,7 @@ use super::alarms::Alarm;
 use crate::pipeline::exec::event::Event;
 use crate::pipeline::exec::scheduler::Input;
 use crate::pipeline::spec::parse_duration;
+use crate::pipeline::store::Attempts;
 
 /// How long a stage that has timed out may take to save and end before its process is killed.
 const GRACE: Duration = if cfg!(test) { Duration::from_millis(300) } else { Duration::from_secs(30) };
@@ -87,8 +88,8 @@ impl Driver<'_, '_> {
     fn tell_owner(&mut self, node: usize) {
         let Some(key) = self.keys[node].clone() else { return };
         // Who works on it is for people alone, so that it cannot be read is no error.
-        let owner = self.store.attempts(&key).ok().flatten().and_then(|attempts| attempts.owner);
-        (self.events)(&Event::Waiting { node, name: self.plan.nodes[node].name().clone(), key, owner });
+        let Attempts { owner, reached, .. } = self.store.attempts(&key).ok().flatten().unwrap_or_default();
+        (self.events)(&Event::Waiting { node, name: self.plan.nodes[node].name().clone(), key, owner, reached });
     }
 }
 
