@@ -159,7 +159,13 @@ fn in_parts(
 /// Runs one plan and tells what happens.
 fn execute(plan: &Plan, store: &Store, options: &Options, session: &Session) -> Result<Outcome, Failure> {
     let ui = &session.ui;
-    let mut progress = Progress::new(ui, plan);
+    let again = select::nodes(plan, &options.again, "--again").map_err(failure)?;
+    let wanted = if options.until.is_empty() {
+        vec![true; plan.nodes.len()]
+    } else {
+        select::with_ancestors(plan, select::nodes(plan, &options.until, "--until").map_err(failure)?)
+    };
+    let mut progress = Progress::new(ui, plan, store, (wanted, again), options.jobs);
     let mut unwritten = None;
     let outcome = exec::execute(plan, store, options, &mut |event: &Event| {
         progress.on(event);
