@@ -39,6 +39,8 @@ pub struct Progress<'a> {
     ui: &'a Ui,
     /// Whether names need their experiment to be told apart.
     several: bool,
+    /// Whether more follows, of which nothing is known yet.
+    tunes: bool,
     total: usize,
     settled: usize,
     running: BTreeMap<usize, Running>,
@@ -53,6 +55,18 @@ pub struct Progress<'a> {
     failures: Vec<Failed>,
     /// Whether something was told since the last failure.
     went_on: bool,
+}
+
+/// What was asked of a run.
+pub struct Asked {
+    /// By node, whether it shall run if it is missing.
+    pub wanted: Vec<bool>,
+    /// Nodes that run even where they are cached.
+    pub again: BTreeSet<usize>,
+    /// Stages at once; 0 is as many as cores.
+    pub jobs: usize,
+    /// Whether trials are not known yet, because they wait for what this run finds.
+    pub tunes: bool,
 }
 
 /// A stage that failed.
@@ -75,20 +89,15 @@ struct Running {
 }
 
 impl<'a> Progress<'a> {
-    /// A display for the run of the nodes of `plan` that are `wanted`, with those of `again` run even where they are cached
-    /// and so many jobs at once; 0 is as many as cores.
-    pub fn new(
-        ui: &'a Ui,
-        plan: &'a Plan,
-        store: &'a Store,
-        (wanted, again): (Vec<bool>, BTreeSet<usize>),
-        jobs: usize,
-    ) -> Self {
+    /// A display for the run of `plan`.
+    pub fn new(ui: &'a Ui, plan: &'a Plan, store: &'a Store, asked: Asked) -> Self {
+        let Asked { wanted, again, jobs, tunes } = asked;
         let first = plan.trials.first().map(|trial| &trial.experiment);
         let several = plan.trials.iter().any(|trial| Some(&trial.experiment) != first);
         Self {
             ui,
             several,
+            tunes,
             total: plan.nodes.len(),
             settled: 0,
             running: BTreeMap::new(),
@@ -219,10 +228,11 @@ impl<'a> Progress<'a> {
 
     /// A bar above the overall line, which comes with the first.
     fn bar(&mut self, label: &str) -> ProgressBar {
+        let text = self.overall_text();
         let overall = self.overall.get_or_insert_with(|| {
             let overall = self.ui.bars().add(ProgressBar::no_length());
             overall.set_style(overall_style(self.ui.error_width(), &self.estimate));
-            overall.set_message(overall_text(self.settled, self.total));
+            overall.set_message(text);
             overall.enable_steady_tick(TICK);
             overall
         });
@@ -291,8 +301,13 @@ impl<'a> Progress<'a> {
         self.settled += 1;
         self.time_left.settle(node);
         if let Some(overall) = &self.overall {
-            overall.set_message(overall_text(self.settled, self.total));
+            overall.set_message(self.overall_text());
         }
+    }
+
+    fn overall_text(&self) -> String {
+        let tuning = if self.tunes { " of tuning" } else { "" };
+        format!("{} of {}{tuning}", render::count(self.settled as u64), render::plural(self.total, "stage"))
     }
 
     /// Estimates the time left anew, unless that would cost more than it is worth.
@@ -313,7 +328,7 @@ impl<'a> Progress<'a> {
         self.told = Instant::now();
         self.estimate();
         let left = shown(&self.estimate).map(|left| format!(", {left}")).unwrap_or_default();
-        self.ui.note(&format!("{}{left}", overall_text(self.settled, self.total)));
+        self.ui.note(&format!("{}{left}", self.overall_text()));
     }
 }
 
@@ -379,10 +394,6 @@ fn headline(metrics: &BTreeMap<String, f64>) -> String {
     let shown: Vec<String> =
         names.into_iter().take(SHOWN_METRICS).map(|name| format!("{name} {}", render::number(metrics[name]))).collect();
     shown.join(", ")
-}
-
-fn overall_text(settled: usize, total: usize) -> String {
-    format!("{} of {}", render::count(settled as u64), render::plural(total, "stage"))
 }
 
 /// The estimate as it is now.

@@ -49,7 +49,13 @@ pub(super) struct Estimate {
 impl<'a> TimeLeft<'a> {
     /// Of a run of the nodes of `plan` that are `wanted`, with those of `again` run even where they are cached, and so many
     /// jobs at once; 0 is as many as cores.
-    pub(super) fn new(plan: &'a Plan, store: &'a Store, wanted: Vec<bool>, again: BTreeSet<usize>, jobs: usize) -> Self {
+    pub(super) fn new(
+        plan: &'a Plan,
+        store: &'a Store,
+        wanted: Vec<bool>,
+        again: BTreeSet<usize>,
+        jobs: usize,
+    ) -> Self {
         let (width, share) = plan::machine(jobs);
         Self {
             plan,
@@ -173,7 +179,11 @@ mod tests {
         time.settle(0);
         time.begin(1, after(40));
         let second = time.estimate(after(50), |_| None).unwrap();
-        assert_eq!((second.left, second.rest, second.is_least), (70.0, 40.0, false), "10 of 40 s have passed, and one waits");
+        assert_eq!(
+            (second.left, second.rest, second.is_least),
+            (70.0, 40.0, false),
+            "10 of 40 s have passed, and one waits"
+        );
         assert!(time.estimate(after(90), |_| None).unwrap().is_least, "it takes longer than the other has");
         time.stop(1);
         assert!((time.estimate(after(95), |_| None).unwrap().left - 80.0).abs() < 1e-9, "it is tried again");

@@ -179,12 +179,7 @@ impl<'plan> Forecast<'plan> {
 
     /// What the nodes of the plan take together, with the seconds that each still has before it from `left`; nothing there
     /// is a node of which they are not known. A forecast of the whole plan takes them from [`Self::to_do`].
-    pub fn total(
-        &self,
-        width: Width,
-        share: impl Fn(&Node) -> Share,
-        left: impl Fn(usize) -> Option<f64>,
-    ) -> Total {
+    pub fn total(&self, width: Width, share: impl Fn(&Node) -> Share, left: impl Fn(usize) -> Option<f64>) -> Total {
         let mut total = Total::default();
         // When each node can be done at the earliest, and what all nodes take of the machine.
         let mut ends: Vec<f64> = Vec::with_capacity(self.plan.nodes.len());

@@ -60,6 +60,10 @@ pub(super) fn experiment(
         (assignments.map(|assignment| resolver.trial(root, assignment, &mut wanted, report)).collect(), None)
     };
     wanted.report(report);
+    let reporting = tuning.iter().flat_map(|tuning| &tuning.arms).flat_map(|arm| &arm.candidates);
+    let reporting = reporting.flat_map(|candidate| &candidate.reporting);
+    let reported: Vec<&Trial> = if tuning.is_some() { reporting.collect() } else { trials.iter().collect() };
+    report.extend(sweep.doubts.into_iter().filter_map(|doubt| doubt.settled(&reported)));
     match &tuning {
         Some(tuning) => {
             let candidates = tuning.arms.iter().filter_map(|arm| arm.candidates.first());

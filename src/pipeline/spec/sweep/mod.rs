@@ -14,6 +14,7 @@
 mod arms;
 mod assign;
 mod axes;
+mod doubt;
 mod exclude;
 mod path;
 mod schema;
@@ -26,6 +27,7 @@ use serde_json::Value as Json;
 use crate::pipeline::spec::diagnostic::{Mistake, Report};
 use crate::pipeline::spec::source::Span;
 pub(super) use crate::pipeline::spec::sweep::assign::Assignment;
+use crate::pipeline::spec::sweep::doubt::Doubt;
 use crate::pipeline::spec::sweep::exclude::Exclusion;
 pub(super) use crate::pipeline::spec::sweep::exclude::{find, not_swept};
 pub(super) use crate::pipeline::spec::sweep::path::leaves;
@@ -43,6 +45,8 @@ pub(super) struct Sweep {
     pub(super) max_failures: Option<usize>,
     /// What is chosen for each arm first.
     pub(super) tune: Option<Tune>,
+    /// Arms that look as if they were the same.
+    pub(super) doubts: Vec<Doubt>,
     /// Where it is written.
     key: Option<Span>,
 }
@@ -122,7 +126,8 @@ impl Sweep {
     pub(super) fn read(root: &Node, report: &mut Report) -> Self {
         let Some(entry) = root.get("sweep") else { return Self::default() };
         let mut axes = axes::read(&entry.node, root, report);
-        axes.extend(arms::read(&entry.node, root, report));
+        let mut doubts = Vec::new();
+        axes.extend(arms::read(&entry.node, root, &mut doubts, report));
         let tune = entry.node.get("tune");
         axes.extend(tune.map(|tune| tune::axes(&tune.node, root, report)).unwrap_or_default());
         check_overlap(&axes, report);
@@ -135,7 +140,7 @@ impl Sweep {
             _ => None,
         };
         let tune = tune.and_then(|tune| Tune::read(tune, tuned, &axes, report));
-        Self { axes, exclusions, max_failures, tune, key: Some(entry.key) }
+        Self { axes, exclusions, max_failures, tune, doubts, key: Some(entry.key) }
     }
 
     /// Every path that something sets, with its place.
