@@ -387,11 +387,6 @@ mod tests {
             13 | metric = "score.solved"
                |          ^^^^^^^^^^^^^^ what they differ in does not lead to stage `score`
 
-            error: nothing sweeps `seed`, which is excluded
-             --> a.toml:9:30
-            9 | exclude = [{ drop = "other", seed = 3 }]
-              |                              ^^^^ expected one of `drop`, `params.seed`
-
             error: `params.seed` is swept twice
               --> a.toml:11:10
             11 | grid = { "params.seed" = [7, 8], "stages.train.stepz" = [1], "stages.train.steps" = [5, 6] }
@@ -418,6 +413,7 @@ mod tests {
               --> a.toml:11:1
             11 | seeds = [101, 102]
                | ^^^^^
+            hint: as `seeds = { path = "params.seed", values = [1, 2, 3] }` in `[sweep]`
         "#);
     }
 }

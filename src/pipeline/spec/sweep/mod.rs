@@ -20,7 +20,7 @@ mod path;
 mod schema;
 mod tune;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use serde_json::Value as Json;
 
@@ -31,7 +31,7 @@ use crate::pipeline::spec::sweep::doubt::Doubt;
 use crate::pipeline::spec::sweep::exclude::Exclusion;
 pub(super) use crate::pipeline::spec::sweep::exclude::{find, not_swept};
 pub(super) use crate::pipeline::spec::sweep::path::leaves;
-pub(super) use crate::pipeline::spec::sweep::schema::schema;
+pub(super) use crate::pipeline::spec::sweep::schema::{schema, told_schema};
 pub(super) use crate::pipeline::spec::sweep::tune::{Candidates, Tune};
 use crate::pipeline::spec::tree::{Node, Value};
 
@@ -130,7 +130,7 @@ impl Sweep {
         axes.extend(arms::read(&entry.node, root, &mut doubts, report));
         let tune = entry.node.get("tune");
         axes.extend(tune.map(|tune| tune::axes(&tune.node, root, report)).unwrap_or_default());
-        check_overlap(&axes, report);
+        check_overlap(&mut axes, report);
         label(&mut axes);
         axes.sort_by(|a, b| (a.is_seed(), &a.columns[0].name).cmp(&(b.is_seed(), &b.columns[0].name)));
         let (tuned, axes): (Vec<Axis>, _) = axes.into_iter().partition(|axis| axis.source == Source::Tune);
@@ -154,13 +154,16 @@ impl Sweep {
     }
 }
 
-/// No path may be set twice: one value would silently win.
-fn check_overlap(axes: &[Axis], report: &mut Report) {
+/// No path may be set twice: one value would silently win. An axis whose path is another's goes, since of its trials nothing
+/// more can be said.
+fn check_overlap(axes: &mut Vec<Axis>, report: &mut Report) {
     let mut known: HashMap<&[String], Span> = HashMap::new();
+    let mut doubled = HashSet::new();
     for column in axes.iter().flat_map(|axis| &axis.columns).filter(|column| !column.segments.is_empty()) {
         if let Some(first) = known.get(&*column.segments) {
             let mistake = Mistake::at(column.key, format!("`{}` is swept twice", column.name));
             report.add(mistake.also(*first, "it is swept first"));
+            doubled.insert(column.key);
             continue;
         }
         let is_around = |path: &[String]| path.starts_with(&column.segments) || column.segments.starts_with(path);
@@ -182,6 +185,7 @@ fn check_overlap(axes: &[Axis], report: &mut Report) {
             report.add(Mistake::at(leaf.key, message).also(*swept, "it is swept"));
         }
     }
+    axes.retain(|axis| !axis.columns.iter().any(|column| doubled.contains(&column.key)));
 }
 
 /// Gives every column the shortest name that is its own.
