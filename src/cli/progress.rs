@@ -313,11 +313,10 @@ impl<'a> Progress<'a> {
     /// Estimates the time left anew, unless that would cost more than it is worth.
     fn estimate(&mut self) {
         let now = Instant::now();
-        if self.time_left.is_due(now) {
-            let pace = |node: usize| self.running.get(&node)?.left();
-            let estimate = self.time_left.estimate(now, pace);
-            *self.estimate.lock().unwrap_or_else(PoisonError::into_inner) = estimate;
-        }
+        let pace = |node: usize| self.running.get(&node)?.left();
+        let new = if self.time_left.is_due(now) { Some(self.time_left.estimate(now, pace)) } else { None };
+        let mut estimate = self.estimate.lock().unwrap_or_else(PoisonError::into_inner);
+        *estimate = new.unwrap_or_else(|| estimate.map(Estimate::outdated));
     }
 
     /// Without a terminal, how far the run as a whole is, now and then.

@@ -11,8 +11,11 @@ use crate::pipeline::plan::forecast::{Forecast, Share, Width};
 use crate::pipeline::plan::{Node, Plan};
 use crate::pipeline::store::Store;
 
-/// An estimate may cost this share of the time between two.
-const COST: u32 = 50;
+/// Estimates may take one part in so many of a run's time,
+const SHARE: u32 = 50;
+
+/// and so much of it at once, since events come together.
+const BURST: Duration = Duration::from_millis(100);
 
 /// What a run still has before it.
 pub(super) struct TimeLeft<'a> {
@@ -30,8 +33,9 @@ pub(super) struct TimeLeft<'a> {
     running: BTreeMap<usize, Instant>,
     /// What was learned since the last estimate.
     learned: Vec<(usize, f64)>,
-    /// When the last estimate was made and what it cost.
-    last: Option<(Instant, Duration)>,
+    begun: Instant,
+    /// What estimates have cost so far.
+    spent: Duration,
 }
 
 /// The time left as it was at a moment.
@@ -67,7 +71,8 @@ impl<'a> TimeLeft<'a> {
             again,
             running: BTreeMap::new(),
             learned: Vec::new(),
-            last: None,
+            begun: Instant::now(),
+            spent: Duration::ZERO,
         }
     }
 
@@ -94,9 +99,9 @@ impl<'a> TimeLeft<'a> {
         self.learned.push((node, seconds));
     }
 
-    /// Whether an estimate would cost little beside the time since the last.
+    /// Whether there is time for an estimate.
     pub(super) fn is_due(&self, now: Instant) -> bool {
-        self.last.is_none_or(|(last, cost)| now.saturating_duration_since(last) >= cost * COST)
+        self.spent <= BURST + now.saturating_duration_since(self.begun) / SHARE
     }
 
     /// The time left; `pace` gives the seconds that a stage which runs says it still takes. Nothing where no history can be
@@ -129,12 +134,17 @@ impl<'a> TimeLeft<'a> {
         let total = forecast.total(self.width, &self.share, left);
         let without = |node: usize| if self.running.contains_key(&node) { Some(0.0) } else { waiting(node) };
         let rest = forecast.total(self.width, &self.share, without).wall;
-        self.last = Some((now, clock.elapsed()));
+        self.spent += clock.elapsed();
         Some(Estimate { left: total.wall, rest, is_least: total.unknown > 0, at: now })
     }
 }
 
 impl Estimate {
+    /// The same when something has happened since: what runs is not what it was made of.
+    pub(super) fn outdated(self) -> Self {
+        Self { rest: 0.0, ..self }
+    }
+
     /// `about 12 min left`; nothing where nothing is known to be left.
     pub(super) fn text(&self, now: Instant) -> Option<String> {
         let passed = now.saturating_duration_since(self.at).as_secs_f64();
@@ -147,7 +157,8 @@ impl Estimate {
 /// No more digits than a forecast has: `40 s`, `12 min`, `2.5 h`, `3 days`.
 fn roughly(seconds: f64) -> String {
     match seconds {
-        seconds if seconds < 57.5 => format!("{:.0} s", (seconds / 5.0).round().max(1.0) * 5.0),
+        seconds if seconds < 7.5 => format!("{seconds:.0} s"),
+        seconds if seconds < 57.5 => format!("{:.0} s", (seconds / 5.0).round() * 5.0),
         seconds if seconds < 5400.0 => format!("{:.0} min", (seconds / 60.0).round()),
         seconds if seconds < 129_600.0 => format!("{} h", (seconds / 1800.0).round() / 2.0),
         seconds => format!("{:.0} days", (seconds / 86_400.0).round()),
@@ -171,6 +182,10 @@ mod tests {
         let at = Instant::now();
         let after = |seconds| at + Duration::from_secs(seconds);
         time.begin(0, at);
+        assert!(time.is_due(at));
+        time.spent = Duration::from_secs(1);
+        assert!(!time.is_due(after(40)) && time.is_due(after(50)), "a fiftieth of the time");
+        time.spent = Duration::ZERO;
         let first = time.estimate(at, |_| None).unwrap();
         assert_eq!((first.left, first.is_least, first.text(at)), (0.0, true, None), "nothing has ever run");
         let told = time.estimate(after(1), |node| (node == 0).then_some(30.0)).unwrap();
@@ -192,7 +207,9 @@ mod tests {
     #[test]
     fn a_forecast_is_told_as_roughly_as_it_is_known() {
         let cases = [
-            (1.0, "5 s"),
+            (1.4, "1 s"),
+            (7.4, "7 s"),
+            (8.0, "10 s"),
             (41.0, "40 s"),
             (57.4, "55 s"),
             (58.0, "1 min"),
@@ -216,6 +233,7 @@ mod tests {
         assert_eq!(estimate.text(at).unwrap(), "about 10 min left");
         assert_eq!(estimate.text(after(120)).unwrap(), "about 8 min left");
         assert_eq!(estimate.text(after(3600)).unwrap(), "about 5 min left", "the rest waits for what runs");
+        assert_eq!(estimate.outdated().text(after(540)).unwrap(), "about 1 min left");
         let last = Estimate { rest: 0.0, is_least: true, ..estimate };
         assert_eq!(last.text(after(540)).unwrap(), "at least 1 min left");
         assert_eq!(last.text(after(700)), None, "it takes longer than ever before, and how long nobody knows");

@@ -57,7 +57,7 @@ pub(super) fn assess(nodes: &mut [Node], store: Option<&Store>) -> Result<(), Pl
                         let is_it = |manifest: &Manifest| {
                             differences(node, &input, manifest).iter().all(Reason::rests_on_a_run)
                         };
-                        let may_return = last.any_earlier(&made, &is_it)? || last.any_of(node, &is_it)?;
+                        let may_return = last.any_earlier(&made, is_it)? || last.any_of(node, is_it)?;
                         (if may_return { State::Maybe } else { State::Run }, reasons)
                     }
                     judged => judged,
