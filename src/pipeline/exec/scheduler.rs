@@ -284,12 +284,11 @@ impl Scheduler {
         let followers = self.take_followers(node);
         self.nodes[node].key = None;
         for waiting in followers.into_iter().chain([node]) {
-            match self.ending {
-                Some(ending) => self.close(waiting, ending),
-                None => {
-                    self.nodes[waiting].phase = Phase::Pending;
-                    self.wait_again(waiting, actions);
-                }
+            if let Some(ending) = self.ending {
+                self.close(waiting, ending);
+            } else {
+                self.nodes[waiting].phase = Phase::Pending;
+                self.wait_again(waiting, actions);
             }
         }
     }
