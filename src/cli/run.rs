@@ -17,7 +17,7 @@ use crate::pipeline::exec::event::{Event, Outcome};
 use crate::pipeline::exec::{self, ExecError, Options, select};
 use crate::pipeline::plan::{Node, Plan, State};
 use crate::pipeline::spec::{Experiment, Trial};
-use crate::pipeline::store::{Store, StoreError};
+use crate::pipeline::store::{Digest, Store, StoreError};
 
 /// Run what is missing of the experiments in FILES
 ///
@@ -118,11 +118,7 @@ fn in_parts(
     let mut next: Option<Vec<Experiment>> = None;
     loop {
         let these = next.as_deref().unwrap_or(experiments);
-        // What the plan finds must stay until the run ends, so nothing may be collected before it is leased.
-        let hold = store.hold().map_err(wrong)?;
-        let plan = session.plan(these, Some(store))?;
-        hold.lease(plan.nodes.iter().filter_map(|node| node.key.as_ref())).map_err(wrong)?;
-        drop(hold);
+        let plan = leased(session, these, store)?;
         same_arms(session, &plan, these)?;
         let again = |node: &&Node| node.state == State::Cached && known.contains(&node.recipe);
         let shared = plan.nodes.iter().filter(again).count();
@@ -153,6 +149,27 @@ fn in_parts(
             session.ui.note(&note);
         }
         next = Some(left);
+    }
+}
+
+/// A plan of which every result that it found stays until this process ends.
+///
+/// Planning may hash files for minutes, in which a collection goes on. What it has taken meanwhile is planned again, and what
+/// was leased before stays, so this ends.
+fn leased(
+    session: &Session,
+    experiments: &[Experiment],
+    store: &Store,
+) -> Result<ManuallyDrop<Plan>, Failure> {
+    loop {
+        let plan = session.plan(experiments, Some(store))?;
+        let keys: Vec<&Digest> = plan.nodes.iter().filter_map(|node| node.key.as_ref()).collect();
+        let found: Vec<&Digest> =
+            plan.nodes.iter().filter_map(|node| node.result.as_ref()).map(|result| &result.key).collect();
+        let stays = store.lease_found(&keys, &found);
+        if stays.map_err(|error| Failure::input(&error).hint(store_hint(&session.store)))? {
+            return Ok(plan);
+        }
     }
 }
 

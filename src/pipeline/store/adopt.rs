@@ -66,12 +66,14 @@ impl Store {
         folders: &BTreeMap<Digest, PathBuf>,
     ) -> Result<bool, StoreError> {
         let lock = self.lock(&manifest.key)?;
+        // No manifest names the objects until the last moment, and one that is there already may be nobody's.
+        let objects = manifest.outputs.iter().map(|output| &output.digest);
+        self.lease(&std::iter::once(&manifest.key).chain(objects).collect::<Vec<_>>())?;
         match self.lookup(&manifest.key)? {
             Lookup::Hit(_) => return Ok(false),
             Lookup::Damaged { what } => self.quarantine(&lock, &what).map(drop)?,
             Lookup::Miss => {}
         }
-        let _hold = self.hold()?;
         for output in &mut manifest.outputs {
             let object = self.object(&output.digest);
             let (digest, files) = match folders.get(&output.digest).filter(|folder| self.disk.is_there(folder)) {
@@ -107,5 +109,32 @@ impl Store {
     pub(crate) fn adopt_logs(&self, key: &Digest, folder: &std::path::Path) -> Result<(), StoreError> {
         let logs = self.logs(key);
         if self.disk.is_there(&logs) { Ok(()) } else { self.disk.rename(folder, &logs).at("write", &logs) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixture::{Sandbox, key, parts};
+    use super::super::{GcPolicy, Lookup};
+    use super::*;
+
+    #[test]
+    fn a_collection_goes_on_while_it_hashes_and_takes_nothing_of_it() {
+        let (sandbox, disk) = Sandbox::faulty();
+        let manifest = Manifest { key: key(2), parts: parts(2), ..sandbox.publish(1, &[("data", "one")]) };
+        let other = Store::open(sandbox.store.root()).unwrap();
+        let objects = sandbox.store.root().join("objects");
+        disk.meanwhile(move |operation, path| {
+            if operation == "open" && path.starts_with(&objects) {
+                assert!(other.collector_may_go(), "it is kept away");
+                let policy = GcPolicy { max_size: Some(0), ..GcPolicy::default() };
+                let plan = other.plan_gc(&policy, &|_, _| ()).unwrap();
+                other.collect_garbage(&plan, &mut |_, _| (), &mut || ()).unwrap();
+            }
+        });
+        assert!(sandbox.store.adopt(manifest, &BTreeMap::new()).unwrap());
+        disk.undisturbed();
+        assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Miss), "its result went");
+        assert!(matches!(sandbox.store.lookup(&key(2)).unwrap(), Lookup::Hit(_)), "and its object stayed");
     }
 }

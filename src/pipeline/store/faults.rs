@@ -1,5 +1,6 @@
 //! A disk that fails at one operation, or from one operation on, for tests.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -45,6 +46,16 @@ pub(super) struct Faulty {
     disk: Arc<dyn Disk>,
     omission: Option<Omission>,
     script: Mutex<Script>,
+    meanwhile: Mutex<Option<Meanwhile>>,
+}
+
+/// What another process does before an operation, of which it is told the name and the path.
+struct Meanwhile(Box<dyn FnMut(&'static str, &Path) + Send>);
+
+impl fmt::Debug for Meanwhile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Meanwhile")
+    }
 }
 
 #[derive(Debug, Default)]
@@ -64,7 +75,7 @@ enum Write {
 impl Faulty {
     /// `disk` without a fault.
     pub(super) fn new(disk: Arc<dyn Disk>) -> Self {
-        Self { disk, omission: None, script: Mutex::default() }
+        Self { disk, omission: None, script: Mutex::default(), meanwhile: Mutex::default() }
     }
 
     /// `disk` without a fault, for a store that leaves something out.
@@ -82,15 +93,31 @@ impl Faulty {
         std::mem::take(&mut *self.script.lock().unwrap()).taken
     }
 
+    /// From now on `act` is called before each operation, with its name and path, as another process that comes between.
+    pub(super) fn meanwhile(&self, act: impl FnMut(&'static str, &Path) + Send + 'static) {
+        *self.meanwhile.lock().unwrap() = Some(Meanwhile(Box::new(act)));
+    }
+
+    /// Nobody comes between any more.
+    pub(super) fn undisturbed(&self) {
+        *self.meanwhile.lock().unwrap() = None;
+    }
+
     /// Stands before an operation that writes no bytes.
-    fn step(&self) -> io::Result<&dyn Disk> {
-        match self.write_step()? {
+    fn step(&self, name: &'static str, path: &Path) -> io::Result<&dyn Disk> {
+        match self.write_step(name, path)? {
             Write::Whole => Ok(&*self.disk),
             Write::Half(error) => Err(error),
         }
     }
 
-    fn write_step(&self) -> io::Result<Write> {
+    fn write_step(&self, name: &'static str, path: &Path) -> io::Result<Write> {
+        // Another thread that comes to the disk meanwhile is not disturbed.
+        let meanwhile = self.meanwhile.lock().unwrap().take();
+        if let Some(mut meanwhile) = meanwhile {
+            meanwhile.0(name, path);
+            self.meanwhile.lock().unwrap().get_or_insert(meanwhile);
+        }
         let mut script = self.script.lock().unwrap();
         let taken = script.taken;
         script.taken += 1;
@@ -106,8 +133,14 @@ impl Faulty {
         }
     }
 
-    fn write(&self, bytes: &[u8], write: &dyn Fn(&[u8]) -> io::Result<()>) -> io::Result<()> {
-        match self.write_step()? {
+    fn write(
+        &self,
+        name: &'static str,
+        path: &Path,
+        bytes: &[u8],
+        write: &dyn Fn(&[u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        match self.write_step(name, path)? {
             Write::Whole => write(bytes),
             Write::Half(error) => write(&bytes[..bytes.len() / 2]).and(Err(error)),
         }
@@ -116,85 +149,85 @@ impl Faulty {
 
 impl Disk for Faulty {
     fn stat(&self, path: &Path) -> io::Result<Stat> {
-        self.step()?.stat(path)
+        self.step("stat", path)?.stat(path)
     }
 
     fn stat_target(&self, path: &Path) -> io::Result<Stat> {
-        self.step()?.stat_target(path)
+        self.step("stat_target", path)?.stat_target(path)
     }
 
     fn list(&self, folder: &Path) -> io::Result<Vec<Entry>> {
-        self.step()?.list(folder)
+        self.step("list", folder)?.list(folder)
     }
 
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
-        self.step()?.read(path)
+        self.step("read", path)?.read(path)
     }
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn Content>> {
-        self.step()?.open(path)
+        self.step("open", path)?.open(path)
     }
 
     fn read_link(&self, path: &Path) -> io::Result<PathBuf> {
-        self.step()?.read_link(path)
+        self.step("read_link", path)?.read_link(path)
     }
 
     fn check_writable(&self, folder: &Path) -> io::Result<()> {
-        self.step()?.check_writable(folder)
+        self.step("check_writable", folder)?.check_writable(folder)
     }
 
     fn create(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        self.write(bytes, &|bytes| self.disk.create(path, bytes))
+        self.write("create", path, bytes, &|bytes| self.disk.create(path, bytes))
     }
 
     fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        self.write(bytes, &|bytes| self.disk.append(path, bytes))
+        self.write("append", path, bytes, &|bytes| self.disk.append(path, bytes))
     }
 
     fn copy(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.step()?.copy(from, to)
+        self.step("copy", from)?.copy(from, to)
     }
 
     fn create_folder(&self, path: &Path) -> io::Result<()> {
-        self.step()?.create_folder(path)
+        self.step("create_folder", path)?.create_folder(path)
     }
 
     fn link(&self, target: &Path, path: &Path) -> io::Result<()> {
-        self.step()?.link(target, path)
+        self.step("link", path)?.link(target, path)
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.step()?.rename(from, to)
+        self.step("rename", from)?.rename(from, to)
     }
 
     fn remove_file(&self, path: &Path) -> io::Result<()> {
-        self.step()?.remove_file(path)
+        self.step("remove_file", path)?.remove_file(path)
     }
 
     fn remove_folder(&self, path: &Path) -> io::Result<()> {
-        self.step()?.remove_folder(path)
+        self.step("remove_folder", path)?.remove_folder(path)
     }
 
     fn set_mode(&self, path: &Path, mode: u32) -> io::Result<()> {
-        self.step()?.set_mode(path, mode)
+        self.step("set_mode", path)?.set_mode(path, mode)
     }
 
     fn sync(&self, path: &Path) -> io::Result<()> {
-        let disk = self.step()?;
+        let disk = self.step("sync", path)?;
         let sort = if disk.stat(path)?.sort == Sort::Folder { Omission::Folders } else { Omission::Files };
         if self.omission == Some(sort) { Ok(()) } else { disk.sync(path) }
     }
 
     fn sync_all(&self, path: &Path) -> io::Result<()> {
-        let disk = self.step()?;
+        let disk = self.step("sync_all", path)?;
         if self.omission == Some(Omission::FileSystems) { Ok(()) } else { disk.sync_all(path) }
     }
 
     fn open_lock(&self, path: &Path) -> io::Result<File> {
-        self.step()?.open_lock(path)
+        self.step("open_lock", path)?.open_lock(path)
     }
 
     fn open_lock_there(&self, path: &Path) -> io::Result<File> {
-        self.step()?.open_lock_there(path)
+        self.step("open_lock_there", path)?.open_lock_there(path)
     }
 }

@@ -38,12 +38,9 @@ const ENDED: &str = "@";
 /// How the name of a living process's lease begins.
 const LIVING: &str = "run-";
 
-/// While it lives, nothing is collected. It is held for moments: the collector waits for it.
+/// While it lives, nothing is collected. It is held for moments, in which nothing is hashed: the collector waits for it.
 #[derive(Debug)]
-pub struct Hold<'a> {
-    store: &'a Store,
-    _lock: FileLock,
-}
+pub(super) struct Hold(#[expect(dead_code, reason = "it is held, not read")] FileLock);
 
 /// The right to collect: nobody publishes or takes a lease while it lives.
 #[derive(Debug)]
@@ -76,32 +73,34 @@ struct Taken {
     keys: HashSet<Digest>,
 }
 
-impl Hold<'_> {
-    /// Writes down that this process rests on the results of `keys` until it ends.
-    pub fn lease<'k>(&self, keys: impl IntoIterator<Item = &'k Digest>) -> Result<(), StoreError> {
-        self.store.write_lease(keys)
-    }
-}
-
 impl Store {
     /// Keeps the collector away while the result lives. One thread must not hold two: the second would wait for a collector
     /// that waits for the first.
-    pub fn hold(&self) -> Result<Hold<'_>, StoreError> {
+    pub(super) fn hold(&self) -> Result<Hold, StoreError> {
         let door = self.lock_shared("door")?;
         let lock = self.lock_shared("store")?;
         drop(door);
-        Ok(Hold { store: self, _lock: lock })
+        Ok(Hold(lock))
     }
 
     /// Writes down that this process rests on the results of `keys`, which may be objects as well, until it ends. Look them up
-    /// after it, not before.
+    /// after it, or again: what is there then stays.
     pub fn lease(&self, keys: &[&Digest]) -> Result<(), StoreError> {
         let known = self.lease.0.lock().unwrap_or_else(PoisonError::into_inner);
         if known.as_ref().is_some_and(|taken| keys.iter().all(|key| taken.keys.contains(*key))) {
             return Ok(());
         }
         drop(known);
-        self.hold()?.lease(keys.iter().copied())
+        let _hold = self.hold()?;
+        self.write_lease(keys.iter().copied())
+    }
+
+    /// [`Store::lease`] for `keys` of which a look before has `found` the results of some: gives whether all of these are still
+    /// there, and so stay.
+    pub fn lease_found(&self, keys: &[&Digest], found: &[&Digest]) -> Result<bool, StoreError> {
+        self.lease(keys)?;
+        // A manifest goes before its objects, so it alone is asked.
+        Ok(found.iter().all(|key| self.disk.is_there(&self.manifest_path(key))))
     }
 
     /// The right to collect. `waiting` is called once if it does not come at once.
@@ -125,6 +124,12 @@ impl Store {
         };
         let door = lock("door")?;
         Ok(Alone { _store: lock("store")?, _door: door })
+    }
+
+    /// Whether [`Store::alone`] would come at once.
+    #[cfg(test)]
+    pub(super) fn collector_may_go(&self) -> bool {
+        ["door", "store"].iter().all(|name| self.lock_named(name).unwrap().0.try_lock().is_ok())
     }
 
     /// The keys and objects that living processes rest on. Certain only for whoever is [`Store::alone`].
@@ -341,6 +346,25 @@ mod tests {
         sandbox.reopen();
         assert!(other.leased().unwrap().is_empty());
         assert_eq!(other.last_uses().unwrap().into_keys().collect::<HashSet<_>>(), leased);
+    }
+
+    #[test]
+    fn what_went_between_the_look_and_the_lease_is_told() {
+        let sandbox = Sandbox::new();
+        sandbox.publish(1, &[("data", "one")]);
+        sandbox.publish(2, &[("data", "two")]);
+        let other = Store::open(sandbox.store.root()).unwrap();
+        let everything = super::super::GcPolicy { max_size: Some(0), ..Default::default() };
+        let collect = |store: &Store| {
+            let plan = store.plan_gc(&everything, &|_, _| ()).unwrap();
+            store.collect_garbage(&plan, &mut |_, _| (), &mut || ()).unwrap().results
+        };
+        assert!(sandbox.store.lease_found(&[&key(1), &key(3)], &[&key(1)]).unwrap());
+        assert_eq!(collect(&other), 1);
+        assert!(!sandbox.store.lease_found(&[&key(1), &key(2)], &[&key(1), &key(2)]).unwrap(), "2 went");
+        assert!(sandbox.store.lease_found(&[&key(1), &key(2)], &[&key(1)]).unwrap());
+        sandbox.publish(2, &[("data", "two")]);
+        assert_eq!(collect(&other), 0);
     }
 
     #[test]

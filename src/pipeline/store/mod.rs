@@ -64,7 +64,6 @@ use error::At as _;
 pub use error::StoreError;
 pub use gc::{Garbage, GarbageKind, GcPlan, GcPolicy, GcReport, Gone, Kept, Removal, Tally};
 pub use index::{Found, StoredName, StoredResult};
-pub use lease::Hold;
 pub use lock::KeyLock;
 pub use lookup::Lookup;
 pub use pins::Pin;
