@@ -115,14 +115,17 @@ pub(super) trait Disk: fmt::Debug + Send + Sync {
     /// Removes an empty folder.
     fn remove_folder(&self, path: &Path) -> io::Result<()>;
 
-    /// Removes a folder with everything in it; links are removed and not followed, this one too.
+    /// Removes a folder with everything in it; links are removed and not followed, this one too. What is in it may go meanwhile.
     fn remove_tree(&self, folder: &Path) -> io::Result<()> {
         if self.stat(folder)?.sort == Sort::Link {
             return self.remove_file(folder);
         }
         for entry in self.list(folder)? {
             let path = folder.join(&entry.name);
-            if entry.is_folder { self.remove_tree(&path)? } else { self.remove_file(&path)? }
+            match if entry.is_folder { self.remove_tree(&path) } else { self.remove_file(&path) } {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         }
         self.remove_folder(folder)
     }

@@ -23,9 +23,13 @@ pub(super) enum Fault {
     ShortWrite,
     /// The process is killed: nothing happens any more.
     Killed,
+    /// The process may not, once; none of [`FAULTS`].
+    Denied,
+    /// Whatever takes space is refused from now on, also a new name in a folder; none of [`FAULTS`].
+    NoRoom,
 }
 
-/// Every one of them.
+/// Those that a disk may have whatever it is asked.
 pub(super) const FAULTS: [Fault; 5] =
     [Fault::ErrorOnce, Fault::ErrorsOnwards, Fault::Full, Fault::ShortWrite, Fault::Killed];
 
@@ -122,7 +126,7 @@ impl Faulty {
         let taken = script.taken;
         script.taken += 1;
         let Some((at, fault)) = script.fault else { return Ok(Write::Whole) };
-        let onwards = matches!(fault, Fault::ErrorsOnwards | Fault::Full | Fault::Killed);
+        let onwards = matches!(fault, Fault::ErrorsOnwards | Fault::Full | Fault::Killed | Fault::NoRoom);
         if taken != at && !(onwards && taken > at) {
             return Ok(Write::Whole);
         }
@@ -130,6 +134,11 @@ impl Faulty {
             Fault::ErrorOnce | Fault::ErrorsOnwards | Fault::Killed => Err(Errno::IO.into()),
             Fault::ShortWrite => Ok(Write::Half(Errno::NOSPC.into())),
             Fault::Full => Err(Errno::NOSPC.into()),
+            Fault::Denied => Err(Errno::ACCESS.into()),
+            Fault::NoRoom => {
+                let takes_space = ["create", "append", "copy", "create_folder", "link", "rename"].contains(&name);
+                if takes_space { Err(Errno::NOSPC.into()) } else { Ok(Write::Whole) }
+            }
         }
     }
 

@@ -51,7 +51,7 @@ pub(super) struct Alone {
 
 /// A lock of the kernel's on a whole file.
 #[derive(Debug)]
-struct FileLock(File);
+pub(super) struct FileLock(File);
 
 impl Drop for FileLock {
     fn drop(&mut self) {
@@ -129,7 +129,13 @@ impl Store {
     /// Whether [`Store::alone`] would come at once.
     #[cfg(test)]
     pub(super) fn collector_may_go(&self) -> bool {
-        ["door", "store"].iter().all(|name| self.lock_named(name).unwrap().0.try_lock().is_ok())
+        ["door", "store"].iter().all(|name| self.lock_file_is_free(name))
+    }
+
+    /// Whether nobody has a file of `locks/`.
+    #[cfg(test)]
+    pub(super) fn lock_file_is_free(&self, name: &str) -> bool {
+        self.lock_named(name).unwrap().0.try_lock().is_ok()
     }
 
     /// The keys and objects that living processes rest on. Certain only for whoever is [`Store::alone`].
@@ -300,10 +306,20 @@ impl Store {
         }
     }
 
-    fn lock_shared(&self, name: &str) -> Result<FileLock, StoreError> {
+    /// Waits until nobody has a file of `locks/` alone.
+    pub(super) fn lock_shared(&self, name: &str) -> Result<FileLock, StoreError> {
+        self.lock_by(name, File::lock_shared)
+    }
+
+    /// Waits until nobody has a file of `locks/`.
+    pub(super) fn lock_whole(&self, name: &str) -> Result<FileLock, StoreError> {
+        self.lock_by(name, File::lock)
+    }
+
+    fn lock_by(&self, name: &str, lock: fn(&File) -> std::io::Result<()>) -> Result<FileLock, StoreError> {
         let (file, path) = self.lock_named(name)?;
         loop {
-            match file.lock_shared() {
+            match lock(&file) {
                 Ok(()) => return Ok(FileLock(file)),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(error).at("lock", &path),
