@@ -11,6 +11,7 @@
 //! logs/<key>/                  log.txt, metrics.jsonl, tensorboard/: never part of a result
 //! runs/, tensorboard/          views by people's names, which can be rebuilt
 //! quarantine/                  what was found damaged
+//! trash/                       objects on their way out, whole
 //! cache/                       what spares hashing unchanged files and reading manifests again
 //! ```
 //!
@@ -76,8 +77,8 @@ pub use work::{Attempts, Owner, Reached};
 const FORMAT: &str = "1";
 
 /// The folders of a store.
-const FOLDERS: [&str; 11] =
-    ["objects", "manifests", "locks", "leases", "pins", "work", "logs", "runs", "tensorboard", "quarantine", "cache"];
+const FOLDERS: [&str; 12] = [
+    "objects", "manifests", "locks", "leases", "pins", "work", "logs", "runs", "tensorboard", "quarantine", "cache", "trash"];
 
 /// A BLAKE3 digest as 64 hexadecimal digits: of a folder object, a recipe or a key.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -124,13 +124,6 @@ impl Store {
         let mut manifests: Vec<Manifest> = Vec::new();
         for key in keys {
             match self.manifest(key)? {
-                Some(Ok(manifest)) if !manifest.key_is_right() => {
-                    let what = format!(
-                        "the manifest `{}` has a key that is not the hash of its parts",
-                        self.manifest_path(key).display()
-                    );
-                    report.damaged.push(Damage { key: key.clone(), what });
-                }
                 Some(Ok(manifest)) => manifests.push(manifest),
                 Some(Err(what)) => report.damaged.push(Damage { key: key.clone(), what }),
                 None => {
@@ -149,8 +142,8 @@ impl Store {
             self.blame(manifest, &bad, &mut report);
         }
         if verification.keys.is_none() {
-            let objects = self.shelved(&self.folder("objects"))?;
-            report.orphans = objects.into_iter().filter(|path| !sizes.contains_key(&Digest(file_name(path)))).collect();
+            let objects = self.shelved("objects", "")?.into_iter();
+            report.orphans = objects.filter(|(digest, _)| !sizes.contains_key(digest)).map(|(_, path)| path).collect();
         } else if !bad.is_empty() {
             // What is damaged may be part of results that nobody asked about.
             let asked: BTreeSet<&Digest> = keys.iter().collect();
@@ -266,33 +259,51 @@ impl Store {
 
     /// Every key that has a manifest, sorted.
     pub fn keys(&self) -> Result<Vec<Digest>, StoreError> {
-        let manifests = self.shelved(&self.folder("manifests"))?;
-        let name = |path: &PathBuf| file_name(path).strip_suffix(".json").map(|name| Digest(name.to_owned()));
-        Ok(manifests.iter().filter_map(name).collect())
+        Ok(self.shelved("manifests", ".json")?.into_iter().map(|(key, _)| key).collect())
     }
 
-    /// The entries of the subfolders of `folder`, sorted, without what a kill left half written.
-    pub(super) fn shelved(&self, folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
+    /// What lies on the shelves of a folder under a digest and `ending`, sorted. What bears another name is not the store's: what
+    /// a kill left half written, what a file manager or a person has put there.
+    pub(super) fn shelved(&self, folder: &str, ending: &str) -> Result<Vec<(Digest, PathBuf)>, StoreError> {
+        let folder = self.folder(folder);
         let mut found = Vec::new();
-        for shelf in self.disk.list(folder).at("list", folder)? {
+        for shelf in self.disk.list(&folder).at("list", &folder)?.into_iter().filter(|shelf| shelf.is_folder) {
             let shelf = folder.join(&shelf.name);
-            let entries = self.disk.list(&shelf).at("list", &shelf)?;
-            let shown = entries.iter().filter(|entry| !entry.name.as_encoded_bytes().starts_with(b"."));
-            found.extend(shown.map(|entry| shelf.join(&entry.name)));
+            for entry in self.disk.list(&shelf).at("list", &shelf)? {
+                let digest = entry.name.to_str().and_then(|name| name.strip_suffix(ending));
+                let digest = digest.map(|digest| Digest(digest.to_owned())).filter(Digest::is_whole);
+                found.extend(digest.map(|digest| (digest, shelf.join(&entry.name))));
+            }
         }
         found.sort();
         Ok(found)
     }
 }
 
-fn file_name(path: &Path) -> String {
-    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::GcPolicy;
     use super::super::fixture::Sandbox;
     use super::*;
+
+    #[test]
+    fn what_lies_among_the_shelves_and_is_not_the_stores_is_left_alone() {
+        let sandbox = Sandbox::new();
+        let store = &sandbox.store;
+        sandbox.publish(1, &[("data", "one")]);
+        for folder in ["objects", "manifests"] {
+            for path in ["notes.txt", ".DS_Store", "00/notes.txt", "00/notes.json"] {
+                std::fs::write(store.root().join(folder).join(path), "x").unwrap();
+            }
+            std::fs::create_dir_all(store.root().join(folder).join("00/mine/deep")).unwrap();
+        }
+        let report = store.verify(None, &mut |_, _| ()).unwrap();
+        assert!(report.is_sound() && report.manifests == 1 && report.orphans.is_empty(), "{report:?}");
+        let plan = store.plan_gc(&GcPolicy { max_size: Some(0), ..GcPolicy::default() }, &|_, _| ()).unwrap();
+        assert_eq!((plan.results.len(), plan.garbage.len(), plan.unreadable), (1, 0, 0));
+        assert_eq!(store.collect_garbage(&plan, &mut |_, _| (), &mut || ()).unwrap().objects, 1);
+        assert!(store.root().join("objects/00/mine/deep").exists());
+    }
 
     #[test]
     fn what_has_changed_or_gone_since_the_interruption_is_looked_at_again() {
