@@ -32,6 +32,9 @@ use crate::pipeline::store::{Digest, StoreError};
 /// The version of the layout of bundles.
 const FORMAT: u32 = 1;
 
+/// The largest list of contents that is read or written: some million entries.
+const LARGEST_CONTENTS: u64 = 1 << 28;
+
 /// The first entry.
 const CONTENTS: &str = "bundle.json";
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use super::digest::digest_folder_on;
 use super::error::At as _;
-use super::{Digest, FORMAT, Lookup, Manifest, Store, StoreError, StoredFile, hash_json, sealed};
+use super::{Digest, Lookup, Manifest, Store, StoreError, StoredFile, hash_json, sealed};
 
 /// The file of a work folder that holds an import on its way.
 pub(super) const IMPORT_MARK: &str = "import";
@@ -55,8 +55,8 @@ pub(crate) fn digest_of_files(files: &[StoredFile]) -> Result<Digest, StoreError
 }
 
 impl Store {
-    /// The layout of every store that this program writes.
-    pub(crate) const LAYOUT: &str = FORMAT;
+    /// The layout of results as they travel. It is older than that of the store around them, and has not changed.
+    pub(crate) const LAYOUT: &str = "1";
 
     /// Makes a result of another store one of this store, durably, unless there is one already. `folders` holds its objects on
     /// the store's own disk, by digest; what is used is taken away. Gives whether it was taken.

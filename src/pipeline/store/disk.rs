@@ -142,7 +142,7 @@ pub(super) trait Disk: fmt::Debug + Send + Sync {
     /// The file of a lock; made where it is not there, never emptied.
     fn open_lock(&self, path: &Path) -> io::Result<File>;
 
-    /// The file of a lock that is there.
+    /// The file of a lock that is there, to see whether anybody has it: also where nothing may be written.
     fn open_lock_there(&self, path: &Path) -> io::Result<File>;
 }
 
@@ -238,7 +238,7 @@ impl Disk for Native {
     }
 
     fn open_lock_there(&self, path: &Path) -> io::Result<File> {
-        OpenOptions::new().read(true).write(true).open(path)
+        File::open(path)
     }
 }
 

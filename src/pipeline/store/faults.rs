@@ -27,6 +27,8 @@ pub(super) enum Fault {
     Denied,
     /// Whatever takes space is refused from now on, also a new name in a folder; none of [`FAULTS`].
     NoRoom,
+    /// Whatever changes anything is refused from now on; none of [`FAULTS`].
+    ReadOnly,
 }
 
 /// Those that a disk may have whatever it is asked.
@@ -126,7 +128,7 @@ impl Faulty {
         let taken = script.taken;
         script.taken += 1;
         let Some((at, fault)) = script.fault else { return Ok(Write::Whole) };
-        let onwards = matches!(fault, Fault::ErrorsOnwards | Fault::Full | Fault::Killed | Fault::NoRoom);
+        let onwards = matches!(fault, Fault::ErrorsOnwards | Fault::Full | Fault::Killed | Fault::NoRoom | Fault::ReadOnly);
         if taken != at && !(onwards && taken > at) {
             return Ok(Write::Whole);
         }
@@ -137,7 +139,13 @@ impl Faulty {
             Fault::Denied => Err(Errno::ACCESS.into()),
             Fault::NoRoom => {
                 let takes_space = ["create", "append", "copy", "create_folder", "link", "rename"].contains(&name);
-                if takes_space { Err(Errno::NOSPC.into()) } else { Ok(Write::Whole) }
+                // What is there already is said first.
+                let is_new = name == "rename" || name == "append" || self.disk.stat(path).is_err();
+                if takes_space && is_new { Err(Errno::NOSPC.into()) } else { Ok(Write::Whole) }
+            }
+            Fault::ReadOnly => {
+                let reads = ["stat", "stat_target", "list", "read", "open", "read_link", "open_lock_there"];
+                if reads.contains(&name) { Ok(Write::Whole) } else { Err(Errno::ROFS.into()) }
             }
         }
     }

@@ -189,25 +189,40 @@ impl Store {
             if name == FOLDED {
                 continue;
             }
-            let living = name.starts_with(LIVING) && {
-                let file = match self.disk.open_lock_there(&path) {
-                    Ok(file) => file,
-                    // It has ended just now and bears its other name.
-                    Err(error) if error.kind() == ErrorKind::NotFound => continue,
-                    Err(error) => return Err(error).at("open the lock", &path),
-                };
-                match file.try_lock_shared() {
-                    Ok(()) => {
-                        drop(FileLock(file));
-                        false
-                    }
-                    Err(TryLockError::WouldBlock) => true,
-                    Err(TryLockError::Error(error)) => return Err(error).at("lock", &path),
-                }
-            };
-            found.push((path, living));
+            if !name.starts_with(LIVING) {
+                found.push((path, false));
+            } else if let Some(living) = self.is_held(&path)? {
+                found.push((path, living));
+            }
+            // Otherwise it has ended just now and bears its other name.
         }
         Ok(found)
+    }
+
+    /// Whether another works on `key`. Nothing is made where nobody ever did.
+    pub(super) fn is_locked(&self, key: &Digest) -> Result<bool, StoreError> {
+        Ok(self.is_held(&self.folder("locks").join(&key.0))?.unwrap_or(false))
+    }
+
+    /// Whether a process has a lock alone; none where there is no such file. It is asked through a lock that is shared, which
+    /// needs no right to write.
+    fn is_held(&self, path: &Path) -> Result<Option<bool>, StoreError> {
+        let file = match self.disk.open_lock_there(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).at("open the lock", path),
+        };
+        loop {
+            match file.try_lock_shared() {
+                Ok(()) => {
+                    drop(FileLock(file));
+                    return Ok(Some(false));
+                }
+                Err(TryLockError::WouldBlock) => return Ok(Some(true)),
+                Err(TryLockError::Error(error)) if error.kind() == ErrorKind::Interrupted => {}
+                Err(TryLockError::Error(error)) => return Err(error).at("lock", path),
+            }
+        }
     }
 
     /// The folded records. Damaged ones are an error: without them results look older than they are.

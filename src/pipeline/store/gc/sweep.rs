@@ -9,7 +9,7 @@ use jiff::Timestamp;
 
 use super::survey::References;
 use super::{Garbage, GarbageKind, GcPlan, GcReport, Removal};
-use crate::pipeline::store::error::At as _;
+use crate::pipeline::store::error::{At as _, is_full};
 use crate::pipeline::store::{Digest, IMPORT_MARK, Store, StoreError};
 
 /// Manifests that go while the collector has the store alone, before others get their turn.
@@ -59,7 +59,7 @@ impl Store {
         let kept: HashSet<Digest> = self.keys()?.into_iter().collect();
         match self.fold_leases(&alone, &kept) {
             // The record of uses stays as it lies, in many files.
-            Err(error) if error.io().is_some_and(is_full) => tracing::debug!(%error, "leases are not folded"),
+            Err(error) if error.is_full() => tracing::debug!(%error, "leases are not folded"),
             folded => folded?,
         }
         Ok(sweep.report)
@@ -190,11 +190,6 @@ impl Sweep<'_> {
         self.store.disk.clear(path)?;
         Ok(true)
     }
-}
-
-/// Whether the disk is full.
-fn is_full(error: &std::io::Error) -> bool {
-    matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
 }
 
 impl Store {
