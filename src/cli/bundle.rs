@@ -80,6 +80,7 @@ pub fn failure(error: &BundleError, session: &Session) -> Failure {
             Failure::stage(error).hint("`pipe verify --repair` puts it aside, and the next run makes it again")
         }
         BundleError::Changed(_) => Failure::stage(error).hint("pack again when nothing runs"),
+        BundleError::NoRoom { .. } => Failure::stage(error).hint("name a store on a larger disk with `--store DIR`"),
         BundleError::Io { .. } => Failure::stage(error),
         BundleError::Store(_) => Failure::stage(error).hint(store_hint(&session.store)),
     }

@@ -85,9 +85,18 @@ pub enum AcceptError {
     /// There is a result already.
     #[error("is there already, under the settings as they are now")]
     HasResult,
+    /// There is a result already, which is not what was stored.
+    #[error("is there already, under the settings as they are now, and is damaged: {what}")]
+    HasDamaged {
+        /// What is wrong, naming the file.
+        what: String,
+    },
     /// A process works on the key.
     #[error("is being made by another process right now")]
     Busy,
+    /// There is no result of which an acceptance could be undone.
+    #[error("is not there, so there is nothing to take back")]
+    NoResult,
     /// There is nothing to undo.
     #[error("was not accepted but computed")]
     NotAccepted,
@@ -102,8 +111,10 @@ impl Store {
     pub fn check_acceptance(&self, draft: &AcceptanceDraft) -> Result<Manifest, AcceptError> {
         // Before anything is looked at, and afterwards both count as used now.
         self.lease(&[&draft.key, &draft.from])?;
-        if !matches!(self.lookup(&draft.key)?, Lookup::Miss) {
-            return Err(AcceptError::HasResult);
+        match self.lookup(&draft.key)? {
+            Lookup::Miss => {}
+            Lookup::Hit(_) => return Err(AcceptError::HasResult),
+            Lookup::Damaged { what } => return Err(AcceptError::HasDamaged { what }),
         }
         let old = match self.manifest(&draft.from)? {
             None => return Err(AcceptError::Gone),
@@ -145,15 +156,21 @@ impl Store {
         Ok(manifest)
     }
 
+    /// How the result of `key` was accepted, whatever became of its objects.
+    fn acceptance(&self, key: &Digest) -> Result<Acceptance, AcceptError> {
+        match self.manifest(key)? {
+            None => Err(AcceptError::NoResult),
+            Some(Err(what)) => Err(AcceptError::Damaged { what }),
+            Some(Ok(manifest)) => manifest.accepted.ok_or(AcceptError::NotAccepted),
+        }
+    }
+
     /// Takes an acceptance back: the key has no result then. Gives what was taken back.
     pub fn undo_acceptance(&self, key: &Digest) -> Result<Acceptance, AcceptError> {
+        // Before the lock: it is nobody's business who works on what was not accepted.
+        self.acceptance(key)?;
         let _lock = self.try_lock(key)?.ok_or(AcceptError::Busy)?;
-        let manifest = match self.manifest(key)? {
-            None => return Err(AcceptError::Gone),
-            Some(Err(what)) => return Err(AcceptError::Damaged { what }),
-            Some(Ok(manifest)) => manifest,
-        };
-        let acceptance = manifest.accepted.ok_or(AcceptError::NotAccepted)?;
+        let acceptance = self.acceptance(key)?;
         let path = self.manifest_path(key);
         self.remove(&path)?;
         if let Some(shelf) = path.parent() {
