@@ -152,7 +152,7 @@ impl Store {
         let earlier = old.accepted.map(Box::new);
         let accepted = Some(Acceptance { from, reason, when, by, differences, earlier });
         let manifest = Manifest { key, recipe, parts, params, inputs, accepted, ..old };
-        self.commit(&lock, &manifest)?;
+        self.commit(&lock, &manifest, &[])?;
         Ok(manifest)
     }
 

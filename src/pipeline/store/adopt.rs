@@ -98,19 +98,24 @@ impl Store {
             Lookup::Damaged { what } => self.quarantine(lock, &what).map(drop)?,
             Lookup::Miss => {}
         }
+        let mut unsynced = Vec::new();
         for output in &mut manifest.outputs {
             let object = self.object(&output.digest);
             let (digest, files) = match folders.get(&output.digest).filter(|folder| self.disk.is_there(folder)) {
-                Some(folder) => self.place(folder)?,
+                Some(folder) => self.place(folder, &mut unsynced)?,
                 // Another result brought it.
-                None => digest_folder_on(&*self.disk, &object)?,
+                None => {
+                    let (digest, files) = digest_folder_on(&*self.disk, &object)?;
+                    self.note_unsynced(&output.digest, &files, &mut unsynced)?;
+                    (digest, files)
+                }
             };
             if digest != output.digest {
                 return Err(StoreError::unfit(&object, "does not have the content that the bundle says"));
             }
             output.files = files;
         }
-        self.commit(lock, &manifest)?;
+        self.commit(lock, &manifest, &unsynced)?;
         Ok(true)
     }
 

@@ -11,37 +11,17 @@ use super::error::At as _;
 impl dyn Disk + '_ {
     /// Replaces a file as a whole: readers see the old or the new one. `durable` survives a power cut as well.
     pub(super) fn write_atomically(&self, path: &Path, bytes: &[u8], durable: bool) -> Result<(), StoreError> {
-        if durable {
-            return self.write_durably_after(&[], path, bytes);
-        }
         let folder = path.parent().unwrap_or(Path::new("."));
-        let new = self.beside(folder, ".new-", &|new| self.create(new, bytes)).at("write", path)?;
-        self.put_in_place(&new, path)
-    }
-
-    /// Replaces a file as a whole, durably, and not before the names in these folders are durable.
-    ///
-    /// The file's bytes are synced first: on most file systems that syncs the names as well, and theirs then costs little.
-    pub(super) fn write_durably_after(&self, folders: &[PathBuf], path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
-        let folder = path.parent().unwrap_or(Path::new("."));
-        let written = |new: &Path| self.create(new, bytes).and_then(|()| self.sync(new));
+        let written = |new: &Path| {
+            self.create(new, bytes)?;
+            if durable { self.sync(new) } else { Ok(()) }
+        };
         let new = self.beside(folder, ".new-", &written).at("write", path)?;
-        for other in folders {
-            if let Err(error) = self.sync(other) {
-                let _ = self.remove_file(&new);
-                return Err(error).at("write", other);
-            }
-        }
-        self.put_in_place(&new, path)?;
-        self.sync(folder).at("write", folder)
-    }
-
-    fn put_in_place(&self, new: &Path, path: &Path) -> Result<(), StoreError> {
-        if let Err(error) = self.rename(new, path) {
-            let _ = self.remove_file(new);
+        if let Err(error) = self.rename(&new, path) {
+            let _ = self.remove_file(&new);
             return Err(error).at("write", path);
         }
-        Ok(())
+        if durable { self.sync(folder).at("write", folder) } else { Ok(()) }
     }
 
     /// Writes a file that counts as absent where a kill cuts it short: as a whole only where there is one already.

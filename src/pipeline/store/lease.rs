@@ -5,7 +5,7 @@
 //!                       results, one a line; it holds the file's lock while it lives
 //! leases/<digest>       what an ended process rested on, named by its keys; its last line says until when
 //! leases/used.json      the same of many processes, folded together by the collector
-//! locks/store           held shared, for moments, by whoever publishes or takes a lease; alone by the collector
+//! locks/store           held shared, for moments, by whoever takes a lease or pins; alone by the collector
 //! locks/door            passed on the way to `locks/store`: the collector shuts it, so that it need not wait for ever
 //! ```
 //!
@@ -13,6 +13,9 @@
 //! While it writes it holds `locks/store`, which the collector holds from reading the leases to the last removal that rests
 //! on them. So what a process finds after that stays until it ends, also where it ends by a kill: the kernel frees its locks,
 //! and what it had leased counts as used. Nobody ever waits for a run to end.
+//!
+//! Whoever finds results before it can lease them, as a plan does, leases them and looks again ([`Store::lease_found`]). Whoever
+//! only reads, as a verification, leases nothing and asks afterwards whether what it missed was there all the time.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{File, TryLockError};

@@ -22,6 +22,7 @@ mod accept;
 mod adopt;
 mod cache;
 pub(crate) mod canonical;
+mod commit;
 pub mod digest;
 mod disk;
 mod durable;
@@ -68,7 +69,7 @@ pub use index::{Found, StoredName, StoredResult};
 pub use lock::KeyLock;
 pub use lookup::Lookup;
 pub use pins::Pin;
-pub use publish::{DraftOutput, ManifestDraft};
+pub use publish::{DraftOutput, ManifestDraft, Prepared};
 pub use record::{RunRecord, TrialRecords};
 pub use verify::{Damage, Verification, VerifyReport};
 pub use work::{Attempts, Owner, Reached};
@@ -452,10 +453,12 @@ mod tests {
     fn a_store_of_the_format_before_is_read_as_it_is_and_brought_up_to_date_when_written() {
         let (sandbox, disk) = Sandbox::faulty();
         sandbox.publish(1, &[("data", "one")]);
+        sandbox.store.end_lease().unwrap();
+        std::fs::remove_dir_all(sandbox.store.folder("leases")).unwrap();
         let root = sandbox.store.root();
         let format = || std::fs::read_to_string(root.join("FORMAT")).unwrap();
         std::fs::write(root.join("FORMAT"), "1\n").unwrap();
-        for folder in ["leases", "pins", "trash"] {
+        for folder in ["pins", "trash"] {
             std::fs::remove_dir(root.join(folder)).unwrap();
         }
         let reader = Store::open_existing(root).unwrap().unwrap();

@@ -13,7 +13,9 @@ use super::disk::Disk;
 use super::faults::{FAULTS, Fault, Faulty, Omission};
 use super::fixture::{key, parts};
 use super::volatile::{Dice, Volatile};
-use super::{Digest, DraftOutput, Found, GcPolicy, Lookup, ManifestDraft, RunRecord, Store, StoreError};
+use super::{
+    Digest, DraftOutput, Found, GcPolicy, KeyLock, Lookup, ManifestDraft, Prepared, RunRecord, Store, StoreError,
+};
 use crate::pipeline::plan::NodeName;
 use crate::pipeline::stage::ArtifactType;
 
@@ -38,12 +40,14 @@ fn outputs(number: usize) -> Vec<Files> {
         5 | 6 => vec![files(&[("data", "of which a byte is flipped")])],
         7 => vec![files(&[("data", "of which the end is lost")])],
         8 => vec![files(&[("data", "that is found by verification")])],
+        9 => vec![files(&[("data", "committed together")]), files(&[("d", "three")])],
+        10 => vec![files(&[("data", "committed together")]), files(&[("more", "than a few paths")])],
         other => panic!("no key has the number {other}"),
     }
 }
 
 /// The keys of the play. What was stored for these is damaged before it begins.
-const KEYS: std::ops::RangeInclusive<usize> = 1..=8;
+const KEYS: std::ops::RangeInclusive<usize> = 1..=10;
 const HARMED: [usize; 3] = [5, 7, 8];
 
 /// A store on a disk in memory, and what its user was told.
@@ -101,6 +105,28 @@ impl Play {
         }
     }
 
+    /// Runs the stages of two keys, whose results are committed together.
+    fn publish_together(&mut self, numbers: [usize; 2]) {
+        let mut told = Vec::new();
+        self.act(|store, disk| {
+            let prepared: Vec<_> = numbers.into_iter().map(|number| prepare(store, disk, number)).collect();
+            // Whatever cannot be prepared fails alone.
+            let (ready, failed): (Vec<_>, Vec<_>) = prepared.into_iter().zip(numbers).partition(|(one, _)| one.is_ok());
+            let ready: Vec<_> = ready.into_iter().map(|(one, number)| (one.expect("it is ready"), number)).collect();
+            let batch: Vec<_> = ready.iter().map(|((lock, prepared), _)| (lock, prepared)).collect();
+            let mut outcome = failed.into_iter().try_for_each(|(one, _)| one.map(drop));
+            for (committed, (_, number)) in store.commit_all(&batch).into_iter().zip(&ready) {
+                match committed {
+                    Ok(()) => told.push(*number),
+                    Err(error) => outcome = Err(error),
+                }
+            }
+            ready.iter().filter(|(_, number)| told.contains(number)).for_each(|((lock, _), _)| store.drop_work(lock));
+            outcome
+        });
+        self.told.extend(told);
+    }
+
     /// What a run does that finds everything stale: what is damaged goes, and every stage runs.
     fn every_stage(&mut self) {
         for number in KEYS {
@@ -120,6 +146,7 @@ impl Play {
         self.publish(3);
         self.act(|store, _| store.lookup(&key(1)).and(store.lookup(&key(99))).map(drop));
         self.publish(4);
+        self.publish_together([9, 10]);
         self.publish(6);
         self.act(|store, _| match store.lookup(&key(7))? {
             Lookup::Damaged { what } => store.quarantine(&store.lock(&key(7))?, &what).map(drop),
@@ -142,6 +169,8 @@ impl Play {
         // What a user wants gone need not be there any more, and may be until it was told.
         self.told.remove(&8);
         self.act(|store, _| {
+            // What this process has made it would keep until it ends.
+            store.end_lease()?;
             let roots = KEYS.filter(|number| *number != 8).map(key).collect();
             let plan = store.plan_gc(&GcPolicy { max_size: Some(0), roots, ..GcPolicy::default() }, &|_, _| ())?;
             store.collect_garbage(&plan, &mut |_, _| (), &mut || ()).map(drop)
@@ -154,6 +183,18 @@ impl Play {
 }
 
 fn publish(store: &Store, disk: &Volatile, number: usize) -> Result<(), StoreError> {
+    let (lock, draft) = attempt(store, disk, number)?;
+    store.publish(&lock, draft).map(drop)
+}
+
+fn prepare(store: &Store, disk: &Volatile, number: usize) -> Result<(KeyLock, Prepared), StoreError> {
+    let (lock, draft) = attempt(store, disk, number)?;
+    let prepared = store.prepare(&lock, draft)?;
+    Ok((lock, prepared))
+}
+
+/// Runs the stage of a key.
+fn attempt(store: &Store, disk: &Volatile, number: usize) -> Result<(KeyLock, ManifestDraft), StoreError> {
     let lock = store.lock(&key(number))?;
     let contents = outputs(number);
     let names: Vec<String> = (0..contents.len()).map(|index| index.to_string()).collect();
@@ -178,7 +219,7 @@ fn publish(store: &Store, disk: &Volatile, number: usize) -> Result<(), StoreErr
         numerics: [].into(),
         metrics: [].into(),
     };
-    store.publish(&lock, draft).map(drop)
+    Ok((lock, draft))
 }
 
 /// The digests of the outputs of every key, by a store that never failed.

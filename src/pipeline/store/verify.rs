@@ -345,6 +345,7 @@ mod tests {
                 sandbox.publish(number, &[("data", &number.to_string())]);
             }
             sandbox.publish(5, &[("data", "1")]);
+            sandbox.store.end_lease().unwrap();
             let (other, mut done) = (Store::open(sandbox.store.root()).unwrap(), false);
             let objects = sandbox.store.root().join("objects");
             disk.meanwhile(move |operation, path| {
@@ -367,6 +368,7 @@ mod tests {
         let sandbox = Sandbox::new();
         let store = &sandbox.store;
         sandbox.publish(1, &[("data", "one")]);
+        store.end_lease().unwrap();
         for folder in ["objects", "manifests"] {
             for path in ["notes.txt", ".DS_Store", "00/notes.txt", "00/notes.json"] {
                 std::fs::write(store.root().join(folder).join(path), "x").unwrap();

@@ -38,7 +38,9 @@ pub enum Input {
     Elsewhere(usize),
     /// The other process let go of the node's key.
     Freed(usize),
-    /// A running node published its result.
+    /// A running node has ended well and its outputs can be used; they are being made durable.
+    Prepared(usize),
+    /// A node published its result.
     Done(usize),
     /// A running node found the result that another process had made meanwhile.
     Taken(usize),
@@ -110,6 +112,8 @@ pub enum Phase {
     Queued,
     /// It runs.
     Running,
+    /// It has run; its outputs can be used, and are being made durable.
+    Prepared,
     /// Its result was there.
     Cached,
     /// It has run.

@@ -271,6 +271,7 @@ mod tests {
         sandbox.publish(1, &[("data", "one")]);
         sandbox.publish(2, &[("data", "one")]);
         sandbox.publish(3, &[("data", "three")]);
+        sandbox.store.end_lease().unwrap();
         std::fs::create_dir_all(sandbox.store.logs(&key(3))).unwrap();
         std::fs::write(sandbox.store.logs(&key(3)).join("log.txt"), "said").unwrap();
         sandbox.store.pin(&key(2).0).unwrap().unwrap();
@@ -289,6 +290,7 @@ mod tests {
         let store = &sandbox.store;
         let manifest = sandbox.publish(1, &[("data", "one")]);
         sandbox.publish(2, &[("data", "two")]);
+        store.end_lease().unwrap();
         std::fs::remove_file(store.manifest_path(&key(2))).unwrap();
         let write = |path: std::path::PathBuf| {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -325,6 +327,7 @@ mod tests {
     fn an_object_that_a_process_reads_outlives_its_result() {
         let sandbox = Sandbox::new();
         let manifest = sandbox.publish(1, &[("data", "one")]);
+        sandbox.store.end_lease().unwrap();
         let object = &manifest.outputs[0].digest;
         let reader = Store::open(sandbox.store.root()).unwrap();
         reader.lease(&[&key(1), object]).unwrap();

@@ -1,0 +1,78 @@
+//! The committer: one thread that makes results durable, so that no stage waits for a disk.
+//!
+//! Whatever has ended while it was busy is committed together the next time. It holds the keys' locks meanwhile.
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::Scope;
+
+use crate::pipeline::exec::local::{Ending, News, ToDriver, tell};
+use crate::pipeline::store::{KeyLock, Prepared, Store};
+
+/// How many results are committed together at most: those that wait for the first should not wait for long.
+const BATCH: usize = 256;
+
+/// A node that has ended well.
+pub(super) struct Finished {
+    /// The node.
+    pub(super) node: usize,
+    /// The lock of its key.
+    pub(super) lock: KeyLock,
+    /// Its result.
+    pub(super) prepared: Box<Prepared>,
+}
+
+/// The way to the committer. It ends when the last of these is dropped.
+#[derive(Clone)]
+pub(super) struct ToCommitter {
+    committer: Sender<Finished>,
+    driver: ToDriver,
+}
+
+impl ToCommitter {
+    /// Has a result made durable; the driver hears what came of it.
+    pub(super) fn hand_over(&self, finished: Finished) {
+        if let Err(lost) = self.committer.send(finished) {
+            let problem = "the thread that makes results durable has died".to_owned();
+            tell(&self.driver, lost.0.node, News::Ended(Ending::failed(problem)));
+        }
+    }
+}
+
+/// Starts the committer.
+pub(super) fn start<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    store: &'scope Store,
+    driver: &ToDriver,
+) -> std::io::Result<ToCommitter> {
+    let (sender, receiver) = channel();
+    let ours = driver.clone();
+    std::thread::Builder::new().name("committer".to_owned()).spawn_scoped(scope, move || {
+        while let Some(batch) = next(&receiver) {
+            commit(store, batch, &ours);
+        }
+    })?;
+    Ok(ToCommitter { committer: sender, driver: driver.clone() })
+}
+
+/// Waits for a result and takes what else is there; `None` where nobody is left to send any.
+fn next(receiver: &Receiver<Finished>) -> Option<Vec<Finished>> {
+    let mut batch = vec![receiver.recv().ok()?];
+    batch.extend(receiver.try_iter().take(BATCH - 1));
+    Some(batch)
+}
+
+fn commit(store: &Store, batch: Vec<Finished>, driver: &ToDriver) {
+    let references: Vec<_> = batch.iter().map(|finished| (&finished.lock, &*finished.prepared)).collect();
+    let committed = store.commit_all(&references);
+    for (Finished { node, lock, prepared }, committed) in batch.into_iter().zip(committed) {
+        let ending = match committed {
+            Ok(()) => Ending::Done { manifest: Some(Box::new(prepared.manifest().clone())), ran: true },
+            Err(error) => Ending::failed(error.to_string()),
+        };
+        let is_done = matches!(ending, Ending::Done { .. });
+        tell(driver, node, News::Ended(ending));
+        if is_done {
+            store.drop_work(&lock);
+        }
+    }
+}
