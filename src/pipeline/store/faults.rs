@@ -1,5 +1,6 @@
 //! A disk that fails at one operation, or from one operation on, for tests.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -35,22 +36,23 @@ pub(super) enum Fault {
 pub(super) const FAULTS: [Fault; 5] =
     [Fault::ErrorOnce, Fault::ErrorsOnwards, Fault::Full, Fault::ShortWrite, Fault::Killed];
 
-/// Something that a store leaves out, to show that a test would see it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Omission {
-    /// Syncing files.
-    Files,
-    /// Syncing folders.
-    Folders,
-    /// Syncing file systems.
-    FileSystems,
+/// A sync that a store has asked for.
+#[derive(Clone, Debug)]
+pub(super) struct Asked {
+    /// The operation that it was.
+    pub(super) operation: usize,
+    /// The line that asked, for whom, and of what.
+    pub(super) site: String,
 }
 
 /// Another disk with a fault.
 #[derive(Debug)]
 pub(super) struct Faulty {
     disk: Arc<dyn Disk>,
-    omission: Option<Omission>,
+    /// The syncs that are left out, by their number.
+    omitted: HashSet<usize>,
+    /// Where syncs were asked for, if that is written down.
+    asked: Option<Mutex<Vec<Asked>>>,
     script: Mutex<Script>,
     meanwhile: Mutex<Option<Meanwhile>>,
 }
@@ -64,10 +66,15 @@ impl fmt::Debug for Meanwhile {
     }
 }
 
+/// The operations that change nothing.
+const READS: [&str; 7] = ["stat", "stat_target", "list", "read", "open", "read_link", "open_lock_there"];
+
 #[derive(Debug, Default)]
 struct Script {
-    /// Operations so far.
-    taken: usize,
+    /// Operations so far, by name.
+    taken: Vec<&'static str>,
+    /// Syncs so far.
+    syncs: usize,
     /// The operation to fail, from 0, and how.
     fault: Option<(usize, Fault)>,
 }
@@ -81,22 +88,49 @@ enum Write {
 impl Faulty {
     /// `disk` without a fault.
     pub(super) fn new(disk: Arc<dyn Disk>) -> Self {
-        Self { disk, omission: None, script: Mutex::default(), meanwhile: Mutex::default() }
+        let (script, meanwhile) = (Mutex::default(), Mutex::default());
+        Self { disk, omitted: HashSet::new(), asked: None, script, meanwhile }
     }
 
-    /// `disk` without a fault, for a store that leaves something out.
-    pub(super) fn omitting(disk: Arc<dyn Disk>, omission: Option<Omission>) -> Self {
-        Self { omission, ..Self::new(disk) }
+    /// `disk` without a fault, for a store that leaves syncs out, by their number.
+    pub(super) fn omitting(disk: Arc<dyn Disk>, omitted: HashSet<usize>) -> Self {
+        Self { omitted, ..Self::new(disk) }
+    }
+
+    /// `disk` without a fault, that writes down where syncs are asked for.
+    pub(super) fn tracing(disk: Arc<dyn Disk>) -> Self {
+        Self { asked: Some(Mutex::default()), ..Self::new(disk) }
+    }
+
+    /// The syncs that were asked for, where that was written down.
+    pub(super) fn asked(&self) -> Vec<Asked> {
+        self.asked.as_ref().map(|asked| asked.lock().unwrap().clone()).unwrap_or_default()
+    }
+
+    /// Counts a sync; gives whether it is left out.
+    fn leaves_out(&self, path: &Path) -> bool {
+        let mut script = self.script.lock().unwrap();
+        let number = script.syncs;
+        script.syncs += 1;
+        if let Some(asked) = &self.asked {
+            asked.lock().unwrap().push(Asked { operation: script.taken.len() - 1, site: site(path, self.disk.stat(path)) });
+        }
+        self.omitted.contains(&number)
     }
 
     /// Counts from 0 again; the operation of this number fails.
     pub(super) fn fail_at(&self, number: usize, fault: Fault) {
-        *self.script.lock().unwrap() = Script { taken: 0, fault: Some((number, fault)) };
+        *self.script.lock().unwrap() = Script { fault: Some((number, fault)), ..Script::default() };
     }
 
     /// Nothing fails any more. Gives how many operations there were since [`Faulty::fail_at`].
     pub(super) fn heal(&self) -> usize {
-        std::mem::take(&mut *self.script.lock().unwrap()).taken
+        std::mem::take(&mut *self.script.lock().unwrap()).taken.len()
+    }
+
+    /// Of every operation since [`Faulty::fail_at`] whether it may have changed anything.
+    pub(super) fn changes(&self) -> Vec<bool> {
+        self.script.lock().unwrap().taken.iter().map(|name| !READS.contains(name)).collect()
     }
 
     /// From now on `act` is called before each operation, with its name and path, as another process that comes between.
@@ -125,8 +159,8 @@ impl Faulty {
             self.meanwhile.lock().unwrap().get_or_insert(meanwhile);
         }
         let mut script = self.script.lock().unwrap();
-        let taken = script.taken;
-        script.taken += 1;
+        let taken = script.taken.len();
+        script.taken.push(name);
         let Some((at, fault)) = script.fault else { return Ok(Write::Whole) };
         let onwards = matches!(fault, Fault::ErrorsOnwards | Fault::Full | Fault::Killed | Fault::NoRoom | Fault::ReadOnly);
         if taken != at && !(onwards && taken > at) {
@@ -144,8 +178,7 @@ impl Faulty {
                 if takes_space && is_new { Err(Errno::NOSPC.into()) } else { Ok(Write::Whole) }
             }
             Fault::ReadOnly => {
-                let reads = ["stat", "stat_target", "list", "read", "open", "read_link", "open_lock_there"];
-                if reads.contains(&name) { Ok(Write::Whole) } else { Err(Errno::ROFS.into()) }
+                if READS.contains(&name) { Ok(Write::Whole) } else { Err(Errno::ROFS.into()) }
             }
         }
     }
@@ -162,6 +195,28 @@ impl Faulty {
             Write::Half(error) => write(&bytes[..bytes.len() / 2]).and(Err(error)),
         }
     }
+}
+
+/// The line of the store that asks for a sync, the one that asked that line where it is one of `durable`, and what is synced:
+/// one line may ask for many things.
+fn site(path: &Path, stat: io::Result<Stat>) -> String {
+    let trace = std::backtrace::Backtrace::force_capture().to_string();
+    let place = |line: &str| {
+        let (_, place) = line.trim().strip_prefix("at ")?.split_once("src/pipeline/store/")?;
+        let (place, _column) = place.rsplit_once(':')?;
+        (!place.starts_with("faults.rs") && !place.starts_with("disk.rs")).then(|| place.to_owned())
+    };
+    let mut places = trace.lines().filter_map(place);
+    let mut site = places.next().unwrap_or_default();
+    if site.starts_with("durable.rs")
+        && let Some(above) = places.find(|place| !place.starts_with("durable.rs"))
+    {
+        site = format!("{site} for {above}");
+    }
+    let sort = stat.map_or("nothing", |stat| if stat.sort == Sort::Folder { "a folder" } else { "a file" });
+    let mut names = path.components().skip(2).map(|name| name.as_os_str().to_string_lossy());
+    let (folder, depth) = (names.next().unwrap_or_default().into_owned(), names.count().min(2));
+    format!("{site}: {sort} {depth} below `{folder}`")
 }
 
 impl Disk for Faulty {
@@ -231,13 +286,12 @@ impl Disk for Faulty {
 
     fn sync(&self, path: &Path) -> io::Result<()> {
         let disk = self.step("sync", path)?;
-        let sort = if disk.stat(path)?.sort == Sort::Folder { Omission::Folders } else { Omission::Files };
-        if self.omission == Some(sort) { Ok(()) } else { disk.sync(path) }
+        if self.leaves_out(path) { Ok(()) } else { disk.sync(path) }
     }
 
     fn sync_all(&self, path: &Path) -> io::Result<()> {
         let disk = self.step("sync_all", path)?;
-        if self.omission == Some(Omission::FileSystems) { Ok(()) } else { disk.sync_all(path) }
+        if self.leaves_out(path) { Ok(()) } else { disk.sync_all(path) }
     }
 
     fn open_lock(&self, path: &Path) -> io::Result<File> {

@@ -102,8 +102,15 @@ impl Store {
     /// there, and so stay.
     pub fn lease_found(&self, keys: &[&Digest], found: &[&Digest]) -> Result<bool, StoreError> {
         self.lease(keys)?;
-        // A manifest goes before its objects, so it alone is asked.
-        Ok(found.iter().all(|key| self.disk.is_there(&self.manifest_path(key))))
+        for path in found.iter().map(|key| self.manifest_path(key)) {
+            // A manifest goes before its objects, so it alone is asked.
+            match self.disk.stat(&path) {
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+                Err(error) => return Err(error).at("read", &path),
+            }
+        }
+        Ok(true)
     }
 
     /// The right to collect. `waiting` is called once if it does not come at once.
