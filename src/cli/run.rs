@@ -124,11 +124,7 @@ fn in_parts(
     let mut next: Option<Vec<Experiment>> = None;
     loop {
         let these = next.as_deref().unwrap_or(experiments);
-        // What the plan finds must stay until the run ends, so nothing may be collected before it is leased.
-        let hold = store.hold().map_err(wrong)?;
-        let plan = session.plan(these, Some(store))?;
-        hold.lease(plan.nodes.iter().filter_map(|node| node.key.as_ref())).map_err(wrong)?;
-        drop(hold);
+        let plan = leased(session, these, store)?;
         same_arms(session, &plan, these)?;
         let again = |node: &&Node| node.state == State::Cached && known.contains(&node.recipe);
         let shared = plan.nodes.iter().filter(again).count();
@@ -180,6 +176,27 @@ struct InPhase<'a> {
     event: &'a Event,
     #[serde(skip_serializing_if = "Option::is_none")]
     phase: Option<usize>,
+}
+
+/// A plan of which every result that it found stays until this process ends.
+///
+/// Planning may hash files for minutes, in which a collection goes on. What it has taken meanwhile is planned again, and what
+/// was leased before stays, so this ends.
+fn leased(
+    session: &Session,
+    experiments: &[Experiment],
+    store: &Store,
+) -> Result<ManuallyDrop<Plan>, Failure> {
+    loop {
+        let plan = session.plan(experiments, Some(store))?;
+        let keys: Vec<&Digest> = plan.nodes.iter().filter_map(|node| node.key.as_ref()).collect();
+        let found: Vec<&Digest> =
+            plan.nodes.iter().filter_map(|node| node.result.as_ref()).map(|result| &result.key).collect();
+        let stays = store.lease_found(&keys, &found);
+        if stays.map_err(|error| Failure::input(&error).hint(store_hint(&session.store)))? {
+            return Ok(plan);
+        }
+    }
 }
 
 /// Runs one plan and tells what happens.

@@ -115,14 +115,17 @@ pub(super) trait Disk: fmt::Debug + Send + Sync {
     /// Removes an empty folder.
     fn remove_folder(&self, path: &Path) -> io::Result<()>;
 
-    /// Removes a folder with everything in it; links are removed and not followed, this one too.
+    /// Removes a folder with everything in it; links are removed and not followed, this one too. What is in it may go meanwhile.
     fn remove_tree(&self, folder: &Path) -> io::Result<()> {
         if self.stat(folder)?.sort == Sort::Link {
             return self.remove_file(folder);
         }
         for entry in self.list(folder)? {
             let path = folder.join(&entry.name);
-            if entry.is_folder { self.remove_tree(&path)? } else { self.remove_file(&path)? }
+            match if entry.is_folder { self.remove_tree(&path) } else { self.remove_file(&path) } {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         }
         self.remove_folder(folder)
     }
@@ -139,7 +142,7 @@ pub(super) trait Disk: fmt::Debug + Send + Sync {
     /// The file of a lock; made where it is not there, never emptied.
     fn open_lock(&self, path: &Path) -> io::Result<File>;
 
-    /// The file of a lock that is there.
+    /// The file of a lock that is there, to see whether anybody has it: also where nothing may be written.
     fn open_lock_there(&self, path: &Path) -> io::Result<File>;
 }
 
@@ -235,7 +238,7 @@ impl Disk for Native {
     }
 
     fn open_lock_there(&self, path: &Path) -> io::Result<File> {
-        OpenOptions::new().read(true).write(true).open(path)
+        File::open(path)
     }
 }
 

@@ -43,6 +43,12 @@ impl Sandbox {
         (sandbox, disk)
     }
 
+    /// Another process's store in the same folder, which must be gone before the first one is.
+    pub(crate) fn beside(other: &Self) -> Self {
+        let place = tempfile::tempdir().unwrap();
+        Self { store: Store::open(other.store.root()).unwrap(), place, folders: AtomicUsize::new(1_000_000) }
+    }
+
     /// Opens the store as another process would.
     pub(crate) fn reopen(&mut self) {
         self.store = Store::open(&self.place.path().join("store")).unwrap();
