@@ -16,8 +16,8 @@ use super::faults::{FAULTS, Fault, Faulty};
 use super::fixture::{key, parts};
 use super::volatile::{Dice, Volatile};
 use super::{
-    AcceptError, AcceptanceDraft, Digest, DraftOutput, Found, GcPolicy, KeyLock, Lookup, Manifest, ManifestDraft, Prepared,
-    RunRecord, Store, StoreError,
+    AcceptError, AcceptanceDraft, Digest, DraftOutput, Found, GcPolicy, KeyLock, Lookup, Manifest, ManifestDraft,
+    Prepared, RunRecord, Store, StoreError,
 };
 use crate::pipeline::plan::NodeName;
 use crate::pipeline::stage::{ArtifactType, Output};
@@ -180,6 +180,7 @@ impl Play {
 
     /// Everything that a store is asked to do.
     fn everything(&mut self, expected: &Expected) {
+        self.act(|store, _| store.file_digest(user_file()).and(store.save_cache()));
         self.act(|store, _| store.lease(&[&key(1)]));
         self.publish(1);
         self.publish(2);
@@ -220,7 +221,6 @@ impl Play {
             store.keep_failed(&lock, &out)
         });
         self.publish(8);
-        self.act(|store, _| store.file_digest(user_file()).and(store.save_cache()));
         // What a user wants gone need not be there any more, and may be until it was told.
         for gone in [8, COLLECTED] {
             self.told.results.remove(&gone);
@@ -359,6 +359,8 @@ fn scene(expected: &Expected) -> Volatile {
         }
     }
     disk.sync_all(root()).unwrap();
+    // The user has written it anew just now, as programs do, which sync nothing.
+    disk.put(user_file(), b"the USER'S");
     assert!(play.errors.is_empty(), "{:?}", play.errors);
     disk.after_kill()
 }
@@ -413,7 +415,7 @@ fn wrong(disk: Volatile, told: &Told, expected: &Expected) -> Result<(), String>
         return Err("it is forgotten when a result was used".to_owned());
     }
     let user = store.file_digest(user_file()).map_err(unexpected)?;
-    if user != blake3::hash(b"the user's").into() {
+    if user != blake3::hash(&play.disk.read(user_file()).map_err(|error| error.to_string())?).into() {
         return Err("the user's file has another digest".to_owned());
     }
     play.every_stage();
