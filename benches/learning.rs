@@ -77,8 +77,8 @@ fn train(model: &Transformer) -> Result<usize> {
     let mut optimizer = AdamW::new(model.weights(), &Optimizer::default());
     for _ in 0..2 {
         model.zero_gradients();
-        let batch = Batch::new(&rows, 0, Device::Cpu)?;
-        let hidden = model.hidden(&batch.ids);
+        let batch = Batch::new(&rows, Device::Cpu)?;
+        let hidden = model.hidden(&batch.ids, &batch.layout);
         let logprobs = token_logprobs(&model.logits(&batch.select(&hidden)), &batch.targets, 1.0);
         supervised_loss(&logprobs, batch.count() as f64).backward();
         optimizer.step(model.weights(), 1e-3)?;

@@ -1,14 +1,25 @@
-//! Gives `pipe-worker` and the learning package's tests a run path to libtorch and keeps its CUDA half linked.
+//! Compiles the native half, gives `pipe-worker` and the learning package's tests a run path to libtorch, and keeps its CUDA
+//! half linked.
 
 use std::path::Path;
+
+/// The sets of instructions that the kernels are compiled for, and what the compiler is told for each.
+const SETS: &[(&str, &[&str])] = &[
+    ("base", &[]),
+    ("avx2", &["-mavx2", "-mfma"]),
+    ("avx512", &["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]),
+];
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-env-changed=DEP_TCH_LIBTORCH_LIB");
+    for source in ["kernels.h", "kernels.cpp", "ops.cpp"] {
+        println!("cargo:rerun-if-changed=src/native/{source}");
+    }
     let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB") else {
-        println!("cargo:warning=torch-sys did not say where libtorch lies: the binaries will need LD_LIBRARY_PATH");
-        return;
+        panic!("torch-sys did not say where libtorch lies: name it with LIBTORCH");
     };
+    compile(Path::new(&lib));
     println!("cargo:rustc-link-arg=-Wl,-rpath,{lib}");
     // Nothing names a symbol of the CUDA half, so the linker would drop it and no GPU would ever be seen.
     if Path::new(&lib).join("libtorch_cuda.so").exists() {
@@ -18,4 +29,31 @@ fn main() {
         println!("cargo:rustc-link-arg=-ltorch");
         println!("cargo:rustc-link-arg=-Wl,--as-needed");
     }
+}
+
+/// Compiles the kernels, once for each set of instructions, and the operations that give them to libtorch.
+fn compile(lib: &Path) {
+    let x86 = std::env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|target| target == "x86_64");
+    let build = || {
+        let mut build = cc::Build::new();
+        build.cpp(true).std("c++17").opt_level(3).debug(false).warnings(false).cargo_metadata(false);
+        build
+    };
+    let mut all = build();
+    for (name, flags) in SETS.iter().filter(|(name, _)| x86 || *name == "base") {
+        let mut kernels = build();
+        kernels.file("src/native/kernels.cpp").define("PIPE_ISA", *name);
+        // One instruction for a product and a sum, but no other liberty: the same source gives the same bits.
+        for flag in ["-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi"].iter().chain(*flags) {
+            kernels.flag(flag);
+        }
+        // One source thrice: each has a folder for its object.
+        let folder = Path::new(&std::env::var("OUT_DIR").expect("cargo names a folder")).join(name);
+        all.objects(kernels.out_dir(folder).compile_intermediates());
+    }
+    let include = lib.parent().unwrap_or(lib).join("include");
+    all.file("src/native/ops.cpp").include(include.join("torch/csrc/api/include")).include(include);
+    let abi = std::env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".to_owned());
+    all.define("_GLIBCXX_USE_CXX11_ABI", abi.as_str());
+    all.cargo_metadata(true).compile("pipe_native");
 }

@@ -12,12 +12,12 @@ use pipe::random::{rng, uniform_at};
 use pipe::stages::sampling::Filters;
 use pipe::tasks::Finish;
 use rayon::prelude::*;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::codec::Codec;
 use crate::draw::{Choice, Filter, draw, draw_filtered};
 use crate::model::Transformer;
-use crate::model::kv_cache::KvCache;
+use crate::model::decoding::Decoding;
 
 pub use crate::draw::Kept;
 
@@ -87,7 +87,6 @@ pub struct Completion {
 /// Where one sample stands.
 struct Sample {
     stream: rand_chacha::ChaCha8Rng,
-    prompt: i64,
     completion: Completion,
     done: bool,
 }
@@ -104,55 +103,32 @@ pub fn generate(
 ) -> Result<Vec<Vec<Completion>>> {
     check(model, groups, sampling)?;
     let tells_kept = sampling.tells_kept && sampling.filter.is_some();
-    let device = model.device();
-    let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(device);
     let mut samples: Vec<Sample> = groups
         .iter()
-        .flat_map(|group| group.samples.iter().map(|counters| begin(group, counters, tells_kept)))
+        .flat_map(|group| group.samples.iter().map(|counters| begin(counters, tells_kept)))
         .collect();
     if samples.is_empty() {
         return Ok(groups.iter().map(|_| Vec::new()).collect());
     }
 
-    // 1. Each prompt once, then its keys and values and its logits for each of its samples.
-    let decoder = model.decoder();
-    let longest = groups.iter().map(|group| group.prompt.len()).max().unwrap_or(0);
-    let mut ids = vec![model.config().padding(); groups.len() * longest];
-    for (row, group) in ids.chunks_mut(longest).zip(groups) {
-        row[..group.prompt.len()].copy_from_slice(&group.prompt);
-    }
-    let lengths: Vec<i64> = groups.iter().map(|group| group.prompt.len() as i64).collect();
-    let (prompts, logits) =
-        decoder.prefill(&tensor(&ids).view([groups.len() as i64, longest as i64]), &tensor(&lengths));
-    let owners: Vec<i64> =
-        groups.iter().enumerate().flat_map(|(index, group)| group.samples.iter().map(move |_| index as i64)).collect();
-    let mut logits = logits.index_select(0, &tensor(&owners));
-    // The last token of a completion is never read again.
-    let slots = longest + sampling.max_new_tokens - 1;
-    let mut cache = prompts.expand(&tensor(&owners), slots as i64);
-    drop(prompts);
+    // 1. Each prompt once, for all of its samples.
+    let prompts: Vec<&[i64]> = groups.iter().map(|group| group.prompt.as_slice()).collect();
+    let owners: Vec<usize> =
+        groups.iter().enumerate().flat_map(|(index, group)| group.samples.iter().map(move |_| index)).collect();
+    let (mut decoding, mut logits) = Decoding::begin(model, &prompts, &owners, sampling.max_new_tokens)?;
 
-    // 2. A token for every row, until all have ended. `rows` says which sample a row of the cache holds.
-    let mut rows: Vec<usize> = (0..samples.len()).collect();
-    let mut mask = visible(&samples, &rows, longest, slots).map(|mask| mask.to_device(device));
+    // 2. A token for every sample, until all have ended.
     for token in 0..sampling.max_new_tokens {
         if interrupt.load(Ordering::Relaxed) {
             return Err(Interrupted.into());
         }
-        let written = choose(model, &logits, &mut samples, &rows, sampling, token)?;
+        let written = choose(model, &logits, &mut samples, decoding.rows(), sampling, token)?;
         on_tokens(written);
         if samples.iter().all(|sample| sample.done) {
             break;
         }
-        if compact(&mut cache, &mut rows, &samples, &tensor) {
-            mask = visible(&samples, &rows, longest, slots).map(|mask| mask.to_device(device));
-        }
-        let last = |row: &usize| samples[*row].completion.ids.last().copied().unwrap_or(0);
-        // A row that has ended and not left yet stays at its last position: what it computes is never used.
-        let place = |row: &usize| samples[*row].prompt + samples[*row].completion.ids.len() as i64 - 1;
-        let tokens: Vec<i64> = rows.iter().map(last).collect();
-        let positions: Vec<i64> = rows.iter().map(place).collect();
-        logits = decoder.step(&tensor(&tokens), &tensor(&positions), &mut cache, mask.as_ref());
+        decoding.forget(|sample| samples[sample].done);
+        logits = decoding.step(|sample| samples[sample].completion.ids.last().copied().unwrap_or(0));
     }
 
     // 3. Back to groups.
@@ -182,10 +158,9 @@ fn check(model: &Transformer, groups: &[Group], sampling: &Sampling) -> Result<(
     Ok(())
 }
 
-fn begin(group: &Group, counters: &[u64], tells_kept: bool) -> Sample {
+fn begin(counters: &[u64], tells_kept: bool) -> Sample {
     Sample {
         stream: rng("sample", counters),
-        prompt: group.prompt.len() as i64,
         completion: Completion {
             ids: Vec::new(),
             logprobs: Vec::new(),
@@ -246,41 +221,11 @@ fn choose(
     Ok(drawn.len() as u64)
 }
 
-/// What each row may see of its slots, `[R, 1, 1, slots]`: all but the gap behind a prompt shorter than the longest.
-/// `None` where no row has a gap.
-fn visible(samples: &[Sample], rows: &[usize], longest: usize, slots: usize) -> Option<Tensor> {
-    if rows.iter().all(|&row| samples[row].prompt == longest as i64) {
-        return None;
-    }
-    let mut mask = vec![0f32; rows.len() * slots];
-    for (row, &index) in mask.chunks_mut(slots).zip(rows) {
-        row[samples[index].prompt as usize..longest].fill(f32::NEG_INFINITY);
-    }
-    Some(Tensor::from_slice(&mask).view([rows.len() as i64, 1, 1, slots as i64]).to_kind(Kind::Float))
-}
-
-/// Moves the last rows that go on into the places of rows that have ended, once these are an eighth of all.
-fn compact(cache: &mut KvCache, rows: &mut Vec<usize>, samples: &[Sample], tensor: &dyn Fn(&[i64]) -> Tensor) -> bool {
-    let active = rows.iter().filter(|&&row| !samples[row].done).count();
-    if (rows.len() - active) * 8 < rows.len() {
-        return false;
-    }
-    let holes = (0..active).filter(|&place| samples[rows[place]].done);
-    let movers = (active..rows.len()).filter(|&place| !samples[rows[place]].done);
-    let (to, from): (Vec<i64>, Vec<i64>) = holes.zip(movers).map(|(to, from)| (to as i64, from as i64)).unzip();
-    for (&to, &from) in to.iter().zip(&from) {
-        rows[to as usize] = rows[from as usize];
-    }
-    rows.truncate(active);
-    cache.compact(&tensor(&from), &tensor(&to), active as i64);
-    true
-}
-
 #[cfg(test)]
 mod tests {
     use rand_chacha::ChaCha8Rng;
     use serde_json::json;
-    use tch::{Device, no_grad};
+    use tch::{Device, Kind, no_grad};
 
     use super::*;
     use crate::batch::{Batch, Row};
@@ -318,9 +263,9 @@ mod tests {
             {
                 let ids = [group.prompt.clone(), completion.ids.clone()].concat();
                 let mask: Vec<u8> = (0..ids.len()).map(|place| u8::from(place >= group.prompt.len())).collect();
-                let batch = Batch::new(&[Row { ids: &ids, mask: &mask }], 0, Device::Cpu).expect("a batch");
+                let batch = Batch::new(&[Row { ids: &ids, mask: &mask }], Device::Cpu).expect("a batch");
                 let trained = no_grad(|| {
-                    let logits = model.logits(&batch.select(&model.hidden(&batch.ids)));
+                    let logits = model.logits(&batch.select(&model.hidden(&batch.ids, &batch.layout)));
                     token_logprobs(&logits, &batch.targets, temperature)
                 });
                 let sampled = Tensor::from_slice(&completion.logprobs);
@@ -342,7 +287,7 @@ mod tests {
                 let mut ids = group.prompt.clone();
                 for (token, &written) in completion.ids.iter().enumerate() {
                     let logits =
-                        no_grad(|| model.logits(&model.hidden(&Tensor::from_slice(&ids).unsqueeze(0)).select(1, -1)));
+                        no_grad(|| model.logits(&sandbox::hidden(&model, &Tensor::from_slice(&ids).unsqueeze(0)).select(1, -1)));
                     let logits = Vec::<f64>::try_from(&logits.view(-1).to_kind(Kind::Double)).expect("numbers");
                     let weights: Vec<f64> = logits.iter().map(|logit| (logit / temperature).exp()).collect();
                     let mut left = uniform_at(&stream, token as u64) * weights.iter().sum::<f64>();
@@ -393,8 +338,8 @@ mod tests {
                 let kept = completion.kept.as_ref().expect("they were asked for");
                 let ids = [group.prompt.clone(), completion.ids.clone()].concat();
                 let mask: Vec<u8> = (0..ids.len()).map(|place| u8::from(place >= group.prompt.len())).collect();
-                let batch = Batch::new(&[Row { ids: &ids, mask: &mask }], 0, Device::Cpu).expect("a batch");
-                let logits = no_grad(|| model.logits(&batch.select(&model.hidden(&batch.ids))) / 0.7);
+                let batch = Batch::new(&[Row { ids: &ids, mask: &mask }], Device::Cpu).expect("a batch");
+                let logits = no_grad(|| model.logits(&batch.select(&model.hidden(&batch.ids, &batch.layout))) / 0.7);
                 assert_eq!(kept.len(), completion.ids.len());
                 for (place, (&id, &sampled)) in completion.ids.iter().zip(&completion.logprobs).enumerate() {
                     // Summed by hand over the set that was told.

@@ -15,6 +15,7 @@ pub mod kinds;
 pub mod loss;
 pub mod memory;
 pub mod model;
+pub mod native;
 pub mod optimizer;
 pub mod order;
 pub mod policy;

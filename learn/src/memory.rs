@@ -281,9 +281,9 @@ mod tests {
         let mask: Vec<u8> = (0..length).map(|at| u8::from(at >= length - per_row)).collect();
         let rows: Vec<Row<'_>> = (0..shape.rows).map(|_| Row { ids: &ids, mask: &mask }).collect();
         for _ in 0..2 {
-            let batch = Batch::new(&rows, 0, Device::Cpu).unwrap();
+            let batch = Batch::new(&rows, Device::Cpu).unwrap();
             model.zero_gradients();
-            let logits = model.logits(&batch.select(&model.hidden(&batch.ids)));
+            let logits = model.logits(&batch.select(&model.hidden(&batch.ids, &batch.layout)));
             let temperature = if tables == POLICY { 0.8 } else { 1.0 };
             let new = token_logprobs(&logits, &batch.targets, temperature);
             let spread = (tables == POLICY).then(|| no_grad(|| entropy(&logits, temperature)));

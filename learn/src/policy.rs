@@ -106,7 +106,7 @@ pub fn backward(
     let inside = Denominator::count(rows.iter().filter(|row| row.in_loss).map(PolicyRow::targets));
     let covered = Denominator::count(rows.iter().map(PolicyRow::targets));
     let mut sums = PolicySums::default();
-    for places in by_length(rows).chunks(micro_batch(params.micro_batch_size, rows.len())) {
+    for places in trained(rows).chunks(micro_batch(params.micro_batch_size, rows.len())) {
         let rows: Vec<&PolicyRow<'_>> = places.iter().map(|&place| &rows[place]).collect();
         let forward = Forward::new(params, model, &rows)?;
         let new = forward.new_logprobs();
@@ -154,7 +154,7 @@ pub fn backward(
 pub fn penalties(params: &Grpo, reference: &Transformer, rows: &[PolicyRow<'_>]) -> Result<Vec<Vec<f64>>> {
     let kl = &params.axes.kl;
     let mut costs = vec![Vec::new(); rows.len()];
-    for places in by_length(rows).chunks(micro_batch(params.micro_batch_size, rows.len())) {
+    for places in trained(rows).chunks(micro_batch(params.micro_batch_size, rows.len())) {
         let chosen: Vec<&PolicyRow<'_>> = places.iter().map(|&place| &rows[place]).collect();
         let forward = no_grad(|| Forward::new(params, reference, &chosen))?;
         let old: Vec<f32> = chosen.iter().flat_map(|row| row.old.iter().copied()).collect();
@@ -176,7 +176,7 @@ pub const PARITY: f64 = 1e-4;
 /// The largest absolute difference between the sampler's log-probabilities of `rows` and those of `model`.
 pub fn mismatch(params: &Grpo, model: &Transformer, rows: &[PolicyRow<'_>]) -> Result<f64> {
     let mut most = 0f64;
-    for places in by_length(rows).chunks(micro_batch(params.micro_batch_size, rows.len())) {
+    for places in trained(rows).chunks(micro_batch(params.micro_batch_size, rows.len())) {
         let chosen: Vec<&PolicyRow<'_>> = places.iter().map(|&place| &rows[place]).collect();
         let new = no_grad(|| Forward::new(params, model, &chosen).map(|forward| forward.new_logprobs()))?;
         let old: Vec<f32> = chosen.iter().flat_map(|row| row.old.iter().copied()).collect();
@@ -201,7 +201,7 @@ impl Forward {
             row.check(index)?;
         }
         let inputs: Vec<Row<'_>> = rows.iter().map(|row| Row { ids: &row.ids, mask: &row.mask }).collect();
-        let batch = Batch::new(&inputs, model.config().padding(), model.device())?;
+        let batch = Batch::sharing_prompts(&inputs, model.device())?;
         let barred = barred(rows, model.config().vocab_size, model.device())?;
         let logits = logits(model, &batch, barred.as_ref());
         Ok(Self { batch, logits, barred, temperature: params.temperature })
@@ -222,7 +222,7 @@ impl Forward {
 }
 
 fn logits(model: &Transformer, batch: &Batch, barred: Option<&Tensor>) -> Tensor {
-    let logits = model.logits(&batch.select(&model.hidden(&batch.ids)));
+    let logits = model.logits(&batch.select(&model.hidden(&batch.ids, &batch.layout)));
     match barred {
         Some(barred) => logits.masked_fill(barred, f64::NEG_INFINITY),
         None => logits,
@@ -265,11 +265,9 @@ fn segments(ratio: Ratio, rows: &[&PolicyRow<'_>], device: Device) -> Option<Seg
     Some(Segments::new(&lengths, device))
 }
 
-/// The places of rows with a target by length, so that neighbours of like length share a micro-batch with little padding.
-fn by_length(rows: &[PolicyRow<'_>]) -> Vec<usize> {
-    let mut places: Vec<usize> = (0..rows.len()).filter(|place| rows[*place].targets() > 0).collect();
-    places.sort_by_key(|place| rows[*place].ids.len());
-    places
+/// The places of rows with a target, in their order: samples of one prompt stay side by side and share its forward pass.
+fn trained(rows: &[PolicyRow<'_>]) -> Vec<usize> {
+    (0..rows.len()).filter(|place| rows[*place].targets() > 0).collect()
 }
 
 /// Rows in a forward pass; 0 stands for all.

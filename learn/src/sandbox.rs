@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor, no_grad};
 use tempfile::TempDir;
 
-use crate::model::{ModelConfig, Transformer};
+use crate::model::{Layout, ModelConfig, Transformer};
 
 /// The vocabulary of tiny models.
 pub(crate) const VOCABULARY: u64 = 13;
@@ -71,6 +71,13 @@ pub(crate) fn stir(model: &Transformer, by: f64) {
         let wave = (Tensor::arange(flat.size()[0], (Kind::Double, Device::Cpu)) * 1.7).sin() * by;
         flat += wave.to_kind(Kind::Float);
     });
+}
+
+/// Hidden states `[B, T, H]` of rows `[B, T]`, which are sequences of equal length.
+pub(crate) fn hidden(model: &Transformer, ids: &Tensor) -> Tensor {
+    let (rows, length) = ids.size2().expect("two dimensions");
+    let layout = Layout::rows((0..rows).map(|_| length as usize), model.device());
+    model.hidden(&ids.reshape([-1]), &layout).view([rows, length, -1])
 }
 
 /// The largest absolute difference of two tensors.

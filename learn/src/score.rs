@@ -14,7 +14,7 @@ use tch::{Device, Tensor, no_grad};
 
 use crate::codec::Codec;
 use crate::loss::token_logprobs;
-use crate::model::{ModelConfig, Transformer};
+use crate::model::{Layout, ModelConfig, Transformer};
 
 /// Bad rows that are told of one file; the others are counted.
 const SHOWN: usize = 20;
@@ -147,16 +147,15 @@ pub fn score(model: &Transformer, rows: &[Row], batch_size: usize) -> Result<Vec
 }
 
 fn score_batch(model: &Transformer, rows: &[&[i64]]) -> Result<Vec<Vec<f32>>> {
-    let length = rows.iter().map(|row| row.len()).max().unwrap_or(0);
-    let mut padded = vec![model.config().padding(); rows.len() * length];
+    let layout = Layout::rows(rows.iter().map(|row| row.len()), model.device());
     let (mut positions, mut targets) = (Vec::new(), Vec::new());
     for (index, row) in rows.iter().enumerate() {
-        padded[index * length..index * length + row.len()].copy_from_slice(row);
-        positions.extend((1..row.len()).map(|place| (index * length + place - 1) as i64));
+        let first = layout.first(index);
+        positions.extend(first..first + row.len() as i64 - 1);
         targets.extend(&row[1..]);
     }
     let tensor = |values: &[i64]| Tensor::from_slice(values).to_device(model.device());
-    let hidden = model.hidden(&tensor(&padded).view([rows.len() as i64, length as i64])).flatten(0, 1);
+    let hidden = model.hidden(&tensor(&rows.concat()), &layout);
     // A row of a single token has nothing to score.
     let mut all = Vec::with_capacity(targets.len());
     let chunk = (LOGITS / model.config().vocab_size).max(1) as usize;
@@ -214,7 +213,7 @@ mod tests {
             for (row, scores) in rows.iter().zip(&scores) {
                 assert_eq!(scores.len() + 1, row.ids.len());
                 let logprobs = no_grad(|| {
-                    let hidden = model.hidden(&Tensor::from_slice(&row.ids).unsqueeze(0)).flatten(0, 1);
+                    let hidden = sandbox::hidden(&model, &Tensor::from_slice(&row.ids).unsqueeze(0)).flatten(0, 1);
                     model.logits(&hidden).log_softmax(-1, tch::Kind::Float)
                 });
                 for (place, score) in scores.iter().enumerate() {

@@ -170,11 +170,11 @@ fn step(
     let mut metrics = Metrics::default();
     model.zero_gradients();
     for rows in rows.chunks(micro_batch(params.micro_batch_size, rows.len())) {
-        let batch = Batch::new(rows, model.config().padding(), model.device())?;
+        let batch = Batch::new(rows, model.device())?;
         if batch.count() == 0 {
             continue;
         }
-        let logits = model.logits(&batch.select(&model.hidden(&batch.ids)));
+        let logits = model.logits(&batch.select(&model.hidden(&batch.ids, &batch.layout)));
         let loss = supervised_loss(&token_logprobs(&logits, &batch.targets, 1.0), targets as f64);
         let value = loss.double_value(&[]);
         ensure!(value.is_finite(), "the loss is {value} at step {}", step + 1);

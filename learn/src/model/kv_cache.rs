@@ -4,10 +4,11 @@
 //! masked, and token t of every row lies in the same slot behind, so a step writes one slice. Slots are not positions:
 //! each row's rotation follows its own length. Everything here runs outside of the gradient graph.
 
-use tch::{Kind, Tensor, no_grad};
+use tch::{Device, Kind, Tensor, no_grad};
 
+use crate::model::Transformer;
+use crate::model::plain::{attend, normalise, repeat_heads};
 use crate::model::rope::{Turn, paired};
-use crate::model::transformer::{Transformer, attend, normalise, turn};
 
 /// Keys and values of all layers, `[layers, 2, rows, kv heads, slots, D]` f32: what a head attends to lies together.
 #[derive(Debug)]
@@ -81,6 +82,22 @@ fn attend_last(query: &Tensor, keys: &Tensor, values: &Tensor, mask: Option<&Ten
     }
     scores = scores.softmax(-1, Kind::Float);
     scores.bmm(&values.view([rows * shared, slots, width])).view([rows, heads * width])
+}
+
+/// Causal attention over `[B, T, heads, D]`; gives `[B, T, heads, D]`.
+fn attend_all(query: &Tensor, key: &Tensor, value: &Tensor) -> Tensor {
+    let heads = query.size()[2];
+    let [query, key, value] = [query, key, value].map(|x| x.transpose(1, 2));
+    attend(&query, &repeat_heads(&key, heads), &repeat_heads(&value, heads), None).transpose(1, 2)
+}
+
+/// Rotates heads `[B, T, heads, D]`, after norming each where the family does; `norm` broadcasts over them, its last
+/// dimension in the order of [`paired`].
+fn turn(rotation: &Turn, heads: &Tensor, norm: Option<&Tensor>, epsilon: f64) -> Tensor {
+    match norm {
+        Some(norm) => rotation.apply(&(normalise(heads, epsilon) * norm)),
+        None => rotation.apply(heads),
+    }
 }
 
 /// The projections of a layer that read the same states, in the order in which they are stacked.
@@ -170,6 +187,10 @@ impl<'a> Decoder<'a> {
         Self { model, layers, head: model.folded_head() }
     }
 
+    pub(crate) fn device(&self) -> Device {
+        self.model.device()
+    }
+
     /// Reads prompts `[G, P]` i64 padded on the right, of `lengths` `[G]` i64; gives their cache and the logits `[G, V]` of
     /// each prompt's next token.
     pub fn prefill(&self, ids: &Tensor, lengths: &Tensor) -> (KvCache, Tensor) {
@@ -212,7 +233,7 @@ impl<'a> Decoder<'a> {
             let value = projected.narrow(2, heads + shared, shared);
             let (keys, values) = cache.append(index as i64, &key, &value);
             let mixed =
-                if length == 1 { attend_last(&query, &keys, &values, mask) } else { attend(&query, &key, &value) };
+                if length == 1 { attend_last(&query, &keys, &values, mask) } else { attend_all(&query, &key, &value) };
             x += layer.output.of(&mixed.reshape([rows, length, heads * size]));
             let normed = normalise(&x, config.rms_norm_eps);
             let mut parts = layer.gate_up.of(&normed).chunk(2, -1).into_iter();
@@ -230,15 +251,13 @@ impl<'a> Decoder<'a> {
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
-
     use super::*;
     use crate::sandbox;
 
     /// Logits at the last place of one row, without a cache.
     fn uncached(model: &Transformer, ids: &[i64]) -> Tensor {
         no_grad(|| {
-            let hidden = model.hidden(&Tensor::from_slice(ids).unsqueeze(0));
+            let hidden = sandbox::hidden(model, &Tensor::from_slice(ids).unsqueeze(0));
             model.logits(&hidden.select(1, -1))
         })
     }
@@ -246,7 +265,7 @@ mod tests {
     #[test]
     fn cached_logits_are_the_uncached_ones() {
         for model in sandbox::families() {
-            let decoder = model.decoder();
+            let decoder = Decoder::new(&model);
             // Two prompts of unequal lengths; the second is expanded to two rows.
             let mut rows = vec![vec![1, 5, 7, 3], vec![1, 9], vec![1, 9]];
             let prompts = Tensor::from_slice2(&[[1i64, 5, 7, 3], [1, 9, 0, 0]]);

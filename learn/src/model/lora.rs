@@ -90,6 +90,7 @@ mod tests {
     use tch::Kind;
 
     use super::*;
+    use crate::model::decoding::Decoding;
     use crate::model::Transformer;
     use crate::optimizer::AdamW;
     use crate::sandbox::{self, distance};
@@ -103,7 +104,7 @@ mod tests {
     }
 
     fn logits(model: &Transformer) -> Tensor {
-        model.logits(&model.hidden(&ids()).flatten(0, 1))
+        model.logits(&sandbox::hidden(model, &ids()).flatten(0, 1))
     }
 
     /// A loss under which every projection matters.
@@ -148,7 +149,9 @@ mod tests {
             }
             assert!(distance(&no_grad(|| logits(&adapted)), &no_grad(|| logits(&base))) > 1e-2);
             // The sampler sees the adapters: its logits are the trainer's.
-            let (_, next) = adapted.decoder().prefill(&ids(), &Tensor::from_slice(&[7i64, 7]));
+            let rows = Vec::<i64>::try_from(&ids().view(-1)).expect("ids");
+            let prompts: Vec<&[i64]> = rows.chunks(7).collect();
+            let (_, next) = Decoding::begin(&adapted, &prompts, &[0, 1], 1).expect("two prompts");
             let trained = no_grad(|| logits(&adapted)).view([2, 7, -1]).select(1, 6);
             assert!(distance(&next, &trained) < 1e-5);
         }

@@ -2,17 +2,22 @@
 //!
 //! `config` says what a folder holds and refuses what is not implemented, `rope` turns heads by position, `weights` keeps
 //! every number in one buffer, `folder` reads and writes it as safetensors, `transformer` is the forward pass for training,
-//! `kv_cache` the same pass one token at a time for generation, `lora` adapters beside frozen weights,
+//! `layout` says where its tokens stand, `plain` holds its steps where no kernel of ours does them, `decoding` is the same
+//! pass one token at a time for generation, `kv_cache` that without kernels of ours, `lora` adapters beside frozen weights,
 //! `new_tokens` the audit of rows that a training should have moved. It knows nothing of losses, tasks or text.
 
 pub mod config;
+pub mod decoding;
 pub mod folder;
 pub mod kv_cache;
+pub mod layout;
 pub(crate) mod lora;
 pub mod new_tokens;
+pub(crate) mod plain;
 pub mod rope;
 pub mod transformer;
 pub mod weights;
 
 pub use config::ModelConfig;
+pub use layout::Layout;
 pub use transformer::{BASE, Transformer, save_companions};

@@ -231,20 +231,38 @@ pub(crate) fn paired(rows: &Tensor, heads: i64) -> Tensor {
     rows.view([heads, 2, half, -1]).transpose(1, 2).reshape(size.as_slice())
 }
 
-/// The rotations of all positions, for heads in the order of [`paired`].
+/// The rotations of all positions.
 #[derive(Debug)]
 pub(crate) struct Rotation {
-    /// `scale * exp(i angle)`, `[positions, D/2]` complex.
+    /// `scale * cos(angle)` and `scale * sin(angle)`, `[positions, D/2]` each.
+    cosine: Tensor,
+    sine: Tensor,
+    /// `scale * exp(i angle)`, `[positions, D/2]` complex, for heads in the order of [`paired`].
     table: Tensor,
 }
 
 impl Rotation {
-    pub(crate) fn new(config: &ModelConfig, device: Device) -> Self {
+    pub(crate) fn new(config: &ModelConfig, kind: Kind, device: Device) -> Self {
         let (frequencies, scale) = config.rope.frequencies(config.head_dim);
         let positions = Tensor::arange(config.max_position_embeddings, (Kind::Float, Device::Cpu));
         let angles = positions.unsqueeze(1) * Tensor::from_slice(&frequencies).unsqueeze(0);
-        let (cosine, sine) = (angles.cos() * scale, angles.sin() * scale);
-        Self { table: Tensor::complex(&cosine, &sine).to_device(device) }
+        let tables = [angles.cos() * scale, angles.sin() * scale];
+        let [cosine, sine] = tables.map(|table| table.to_kind(kind).to_device(device));
+        let table = Tensor::complex(&cosine, &sine);
+        Self { cosine, sine, table }
+    }
+
+    /// `[positions, D/2]`, twice: cosines and sines.
+    pub(crate) fn tables(&self) -> (&Tensor, &Tensor) {
+        (&self.cosine, &self.sine)
+    }
+
+    /// Rotates heads `[N, heads, D]` by `positions` `[N]`, element i with element i + D/2.
+    pub(crate) fn apply(&self, heads: &Tensor, positions: &Tensor) -> Tensor {
+        let [cosine, sine] = [&self.cosine, &self.sine].map(|table| table.index_select(0, positions).unsqueeze(1));
+        let half = heads.size()[2] / 2;
+        let (one, two) = (heads.narrow(2, 0, half), heads.narrow(2, half, half));
+        Tensor::cat(&[&one * &cosine - &two * &sine, two * cosine + one * sine], 2)
     }
 
     /// The table for positions 0 to `length` of every row.

@@ -1,8 +1,8 @@
-//! The forward pass: token ids to hidden states to logits, in fp32, for every family of [`ModelConfig`].
+//! The forward pass: token ids to hidden states to logits, for every family of [`ModelConfig`].
 //!
-//! Rows are padded on the right and attention is causal, so what fills a row up can never reach what stands before it;
-//! no mask is needed. The weight of each norm is multiplied into the projections behind it (a product over a small
-//! matrix instead of over every token), which is the same sum in another order. It knows nothing of losses or text.
+//! Sequences stand one behind another without padding, and only attention knows where one ends. Projections that read the
+//! same states are one matrix. On a processor, norms, attention and activation are kernels of our own (`native`), elsewhere
+//! libtorch's operations (`plain`). It knows nothing of losses or text.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,11 +13,11 @@ use pipe::stages::training::Lora;
 use serde_json::{Value, json};
 use tch::{Device, Tensor, no_grad};
 
-use crate::model::kv_cache::Decoder;
 use crate::model::lora::{Adapter, Adapters};
-use crate::model::rope::{Rotation, Turn, paired};
+use crate::model::rope::Rotation;
 use crate::model::weights::Weights;
-use crate::model::{ModelConfig, folder};
+use crate::model::{Layout, ModelConfig, folder, plain};
+use crate::native::{self, Heads};
 
 /// Before the names of frozen weights in a training state.
 pub const BASE: &str = "base.";
@@ -39,49 +39,87 @@ pub struct Transformer {
 
 /// The leaves of one decoder layer.
 #[derive(Debug)]
-struct Layer {
-    input_norm: Tensor,
-    query: Linear,
-    key: Linear,
-    value: Linear,
+pub(crate) struct Layer {
+    pub(crate) input_norm: Tensor,
+    pub(crate) query_key_value: Projection,
     /// The norms of every query head and every key head, `[D]` each.
-    head_norms: Option<(Tensor, Tensor)>,
-    output: Linear,
-    post_norm: Tensor,
-    gate: Linear,
-    up: Linear,
-    down: Linear,
+    pub(crate) head_norms: Option<(Tensor, Tensor)>,
+    pub(crate) output: Projection,
+    pub(crate) post_norm: Tensor,
+    pub(crate) gate_up: Projection,
+    pub(crate) down: Projection,
 }
 
-#[derive(Debug)]
-struct Linear {
-    weight: Tensor,
-    bias: Option<Tensor>,
-    adapter: Option<Adapter>,
-}
-
-impl Linear {
-    /// The matrix as it acts: with its adapter, where it has one.
-    fn effective(&self) -> Tensor {
-        match &self.adapter {
-            Some(adapter) => &self.weight + adapter.delta(),
-            None => self.weight.shallow_clone(),
+impl Layer {
+    /// The layer outside of the gradient graph, adapters added to the weights.
+    pub(crate) fn frozen(&self) -> Self {
+        let norms = |(query, key): &(Tensor, Tensor)| (query.detach(), key.detach());
+        Self {
+            input_norm: self.input_norm.detach(),
+            query_key_value: self.query_key_value.frozen(),
+            head_norms: self.head_norms.as_ref().map(norms),
+            output: self.output.frozen(),
+            post_norm: self.post_norm.detach(),
+            gate_up: self.gate_up.frozen(),
+            down: self.down.frozen(),
         }
     }
 
-    /// `x * norm @ weight^T + bias`, with `norm` multiplied into the weight; `x` is `[.., in]`.
-    fn after_norm(&self, norm: &Tensor, x: &Tensor) -> Tensor {
-        x.linear(&(self.effective() * norm), self.bias.as_ref())
+    /// Queries, keys and values `[N, (queries + 2 shared) width]` of normed states `[N, H]`, not yet rotated.
+    pub(crate) fn project(&self, normed: &Tensor, heads: Heads, epsilon: f64) -> Tensor {
+        let projected = self.query_key_value.of(normed);
+        match &self.head_norms {
+            Some((query, key)) => norm_heads(&projected, heads, query, key, epsilon),
+            None => projected,
+        }
     }
 
-    /// [`Linear::after_norm`] with the output's rows [`paired`] within each of `heads`.
-    fn paired_after_norm(&self, norm: &Tensor, x: &Tensor, heads: i64) -> Tensor {
-        let bias = self.bias.as_ref().map(|bias| paired(bias, heads));
-        x.linear(&paired(&(self.effective() * norm), heads), bias.as_ref())
+    /// What the layer adds to `x` `[N, H]` behind its attention `mixed`: the states, and what is to be added to them.
+    pub(crate) fn feed(&self, x: &Tensor, mixed: &Tensor, epsilon: f64) -> (Tensor, Tensor) {
+        let (x, normed) = add_norm(x, Some(&self.output.of(mixed)), &self.post_norm, epsilon);
+        let delta = self.down.of(&swiglu(&self.gate_up.of(&normed)));
+        (x, delta)
+    }
+}
+
+/// Matrices that read the same states, as one, and their biases.
+#[derive(Debug)]
+pub(crate) struct Projection {
+    weight: Weight,
+    bias: Option<Tensor>,
+}
+
+#[derive(Debug)]
+enum Weight {
+    /// Neighbours in the buffer of weights are one leaf.
+    Whole(Tensor),
+    /// With adapters each part acts with its own.
+    Parts(Vec<(Tensor, Option<Adapter>)>),
+}
+
+impl Projection {
+    /// The matrix as it acts: with adapters, where it has some.
+    fn effective(&self) -> Tensor {
+        match &self.weight {
+            Weight::Whole(weight) => weight.shallow_clone(),
+            Weight::Parts(parts) => {
+                let effective = parts.iter().map(|(weight, adapter)| match adapter {
+                    Some(adapter) => weight + adapter.delta(),
+                    None => weight.shallow_clone(),
+                });
+                Tensor::cat(&effective.collect::<Vec<_>>(), 0)
+            }
+        }
     }
 
-    fn forward(&self, x: &Tensor) -> Tensor {
+    /// `x @ weight^T + bias`.
+    fn of(&self, x: &Tensor) -> Tensor {
         x.linear(&self.effective(), self.bias.as_ref())
+    }
+
+    fn frozen(&self) -> Self {
+        let weight = Weight::Whole(no_grad(|| self.effective()).detach());
+        Self { weight, bias: self.bias.as_ref().map(Tensor::detach) }
     }
 }
 
@@ -197,6 +235,14 @@ impl Transformer {
         Self::of(config, weights, None, device)
     }
 
+    /// The same model in f64.
+    #[cfg(test)]
+    pub(crate) fn double(&self) -> Self {
+        let weights = Weights::of_kind(plan(&self.config), tch::Kind::Double, self.device);
+        no_grad(|| weights.flat().shallow_clone().copy_(self.base.flat()));
+        Self::of(self.config.clone(), weights, None, self.device)
+    }
+
     /// The same model with its weights frozen and adapters to train.
     pub(crate) fn adapt(self, lora: &Lora, seed: u64) -> Result<Self> {
         let adapters = Adapters::new(&self.config, lora, seed, self.device)?;
@@ -211,28 +257,36 @@ impl Transformer {
     }
 
     fn of(config: ModelConfig, weights: Weights, adapters: Option<Adapters>, device: Device) -> Self {
+        let heads = heads(&config);
         let layers = (0..config.num_hidden_layers)
             .map(|layer| {
                 let leaf = |name: &str| weights.leaf(&format!("model.layers.{layer}.{name}"));
-                let adapter = |name: &str| adapters.as_ref()?.of(&format!("model.layers.{layer}.{name}.weight"));
-                let linear = |name: &str, bias: bool| Linear {
-                    weight: leaf(&format!("{name}.weight")),
-                    bias: bias.then(|| leaf(&format!("{name}.bias"))),
-                    adapter: adapter(name).map(Adapter::shallow_clone),
+                let projection = |names: &[&str], rows: i64, biased: bool| {
+                    let name = |name: &str, part: &str| format!("model.layers.{layer}.{name}.{part}");
+                    let weight = match &adapters {
+                        None => Weight::Whole(weights.joined(&name(names[0], "weight"), rows)),
+                        Some(adapters) => Weight::Parts(
+                            names
+                                .iter()
+                                .map(|part| name(part, "weight"))
+                                .map(|name| (weights.leaf(&name), adapters.of(&name).map(Adapter::shallow_clone)))
+                                .collect(),
+                        ),
+                    };
+                    Projection { weight, bias: biased.then(|| weights.joined(&name(names[0], "bias"), rows)) }
                 };
                 let (projected, fed) = (config.projection_bias(), config.feed_forward_bias());
                 let norms = || (leaf("self_attn.q_norm.weight"), leaf("self_attn.k_norm.weight"));
+                let attention = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
+                let (hidden, inner) = (config.hidden_size, config.intermediate_size);
                 Layer {
                     input_norm: leaf("input_layernorm.weight"),
-                    query: linear("self_attn.q_proj", projected),
-                    key: linear("self_attn.k_proj", projected),
-                    value: linear("self_attn.v_proj", projected),
+                    query_key_value: projection(&attention, heads.projected(), projected),
                     head_norms: config.head_norms().then(norms),
-                    output: linear("self_attn.o_proj", config.output_bias()),
+                    output: projection(&["self_attn.o_proj"], hidden, config.output_bias()),
                     post_norm: leaf("post_attention_layernorm.weight"),
-                    gate: linear("mlp.gate_proj", fed),
-                    up: linear("mlp.up_proj", fed),
-                    down: linear("mlp.down_proj", fed),
+                    gate_up: projection(&["mlp.gate_proj", "mlp.up_proj"], 2 * inner, fed),
+                    down: projection(&["mlp.down_proj"], hidden, fed),
                 }
             })
             .collect();
@@ -242,7 +296,7 @@ impl Transformer {
             layers,
             norm: weights.leaf("model.norm.weight"),
             head: weights.leaf(head),
-            rotation: Rotation::new(&config, device),
+            rotation: Rotation::new(&config, weights.flat().kind(), device),
             config,
             base: weights,
             adapters,
@@ -311,48 +365,43 @@ impl Transformer {
         self.weights().zero_gradients();
     }
 
-    /// Hidden states `[B, T, H]` f32 behind the last layer, before the last norm, for ids `[B, T]` i64.
-    ///
-    /// Attention is causal at positions 0 to T; rows are padded on the right.
-    pub fn hidden(&self, ids: &Tensor) -> Tensor {
-        let (rows, length) = ids.size2().expect("ids have two dimensions");
-        let (heads, shared, size) =
-            (self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim);
-        let rotation = self.rotation.first(length);
+    /// Hidden states `[N, H]` behind the last layer, before the last norm, for ids `[N]` i64 that stand as `layout` says.
+    pub fn hidden(&self, ids: &Tensor, layout: &Layout) -> Tensor {
+        let (heads, epsilon) = (heads(&self.config), self.config.rms_norm_eps);
+        let positions = self.config.max_position_embeddings;
+        assert!(layout.longest() <= positions, "a sequence of {} tokens in a model of {positions}", layout.longest());
+        assert_eq!(ids.size(), [layout.tokens()], "ids as the layout has tokens");
         let mut x = Tensor::embedding(&self.embedding, ids, -1, false, false);
+        // What the next norm adds before it norms.
+        let mut delta: Option<Tensor> = None;
         for layer in &self.layers {
-            // 1. Project to heads [B, T, heads, D] and rotate by position.
-            let normed = normalise(&x, self.config.rms_norm_eps);
-            let turned = |linear: &Linear, heads: i64, norm: Option<&Tensor>| {
-                let projected = linear.paired_after_norm(&layer.input_norm, &normed, heads);
-                let projected = projected.view([rows, length, heads, size]);
-                turn(&rotation, &projected, norm.map(|norm| paired(norm, 1)).as_ref(), self.config.rms_norm_eps)
-            };
-            let (query_norm, key_norm) = layer.head_norms.as_ref().map(|(query, key)| (query, key)).unzip();
-            let (query, key) = (turned(&layer.query, heads, query_norm), turned(&layer.key, shared, key_norm));
-            let value = layer.value.after_norm(&layer.input_norm, &normed).view([rows, length, shared, size]);
-            // 2. Attend causally.
-            let mixed = attend(&query, &key, &value);
-            // Never in place: the norm's backward pass needs the sum as it was.
-            x = x.g_add(&layer.output.forward(&mixed.reshape([rows, length, heads * size])));
-            // 3. Feed forward (SwiGLU).
-            let normed = normalise(&x, self.config.rms_norm_eps);
-            let gate = layer.gate.after_norm(&layer.post_norm, &normed).silu();
-            let up = layer.up.after_norm(&layer.post_norm, &normed);
-            x = x.g_add(&layer.down.forward(&(gate * up)));
+            let normed;
+            (x, normed) = add_norm(&x, delta.as_ref(), &layer.input_norm, epsilon);
+            let projected = layer.project(&normed, heads, epsilon);
+            let mixed = attention(&projected, heads, layout, &self.rotation);
+            let behind;
+            (x, behind) = layer.feed(&x, &mixed, epsilon);
+            delta = Some(behind);
         }
-        x
+        // Never in place: the norm's backward pass needs the sum as it was.
+        match delta {
+            Some(delta) => x + delta,
+            None => x,
+        }
     }
 
-    /// Logits `[N, V]` f32 of hidden states `[N, H]`: the last norm and the output projection.
+    /// Logits `[N, V]` of hidden states `[N, H]`: the last norm and the output projection.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        let normed = normalise(hidden, self.config.rms_norm_eps);
-        normed.linear(&(&self.head * &self.norm), None::<&Tensor>)
+        norm(hidden, &self.norm, self.config.rms_norm_eps).linear(&self.head, None::<&Tensor>)
     }
 
-    /// The model as it is now, prepared for generation with a key-value cache.
-    pub fn decoder(&self) -> Decoder<'_> {
-        Decoder::new(self)
+    pub(crate) fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// The weights of the last norm, `[H]`, and of the output projection, `[V, H]`.
+    pub(crate) fn head(&self) -> (&Tensor, &Tensor) {
+        (&self.norm, &self.head)
     }
 
     /// The last norm's weight multiplied into the output projection, `[V, H]`.
@@ -408,38 +457,48 @@ fn copy_companions(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// `x / sqrt(mean(x^2) + epsilon)` over the last dimension (RMSNorm without its weight, Zhang and Sennrich 2019).
-pub(crate) fn normalise(x: &Tensor, epsilon: f64) -> Tensor {
-    // The vector norm reads x once and keeps no squares for the backward pass.
-    let width = x.size()[x.dim() - 1] as f64;
-    let norm = x.norm_scalaropt_dim(2, [-1i64].as_slice(), true);
-    x * (norm.square() / width + epsilon).rsqrt()
+/// The heads of the attention.
+pub(crate) fn heads(config: &ModelConfig) -> Heads {
+    let (queries, shared) = (config.num_attention_heads, config.num_key_value_heads);
+    Heads { queries, shared, width: config.head_dim }
 }
 
-/// Causal attention over `[B, T, heads, D]`; gives `[B, T, heads, D]`. Query heads share key heads in equal runs.
-pub(crate) fn attend(query: &Tensor, key: &Tensor, value: &Tensor) -> Tensor {
-    let heads = query.size()[2];
-    let (key, value) = (repeat_heads(key, heads).transpose(1, 2), repeat_heads(value, heads).transpose(1, 2));
-    let (query, mask) = (query.transpose(1, 2), None::<&Tensor>);
-    Tensor::scaled_dot_product_attention(&query, &key, &value, mask, 0.0, true, None, false).transpose(1, 2)
+/// RMSNorm over the last dimension (Zhang and Sennrich 2019).
+pub(crate) fn norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Tensor {
+    if native::takes(x) { native::rms_norm(x, weight, epsilon) } else { plain::normalise(x, epsilon) * weight }
 }
 
-fn repeat_heads(shared: &Tensor, heads: i64) -> Tensor {
-    let size = shared.size();
-    if size[2] == heads {
-        return shared.shallow_clone();
+/// The sum of `x` and what is added to it, and its norm.
+pub(crate) fn add_norm(x: &Tensor, delta: Option<&Tensor>, weight: &Tensor, epsilon: f64) -> (Tensor, Tensor) {
+    match delta {
+        Some(delta) if native::takes(x) => native::add_rms_norm(x, delta, weight, epsilon),
+        _ => {
+            let x = delta.map_or(x.shallow_clone(), |delta| x + delta);
+            let normed = norm(&x, weight, epsilon);
+            (x, normed)
+        }
     }
-    let times = heads / size[2];
-    shared.unsqueeze(3).expand([size[0], size[1], size[2], times, size[3]], false).flatten(2, 3)
 }
 
-/// Rotates heads `[B, T, heads, D]`, after norming each where the family does; `norm` broadcasts over them, its last
-/// dimension in the order of [`paired`].
-pub(crate) fn turn(rotation: &Turn, heads: &Tensor, norm: Option<&Tensor>, epsilon: f64) -> Tensor {
-    match norm {
-        Some(norm) => rotation.apply(&(normalise(heads, epsilon) * norm)),
-        None => rotation.apply(heads),
+fn swiglu(gate_up: &Tensor) -> Tensor {
+    if native::takes(gate_up) { native::swiglu(gate_up) } else { plain::swiglu(gate_up) }
+}
+
+pub(crate) fn attention(projected: &Tensor, heads: Heads, layout: &Layout, rotation: &Rotation) -> Tensor {
+    if native::takes(projected) {
+        native::attention(projected, heads, layout.table(), layout.positions(), rotation.tables())
+    } else {
+        plain::attention(projected, heads, layout, rotation)
     }
+}
+
+/// Norms every query head and every key head of projections `[N, (queries + 2 shared) width]`.
+fn norm_heads(projected: &Tensor, heads: Heads, query: &Tensor, key: &Tensor, epsilon: f64) -> Tensor {
+    let Heads { queries, shared, width } = heads;
+    let all = projected.view([-1, queries + 2 * shared, width]);
+    let normed = |first: i64, count: i64, weight: &Tensor| norm(&all.narrow(1, first, count), weight, epsilon);
+    let values = all.narrow(1, queries + shared, shared);
+    Tensor::cat(&[normed(0, queries, query), normed(queries, shared, key), values], 1).view_as(projected)
 }
 
 #[cfg(test)]
@@ -455,7 +514,7 @@ mod tests {
 
     fn all_logits(model: &Transformer, ids: &Tensor) -> Tensor {
         no_grad(|| {
-            let hidden = model.hidden(ids);
+            let hidden = sandbox::hidden(model, ids);
             model.logits(&hidden.flatten(0, 1)).view([ids.size()[0], ids.size()[1], -1])
         })
     }
@@ -535,7 +594,7 @@ mod tests {
 
     fn gradients_gather(model: &Transformer) {
         let loss =
-            || model.logits(&model.hidden(&ids(&[&[1, 5, 7, 3, 8, 9, 2]])).flatten(0, 1)).square().sum(Kind::Float);
+            || model.logits(&sandbox::hidden(model, &ids(&[&[1, 5, 7, 3, 8, 9, 2]])).flatten(0, 1)).square().sum(Kind::Float);
         loss().backward();
         let once = model.weights().gradient().copy();
         for ((name, leaf), (_, gathered)) in

@@ -44,18 +44,15 @@ impl Weights {
     ///
     /// Neighbours of the plan with the same decay flag are neighbours in the buffer.
     pub fn zeros(plan: Vec<(String, Vec<i64>, bool)>, device: Device) -> Self {
+        Self::of_kind(plan, Kind::Float, device)
+    }
+
+    /// [`Weights::zeros`] of another floating kind.
+    pub(crate) fn of_kind(plan: Vec<(String, Vec<i64>, bool)>, kind: Kind, device: Device) -> Self {
         let (entries, decayed, length) = lay_out(plan);
-        let flat = Tensor::zeros([length], (Kind::Float, device));
+        let flat = Tensor::zeros([length], (kind, device));
         let gradient = flat.zeros_like();
-        let leaves: Vec<Tensor> =
-            entries.iter().map(|entry| view(&flat, entry).detach().set_requires_grad(true)).collect();
-        for (leaf, entry) in leaves.iter().zip(&entries) {
-            // A backward pass adds into a gradient that exists, so giving each leaf's gradient the buffer's memory once
-            // gathers all gradients there for good.
-            (leaf * 0.0).sum(Kind::Float).backward();
-            leaf.grad().set_data(&view(&gradient, entry));
-        }
-        let _ = no_grad(|| gradient.shallow_clone().zero_());
+        let leaves = entries.iter().map(|entry| leaf(&flat, &gradient, entry)).collect();
         Self { flat, gradient, decayed, entries, leaves }
     }
 
@@ -110,6 +107,17 @@ impl Weights {
         self.flat.narrow(0, entry.offset, rows * columns).view(shape.as_slice())
     }
 
+    /// The neighbours `first` .. as one leaf of the gradient graph, whose gradient lies where theirs do; `rows` is the sum of
+    /// their rows.
+    pub fn joined(&self, first: &str, rows: i64) -> Tensor {
+        let entry = self.entries.iter().find(|entry| entry.name == first);
+        let entry = entry.expect("a model asks for the weights that it planned");
+        let mut shape = entry.shape.clone();
+        shape[0] = rows;
+        let joined = Entry { shape, ..entry.clone() };
+        if self.gradient.numel() == 0 { view(&self.flat, &joined) } else { leaf(&self.flat, &self.gradient, &joined) }
+    }
+
     /// A buffer shaped like [`Weights::flat`] as named tensors over its memory: `prefix` goes before each name.
     pub fn named(&self, prefix: &str, flat: &Tensor) -> Vec<(String, Tensor)> {
         self.entries.iter().map(|entry| (format!("{prefix}{}", entry.name), view(flat, entry))).collect()
@@ -157,6 +165,16 @@ fn lay_out(plan: Vec<(String, Vec<i64>, bool)>) -> (Vec<Entry>, i64, i64) {
         }
     }
     (entries, decayed, offset)
+}
+
+/// An entry as a leaf of the gradient graph, whose gradients are gathered in `gradient`.
+fn leaf(flat: &Tensor, gradient: &Tensor, entry: &Entry) -> Tensor {
+    let leaf = view(flat, entry).detach().set_requires_grad(true);
+    // A backward pass adds into a gradient that exists, so giving the leaf's gradient the buffer's memory once gathers all
+    // gradients there for good.
+    (&leaf * 0.0).sum(leaf.kind()).backward();
+    leaf.grad().set_data(&view(gradient, entry));
+    leaf
 }
 
 fn view(flat: &Tensor, entry: &Entry) -> Tensor {

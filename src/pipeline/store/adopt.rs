@@ -101,14 +101,14 @@ impl Store {
         let mut unsynced = Vec::new();
         for output in &mut manifest.outputs {
             let object = self.object(&output.digest);
-            let (digest, files) = match folders.get(&output.digest).filter(|folder| self.disk.is_there(folder)) {
-                Some(folder) => self.place(folder, &mut unsynced)?,
+            let folder = folders.get(&output.digest).filter(|folder| self.disk.is_there(folder));
+            let (digest, files) = if let Some(folder) = folder {
+                self.place(folder, &mut unsynced)?
+            } else {
                 // Another result brought it.
-                None => {
-                    let (digest, files) = digest_folder_on(&*self.disk, &object)?;
-                    self.note_unsynced(&output.digest, &files, &mut unsynced)?;
-                    (digest, files)
-                }
+                let (digest, files) = digest_folder_on(&*self.disk, &object)?;
+                self.note_unsynced(&output.digest, &files, &mut unsynced)?;
+                (digest, files)
             };
             if digest != output.digest {
                 return Err(StoreError::unfit(&object, "does not have the content that the bundle says"));

@@ -52,7 +52,7 @@ impl Store {
         let synced = self.sync_groups(&first);
         let renamed: Vec<Result<PathBuf, StoreError>> = (written.into_iter().zip(synced).zip(batch))
             .map(|((written, synced), (_, manifest, unsynced))| {
-                self.put_manifest(written?.0, synced, manifest, unsynced)
+                self.put_manifest(&written?.0, synced, manifest, unsynced)
             })
             .collect();
         let shelves: Vec<&[PathBuf]> =
@@ -82,14 +82,14 @@ impl Store {
     /// Gives a manifest its name once all that it speaks of is durable; gives the shelf whose names have changed.
     fn put_manifest(
         &self,
-        new: PathBuf,
+        new: &Path,
         synced: Result<(), (PathBuf, StoreError)>,
         manifest: &Manifest,
         unsynced: &[Unsynced],
     ) -> Result<PathBuf, StoreError> {
         let path = self.manifest_path(&manifest.key);
         let put = match synced {
-            Ok(()) => self.take_marks(unsynced).and_then(|()| self.disk.rename(&new, &path).at("write", &path)),
+            Ok(()) => self.take_marks(unsynced).and_then(|()| self.disk.rename(new, &path).at("write", &path)),
             Err((lost, error)) => {
                 for object in unsynced.iter().filter(|object| object.paths.contains(&lost)) {
                     self.unname(&object.digest);
@@ -99,7 +99,7 @@ impl Store {
         };
         if put.is_err() {
             // It means nothing where it lies, and the next collection finds it.
-            let _ = self.disk.remove_file(&new);
+            let _ = self.disk.remove_file(new);
         }
         put.map(|()| path.parent().expect("manifests lie in a folder").to_owned())
     }

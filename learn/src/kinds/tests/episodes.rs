@@ -162,10 +162,10 @@ fn sampler_and_trainer_agree_over_whole_episodes_and_only_replies_are_targets() 
         for one in samples {
             let ids = [prompt.as_slice(), &one.ids].concat();
             let mask = [vec![0; prompt.len()], one.mask()].concat();
-            let batch = Batch::new(&[Row { ids: &ids, mask: &mask }], 0, Device::Cpu).unwrap();
+            let batch = Batch::new(&[Row { ids: &ids, mask: &mask }], Device::Cpu).unwrap();
             assert_eq!(batch.count() as usize, one.length());
             let trained = no_grad(|| {
-                let logits = model.logits(&batch.select(&model.hidden(&batch.ids)));
+                let logits = model.logits(&batch.select(&model.hidden(&batch.ids, &batch.layout)));
                 token_logprobs(&logits, &batch.targets, TEMPERATURE)
             });
             let sampled = tch::Tensor::from_slice(&one.logprobs);
