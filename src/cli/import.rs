@@ -34,7 +34,7 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     let mut progress = ByteProgress::new(ui, "importing");
     let report =
         bundle::import(&args.bundle, &into, &store, &mut |done, total| progress.tell(done, total), &mut |waits| {
-            ui.note(&waiting(&waits))
+            ui.note(&waiting(&waits));
         });
     progress.end();
     let report = report.map_err(|error| failure(&error, session))?;

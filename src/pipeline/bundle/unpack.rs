@@ -493,9 +493,9 @@ mod tests {
             let mut forged = Forged::new();
             let record = &mut forged.contents.records[0];
             if harm == 0 {
-                record.key = key(2)
+                record.key = key(2);
             } else {
-                record.kind = "other".into()
+                record.kind = "other".into();
             }
             refused(forged.import(b"", "there"), "of `e/s`, which is not in it");
         }

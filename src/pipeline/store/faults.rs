@@ -58,7 +58,9 @@ pub(super) struct Faulty {
 }
 
 /// What another process does before an operation, of which it is told the name and the path.
-struct Meanwhile(Box<dyn FnMut(&'static str, &Path) + Send>);
+struct Meanwhile(Box<Intrusion>);
+
+type Intrusion = dyn FnMut(&'static str, &Path) + Send;
 
 impl fmt::Debug for Meanwhile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
