@@ -148,7 +148,10 @@ mod tests {
         assert_eq!(batch.count() as u64, borrowed(&rows).iter().map(Row::targets).sum::<u64>());
         let following = batch.ids.index_select(0, &(&batch.positions + 1));
         assert_eq!(following, batch.targets);
-        let owners = rows.iter().zip(0i64..).flat_map(|((_, mask), row)| mask.iter().filter(|mask| **mask != 0).map(move |_| row));
+        let owners = rows
+            .iter()
+            .zip(0i64..)
+            .flat_map(|((_, mask), row)| mask.iter().filter(|mask| **mask != 0).map(move |_| row));
         assert_eq!(batch.row, Tensor::from_slice(&owners.collect::<Vec<_>>()));
     }
 
@@ -224,7 +227,9 @@ mod tests {
             for sample in 0..samples {
                 let length = prompt + 1 + (sample * 5 + group) % 9;
                 // The samples differ behind the prompt, and the environment speaks within some.
-                let id = |place: usize| if place < prompt { group * 3 + place * place } else { sample * 7 + place * 5 + group };
+                let id = |place: usize| {
+                    if place < prompt { group * 3 + place * place } else { sample * 7 + place * 5 + group }
+                };
                 let ids = (0..length).map(|place| (id(place) % 13) as i64).collect();
                 let marked = |place: usize| place >= prompt && (place == prompt || !(place + sample).is_multiple_of(4));
                 rows.push((ids, (0..length).map(|place| u8::from(marked(place))).collect()));

@@ -103,10 +103,8 @@ pub fn generate(
 ) -> Result<Vec<Vec<Completion>>> {
     check(model, groups, sampling)?;
     let tells_kept = sampling.tells_kept && sampling.filter.is_some();
-    let mut samples: Vec<Sample> = groups
-        .iter()
-        .flat_map(|group| group.samples.iter().map(|counters| begin(counters, tells_kept)))
-        .collect();
+    let mut samples: Vec<Sample> =
+        groups.iter().flat_map(|group| group.samples.iter().map(|counters| begin(counters, tells_kept))).collect();
     if samples.is_empty() {
         return Ok(groups.iter().map(|_| Vec::new()).collect());
     }
@@ -286,8 +284,9 @@ mod tests {
                 let stream = rng("sample", counters);
                 let mut ids = group.prompt.clone();
                 for (token, &written) in completion.ids.iter().enumerate() {
-                    let logits =
-                        no_grad(|| model.logits(&sandbox::hidden(&model, &Tensor::from_slice(&ids).unsqueeze(0)).select(1, -1)));
+                    let logits = no_grad(|| {
+                        model.logits(&sandbox::hidden(&model, &Tensor::from_slice(&ids).unsqueeze(0)).select(1, -1))
+                    });
                     let logits = Vec::<f64>::try_from(&logits.view(-1).to_kind(Kind::Double)).expect("numbers");
                     let weights: Vec<f64> = logits.iter().map(|logit| (logit / temperature).exp()).collect();
                     let mut left = uniform_at(&stream, token as u64) * weights.iter().sum::<f64>();

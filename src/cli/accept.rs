@@ -230,8 +230,10 @@ fn refused(name: &NodeName, error: &AcceptError) -> Failure {
     match error {
         AcceptError::Store(error) => Failure::stage(error),
         AcceptError::Busy => Failure::failed(format!("the result of `{name}` {error}")),
-        AcceptError::Damaged { .. } | AcceptError::HasDamaged { .. } => Failure::failed(format!("the result of `{name}` {error}"))
-            .hint("`pipe verify --repair` puts it aside, and the next run makes it again"),
+        AcceptError::Damaged { .. } | AcceptError::HasDamaged { .. } => {
+            Failure::failed(format!("the result of `{name}` {error}"))
+                .hint("`pipe verify --repair` puts it aside, and the next run makes it again")
+        }
         AcceptError::Gone
         | AcceptError::Outputs { .. }
         | AcceptError::HasResult

@@ -32,13 +32,10 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     bundle::check(&args.bundle).map_err(|error| failure(&error, session))?;
     let store = Store::open(&root).map_err(|error| Failure::input(&error).hint(store_hint(&root)))?;
     let mut progress = ByteProgress::new(ui, "importing");
-    let report = bundle::import(
-        &args.bundle,
-        &into,
-        &store,
-        &mut |done, total| progress.tell(done, total),
-        &mut |waits| ui.note(&waiting(&waits)),
-    );
+    let report =
+        bundle::import(&args.bundle, &into, &store, &mut |done, total| progress.tell(done, total), &mut |waits| {
+            ui.note(&waiting(&waits));
+        });
     progress.end();
     let report = report.map_err(|error| failure(&error, session))?;
     if ui.is_json() {
@@ -64,7 +61,12 @@ fn waiting(waits: &Waits) -> String {
         Waits::Import => "waits for another import of this bundle".to_owned(),
         Waits::Result(key, None) => format!("waits for whoever works on the result `{}`", key.short()),
         Waits::Result(key, Some(owner)) => {
-            format!("waits for process {} on {}, which works on the result `{}`", owner.process, owner.host, key.short())
+            format!(
+                "waits for process {} on {}, which works on the result `{}`",
+                owner.process,
+                owner.host,
+                key.short()
+            )
         }
     }
 }

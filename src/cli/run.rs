@@ -182,11 +182,7 @@ struct InPhase<'a> {
 ///
 /// Planning may hash files for minutes, in which a collection goes on. What it has taken meanwhile is planned again, and what
 /// was leased before stays, so this ends.
-fn leased(
-    session: &Session,
-    experiments: &[Experiment],
-    store: &Store,
-) -> Result<ManuallyDrop<Plan>, Failure> {
+fn leased(session: &Session, experiments: &[Experiment], store: &Store) -> Result<ManuallyDrop<Plan>, Failure> {
     loop {
         let plan = session.plan(experiments, Some(store))?;
         let keys: Vec<&Digest> = plan.nodes.iter().filter_map(|node| node.key.as_ref()).collect();

@@ -593,8 +593,12 @@ mod tests {
     }
 
     fn gradients_gather(model: &Transformer) {
-        let loss =
-            || model.logits(&sandbox::hidden(model, &ids(&[&[1, 5, 7, 3, 8, 9, 2]])).flatten(0, 1)).square().sum(Kind::Float);
+        let loss = || {
+            model
+                .logits(&sandbox::hidden(model, &ids(&[&[1, 5, 7, 3, 8, 9, 2]])).flatten(0, 1))
+                .square()
+                .sum(Kind::Float)
+        };
         loss().backward();
         let once = model.weights().gradient().copy();
         for ((name, leaf), (_, gathered)) in

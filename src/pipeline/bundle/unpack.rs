@@ -492,7 +492,11 @@ mod tests {
         for harm in [0, 1] {
             let mut forged = Forged::new();
             let record = &mut forged.contents.records[0];
-            if harm == 0 { record.key = key(2) } else { record.kind = "other".into() }
+            if harm == 0 {
+                record.key = key(2);
+            } else {
+                record.kind = "other".into();
+            }
             refused(forged.import(b"", "there"), "of `e/s`, which is not in it");
         }
         let mut forged = Forged::new();

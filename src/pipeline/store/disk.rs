@@ -9,6 +9,7 @@ use std::fs::{File, Metadata, OpenOptions, Permissions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::FileStat;
 
@@ -138,6 +139,19 @@ pub(super) trait Disk: fmt::Debug + Send + Sync {
 
     /// Makes everything on the file system of `path` survive a power cut.
     fn sync_all(&self, path: &Path) -> io::Result<()>;
+
+    /// The time by which files are said to have changed, in nanoseconds since 1970.
+    fn now(&self) -> i128 {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        i128::try_from(since.as_nanos()).expect("a clock this side of the year 10^22")
+    }
+
+    /// A name of the time since the machine was last started; empty where it has none.
+    fn boot(&self) -> String {
+        std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+            .map(|name| name.trim().to_owned())
+            .unwrap_or_default()
+    }
 
     /// The file of a lock; made where it is not there, never emptied.
     fn open_lock(&self, path: &Path) -> io::Result<File>;

@@ -58,7 +58,9 @@ pub(super) struct Faulty {
 }
 
 /// What another process does before an operation, of which it is told the name and the path.
-struct Meanwhile(Box<dyn FnMut(&'static str, &Path) + Send>);
+struct Meanwhile(Box<Intrusion>);
+
+type Intrusion = dyn FnMut(&'static str, &Path) + Send;
 
 impl fmt::Debug for Meanwhile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -113,7 +115,10 @@ impl Faulty {
         let number = script.syncs;
         script.syncs += 1;
         if let Some(asked) = &self.asked {
-            asked.lock().unwrap().push(Asked { operation: script.taken.len() - 1, site: site(path, self.disk.stat(path)) });
+            asked
+                .lock()
+                .unwrap()
+                .push(Asked { operation: script.taken.len() - 1, site: site(path, self.disk.stat(path)) });
         }
         self.omitted.contains(&number)
     }
@@ -162,7 +167,8 @@ impl Faulty {
         let taken = script.taken.len();
         script.taken.push(name);
         let Some((at, fault)) = script.fault else { return Ok(Write::Whole) };
-        let onwards = matches!(fault, Fault::ErrorsOnwards | Fault::Full | Fault::Killed | Fault::NoRoom | Fault::ReadOnly);
+        let onwards =
+            matches!(fault, Fault::ErrorsOnwards | Fault::Full | Fault::Killed | Fault::NoRoom | Fault::ReadOnly);
         if taken != at && !(onwards && taken > at) {
             return Ok(Write::Whole);
         }
@@ -178,7 +184,11 @@ impl Faulty {
                 if takes_space && is_new { Err(Errno::NOSPC.into()) } else { Ok(Write::Whole) }
             }
             Fault::ReadOnly => {
-                if READS.contains(&name) { Ok(Write::Whole) } else { Err(Errno::ROFS.into()) }
+                if READS.contains(&name) {
+                    Ok(Write::Whole)
+                } else {
+                    Err(Errno::ROFS.into())
+                }
             }
         }
     }
@@ -292,6 +302,14 @@ impl Disk for Faulty {
     fn sync_all(&self, path: &Path) -> io::Result<()> {
         let disk = self.step("sync_all", path)?;
         if self.leaves_out(path) { Ok(()) } else { disk.sync_all(path) }
+    }
+
+    fn now(&self) -> i128 {
+        self.disk.now()
+    }
+
+    fn boot(&self) -> String {
+        self.disk.boot()
     }
 
     fn open_lock(&self, path: &Path) -> io::Result<File> {

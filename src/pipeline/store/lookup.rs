@@ -371,7 +371,11 @@ mod tests {
         }
         for (number, move_it) in [(2, false), (3, true)] {
             let (from, to) = (sandbox.store.manifest_path(&key(1)), sandbox.store.manifest_path(&key(number)));
-            if move_it { std::fs::rename(from, to).unwrap() } else { std::fs::copy(from, to).map(drop).unwrap() }
+            if move_it {
+                std::fs::rename(from, to).unwrap();
+            } else {
+                std::fs::copy(from, to).map(drop).unwrap();
+            }
             assert!(damage(&sandbox, &key(number)).contains("is that of another key"), "{number}");
             assert!(matches!(sandbox.store.find(&key(number)).unwrap(), Found::Damaged { .. }), "{number}");
         }

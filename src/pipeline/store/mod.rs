@@ -83,7 +83,19 @@ const EARLIER: &str = "1";
 
 /// The folders of a store.
 const FOLDERS: [&str; 12] = [
-    "objects", "manifests", "locks", "leases", "pins", "work", "logs", "runs", "tensorboard", "quarantine", "cache", "trash"];
+    "objects",
+    "manifests",
+    "locks",
+    "leases",
+    "pins",
+    "work",
+    "logs",
+    "runs",
+    "tensorboard",
+    "quarantine",
+    "cache",
+    "trash",
+];
 
 /// A BLAKE3 digest as 64 hexadecimal digits: of a folder object, a recipe or a key.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -4,6 +4,7 @@
 //! `PIPE_PROOF=20` throws the dice of the cuts twenty times as often, and from 4 on every operation fails in every way.
 
 mod omission;
+mod stages;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::Path;
@@ -11,45 +12,14 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use self::stages::{adopt, prepare, publish};
 use super::disk::Disk;
 use super::faults::{FAULTS, Fault, Faulty};
 use super::fixture::{key, parts};
 use super::volatile::{Dice, Volatile};
-use super::{
-    AcceptError, AcceptanceDraft, Digest, DraftOutput, Found, GcPolicy, KeyLock, Lookup, Manifest, ManifestDraft, Prepared,
-    RunRecord, Store, StoreError,
-};
+use super::{AcceptError, AcceptanceDraft, Digest, Found, GcPolicy, Lookup, Manifest, RunRecord, Store, StoreError};
 use crate::pipeline::plan::NodeName;
 use crate::pipeline::stage::{ArtifactType, Output};
-
-/// Path and content.
-type Files = Vec<(String, String)>;
-
-fn files(list: &[(&str, &str)]) -> Files {
-    list.iter().map(|(path, content)| ((*path).to_owned(), (*content).to_owned())).collect()
-}
-
-/// More files than are synced one by one.
-fn many() -> Files {
-    (0..17).map(|number| (format!("{}/{number}", number % 2), format!("content {number}"))).collect()
-}
-
-/// The outputs that the stage of a key writes.
-fn outputs(number: usize) -> Vec<Files> {
-    match number {
-        1 | 2 | ACCEPTED | UNDONE => vec![files(&[("a/b", "one"), ("c", "two")])],
-        3 => vec![files(&[("a/b", "one"), ("c", "two")]), files(&[("d", "three")])],
-        4 => vec![many()],
-        5 | 6 => vec![files(&[("data", "of which a byte is flipped")])],
-        7 => vec![files(&[("data", "of which the end is lost")])],
-        8 => vec![files(&[("data", "that is found by verification")])],
-        9 => vec![files(&[("data", "committed together")]), files(&[("d", "three")])],
-        10 => vec![files(&[("data", "committed together")]), files(&[("more", "than a few paths")])],
-        ADOPTED => vec![files(&[("data", "that comes from elsewhere")])],
-        COLLECTED => vec![files(&[("data", "that nobody needs")])],
-        other => panic!("no key has the number {other}"),
-    }
-}
 
 /// The keys of the play. What was stored for these is damaged before it begins.
 const KEYS: std::ops::RangeInclusive<usize> = 1..=14;
@@ -180,6 +150,7 @@ impl Play {
 
     /// Everything that a store is asked to do.
     fn everything(&mut self, expected: &Expected) {
+        self.act(|store, _| store.file_digest(user_file()).and(store.save_cache()));
         self.act(|store, _| store.lease(&[&key(1)]));
         self.publish(1);
         self.publish(2);
@@ -220,7 +191,6 @@ impl Play {
             store.keep_failed(&lock, &out)
         });
         self.publish(8);
-        self.act(|store, _| store.file_digest(user_file()).and(store.save_cache()));
         // What a user wants gone need not be there any more, and may be until it was told.
         for gone in [8, COLLECTED] {
             self.told.results.remove(&gone);
@@ -265,60 +235,6 @@ fn of_the_store(error: AcceptError) -> StoreError {
     }
 }
 
-/// Brings a result from elsewhere, as an import does.
-fn adopt(store: &Store, disk: &Volatile, expected: &Expected) -> Result<(), StoreError> {
-    let bundle = key(100);
-    let _bundle = store.lock(&bundle)?;
-    let aside = store.begin_import(&bundle)?.join("objects");
-    let digest = &expected.carried.outputs[0].digest;
-    for (path, content) in &outputs(ADOPTED)[0] {
-        disk.put(&aside.join(&digest.0).join(path), content.as_bytes());
-    }
-    let folders = [(digest.clone(), aside.join(&digest.0))].into();
-    store.adopt(&store.lock(&key(ADOPTED))?, expected.carried.clone(), &folders)?;
-    store.end_import(&bundle)
-}
-
-fn publish(store: &Store, disk: &Volatile, number: usize) -> Result<(), StoreError> {
-    let (lock, draft) = attempt(store, disk, number)?;
-    store.publish(&lock, draft).map(drop)
-}
-
-fn prepare(store: &Store, disk: &Volatile, number: usize) -> Result<(KeyLock, Prepared), StoreError> {
-    let (lock, draft) = attempt(store, disk, number)?;
-    let prepared = store.prepare(&lock, draft)?;
-    Ok((lock, prepared))
-}
-
-/// Runs the stage of a key.
-fn attempt(store: &Store, disk: &Volatile, number: usize) -> Result<(KeyLock, ManifestDraft), StoreError> {
-    let lock = store.lock(&key(number))?;
-    let contents = outputs(number);
-    let names: Vec<String> = (0..contents.len()).map(|index| index.to_string()).collect();
-    let attempt = store.attempts(lock.key())?.map_or(1, |earlier| earlier.attempts + 1);
-    let out = store.begin_attempt(&lock, attempt, &names.iter().map(String::as_str).collect::<Vec<_>>())?;
-    store.save_attempts(lock.key(), &super::Attempts { attempts: attempt, ..Default::default() })?;
-    for (name, files) in names.iter().zip(&contents) {
-        for (path, content) in files {
-            disk.put(&out.join(name).join(path), content.as_bytes());
-        }
-    }
-    let output =
-        |name: &String| DraftOutput { name: name.clone(), artifact: ArtifactType::Files, folder: out.join(name) };
-    let draft = ManifestDraft {
-        recipe: key(number),
-        parts: parts(number),
-        params: Value::Null,
-        inputs: [].into(),
-        outputs: names.iter().map(output).collect(),
-        seconds: 1.0,
-        attempts: attempt,
-        numerics: [].into(),
-        metrics: [].into(),
-    };
-    Ok((lock, draft))
-}
-
 /// The results by a store that never failed.
 fn expected() -> Expected {
     let mut play = Play::well(Volatile::new());
@@ -359,6 +275,8 @@ fn scene(expected: &Expected) -> Volatile {
         }
     }
     disk.sync_all(root()).unwrap();
+    // The user has written it anew just now, as programs do, which sync nothing.
+    disk.put(user_file(), b"the USER'S");
     assert!(play.errors.is_empty(), "{:?}", play.errors);
     disk.after_kill()
 }
@@ -413,7 +331,7 @@ fn wrong(disk: Volatile, told: &Told, expected: &Expected) -> Result<(), String>
         return Err("it is forgotten when a result was used".to_owned());
     }
     let user = store.file_digest(user_file()).map_err(unexpected)?;
-    if user != blake3::hash(b"the user's").into() {
+    if user != blake3::hash(&play.disk.read(user_file()).map_err(|error| error.to_string())?).into() {
         return Err("the user's file has another digest".to_owned());
     }
     play.every_stage();

@@ -68,6 +68,9 @@ struct State {
     bytes: u64,
 }
 
+/// A manifest, and the stat of its file from before it was read.
+type Read = (Manifest, FileStat);
+
 /// What a verification found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VerifyReport {
@@ -125,7 +128,7 @@ impl Store {
             all = self.keys()?;
             &all
         };
-        let mut manifests: Vec<(Manifest, FileStat)> = Vec::new();
+        let mut manifests: Vec<Read> = Vec::new();
         for key in keys {
             match self.manifest_with_stat(key)? {
                 Some(Ok(manifest)) => manifests.push(manifest),
@@ -212,7 +215,7 @@ impl Store {
     }
 
     /// The manifest of `key` as [`Store::manifest`] gives it, with the stat of its file from before it was read.
-    fn manifest_with_stat(&self, key: &Digest) -> Result<Option<Result<(Manifest, FileStat), String>>, StoreError> {
+    fn manifest_with_stat(&self, key: &Digest) -> Result<Option<Result<Read, String>>, StoreError> {
         let path = self.manifest_path(key);
         let stat = match self.disk.stat(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
@@ -254,7 +257,7 @@ impl Store {
     /// no longer the one that was read before they were hashed, the result was collected or made anew, and nothing is said.
     fn blame(
         &self,
-        (manifest, stat): &(Manifest, FileStat),
+        (manifest, stat): &Read,
         bad: &BTreeMap<Digest, String>,
         report: &mut VerifyReport,
     ) -> Result<(), StoreError> {

@@ -9,6 +9,9 @@ use super::super::faults::{Asked, Fault, Faulty};
 use super::super::volatile::{Dice, Volatile};
 use super::{Expected, Play, Score, expected, scene, wrong};
 
+/// By the number of an act the syncs that a site asks for in it, as numbers and as they were asked for.
+type Places = BTreeMap<usize, (HashSet<usize>, Vec<Asked>)>;
+
 /// A place to begin, and what is done from there.
 struct Act<'a> {
     begin: &'a Volatile,
@@ -52,7 +55,7 @@ fn every_line_that_asks_for_a_sync_is_missed() {
     let first = |play: &mut Play| play.publish(1);
     let acts = [Act { begin: &scene, act: &everything }, Act { begin: &empty, act: &first }];
     // For each the acts that come to it, and which syncs it asks for there.
-    let mut sites: BTreeMap<String, BTreeMap<usize, (HashSet<usize>, Vec<Asked>)>> = BTreeMap::new();
+    let mut sites: BTreeMap<String, Places> = BTreeMap::new();
     for (which, act) in acts.iter().enumerate() {
         for (number, asked) in act.asked().into_iter().enumerate() {
             let (numbers, syncs) = sites.entry(asked.site.clone()).or_default().entry(which).or_default();
@@ -61,9 +64,8 @@ fn every_line_that_asks_for_a_sync_is_missed() {
         }
     }
     assert!(sites.len() > 15 && sites.keys().all(|site| site.contains(".rs:")), "{:#?}", sites.keys());
-    let is_missed = |found: &BTreeMap<usize, (HashSet<usize>, Vec<Asked>)>| {
-        found.iter().any(|(which, (numbers, syncs))| acts[*which].misses(syncs, numbers, &expected))
-    };
+    let is_missed =
+        |found: &Places| found.iter().any(|(which, (numbers, syncs))| acts[*which].misses(syncs, numbers, &expected));
     let needless: Vec<&String> =
         sites.par_iter().filter(|(_, found)| !is_missed(found)).map(|(site, _)| site).collect();
     assert!(needless.is_empty(), "of {} nobody misses {needless:#?}", sites.len());
