@@ -311,6 +311,11 @@ impl Import<'_> {
                 return Err(broken(format!("names the file `{file}` of `{name}`, which is not in it")));
             }
         }
+        for file in &self.contents.experiments {
+            if !self.contents.entries.contains_key(&format!("files/{file}")) {
+                return Err(broken(format!("names the experiment `{file}`, which is not in it")));
+            }
+        }
         Ok(())
     }
 

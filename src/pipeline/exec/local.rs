@@ -50,6 +50,11 @@ pub(super) enum Ending {
         /// Whether the stage ran, or found what another process had made meanwhile.
         ran: bool,
     },
+    /// It ran, and what it made was lost before it was durable.
+    Lost {
+        /// What is wrong.
+        what: String,
+    },
     /// Its work is saved.
     Interrupted,
     /// Another process works on its key.

@@ -22,6 +22,9 @@ use crate::pipeline::store::Digest;
 /// How often a result is made again because a consumer found it damaged. More than this means a broken disk.
 pub const REBUILDS: u32 = 2;
 
+/// How many results may wait to be made durable before nothing new starts: each holds the lock of its key open.
+pub const MOST_PREPARED: usize = 256;
+
 /// How the run ends before everything is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ending {
@@ -66,6 +69,8 @@ pub struct Scheduler {
     /// Nodes in finding, elsewhere, retrying, queued, running or prepared: when there are none, the run is over.
     active: usize,
     running: BTreeSet<usize>,
+    /// Nodes whose results are being made durable.
+    prepared: BTreeSet<usize>,
 }
 
 impl Scheduler {
@@ -101,6 +106,7 @@ impl Scheduler {
             finding: BTreeSet::new(),
             active: 0,
             running: BTreeSet::new(),
+            prepared: BTreeSet::new(),
         }
     }
 
@@ -136,8 +142,10 @@ impl Scheduler {
             Input::Prepared(node) => {
                 self.release(node);
                 self.running.remove(&node);
+                self.prepared.insert(node);
                 self.settle_ok(node, Phase::Prepared, &mut actions);
             }
+            Input::Lost(node) => self.lost(node, &mut actions),
             Input::Done(node) => self.done(node, Phase::Done, &mut actions),
             Input::Taken(node) => self.done(node, Phase::Cached, &mut actions),
             Input::Failed { node, lasting } => self.failed(node, lasting, &mut actions),
@@ -151,7 +159,9 @@ impl Scheduler {
             Input::Interrupt => self.interrupt(&mut actions),
         }
         if self.ending.is_none() {
-            while let Some((node, grant)) = self.slots.start_next(self.finding.first().copied()) {
+            while self.prepared.len() < MOST_PREPARED
+                && let Some((node, grant)) = self.slots.start_next(self.finding.first().copied())
+            {
                 self.nodes[node].phase = Phase::Running;
                 self.nodes[node].grant = Some(grant);
                 self.running.insert(node);
@@ -236,6 +246,7 @@ impl Scheduler {
     fn leave_running(&mut self, node: usize) {
         self.release(node);
         self.running.remove(&node);
+        self.prepared.remove(&node);
         self.active -= 1;
     }
 
@@ -542,6 +553,43 @@ mod tests {
         scheduler.on(found(0, "a", true));
         assert!(scheduler.is_finished());
         assert_eq!(scheduler.phase(2), Phase::Blocked);
+    }
+
+    #[test]
+    fn what_is_lost_before_it_is_durable_is_made_again_and_no_more_than_twice() {
+        for damaged in [false, true] {
+            let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[0])], LIMITS, None);
+            scheduler.on(Input::Begin);
+            for _ in 0..REBUILDS {
+                scheduler.on(found(0, "a", false));
+                scheduler.on(Input::Prepared(0));
+                scheduler.on(found(1, "b", false));
+                if damaged {
+                    assert_eq!(scheduler.on(Input::Damaged { node: 1, producer: 0 }), []);
+                    assert_eq!(scheduler.on(failed(0)), [Action::Find(0)]);
+                } else {
+                    assert_eq!(scheduler.on(Input::Lost(0)), [Action::Find(0)]);
+                    assert_eq!(scheduler.on(Input::Damaged { node: 1, producer: 0 }), []);
+                }
+            }
+            scheduler.on(found(0, "a", false));
+            scheduler.on(Input::Prepared(0));
+            assert_eq!(scheduler.on(Input::Lost(0))[..2], [Action::GiveUp(0), Action::Fail(0)]);
+        }
+    }
+
+    #[test]
+    fn nothing_starts_while_too_much_waits_for_the_disk() {
+        let mut scheduler = Scheduler::new(vec![shape(&[]); MOST_PREPARED + 2], limits(1), None);
+        scheduler.on(Input::Begin);
+        for node in 0..MOST_PREPARED + 2 {
+            scheduler.on(found(node, &node.to_string(), false));
+        }
+        for node in 0..MOST_PREPARED - 1 {
+            assert_eq!(scheduler.on(Input::Prepared(node)), [Action::Start(node + 1, ONE)]);
+        }
+        assert_eq!(scheduler.on(Input::Prepared(MOST_PREPARED - 1)), []);
+        assert_eq!(scheduler.on(Input::Done(7)), [Action::Start(MOST_PREPARED, ONE)]);
     }
 
     #[test]
@@ -870,7 +918,7 @@ mod tests {
                 let node = prepared.remove(choose(prepared.len()));
                 inbox.push_back(if world.trouble && choose(6) == 0 {
                     outputs[node] = None;
-                    Input::Failed { node, lasting: choose(2) == 0 }
+                    if choose(2) == 0 { Input::Lost(node) } else { Input::Failed { node, lasting: choose(2) == 0 } }
                 } else {
                     if !lost.contains(&keys[node]) {
                         stored.insert(keys[node].clone());

@@ -152,7 +152,11 @@ impl Store {
         let earlier = old.accepted.map(Box::new);
         let accepted = Some(Acceptance { from, reason, when, by, differences, earlier });
         let manifest = Manifest { key, recipe, parts, params, inputs, accepted, ..old };
-        self.commit(&lock, &manifest, &[])?;
+        let mut unsynced = Vec::new();
+        for output in &manifest.outputs {
+            self.note_unsynced(&output.digest, &output.files, &mut unsynced)?;
+        }
+        self.commit(&lock, &manifest, &unsynced)?;
         Ok(manifest)
     }
 

@@ -12,6 +12,7 @@
 //! name any more, or the next who finds it there would rely on it.
 
 use std::collections::BTreeSet;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use super::error::At as _;
@@ -107,15 +108,30 @@ impl Store {
     fn take_marks(&self, synced: &[Unsynced]) -> Result<(), StoreError> {
         for object in synced {
             let folder = self.object(&object.digest);
-            self.disk.set_mode(&folder, SEALED).at("change the mode of", &folder)?;
+            match self.disk.set_mode(&folder, SEALED) {
+                // Another user's: with the mark it only costs whoever stores the same content one more sync.
+                Err(error) if matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem) => {}
+                marked => marked.at("change the mode of", &folder)?,
+            }
         }
         Ok(())
     }
 
-    /// Takes an object's name away, though it reads as it should: the disk may not have kept what memory still shows.
+    /// Takes an object's name away, though it reads as it should: the disk may not have kept what memory still shows. It needs
+    /// no room, since a full disk may be why.
     fn unname(&self, digest: &Digest) {
-        if let Err(error) = self.put_unsynced_aside(digest, "the disk could not keep it") {
-            tracing::warn!(%digest, %error, "an object that the disk could not keep stays");
+        let object = self.object(digest);
+        let _lock = self.lock_object(digest);
+        // A folder that may not be written cannot change its parent.
+        let _ = self.disk.set_mode(&object, 0o755);
+        let moved = self.disk.beside(&self.folder("trash"), "object-", &|to| self.disk.rename(&object, to));
+        match moved {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                if let Err(error) = self.disk.clear(&object) {
+                    tracing::warn!(%digest, %error, "an object that the disk could not keep stays");
+                }
+            }
+            _ => {}
         }
     }
 
@@ -155,8 +171,6 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::super::faults::{FAULTS, Fault};
     use super::super::fixture::{Sandbox, draft, key};
     use super::super::{Lookup, Prepared};
@@ -171,6 +185,11 @@ mod tests {
     fn commit(sandbox: &Sandbox, batch: &[(KeyLock, Prepared)]) -> Vec<bool> {
         let batch: Vec<_> = batch.iter().map(|(lock, prepared)| (lock, prepared)).collect();
         sandbox.store.commit_all(&batch).iter().map(Result::is_ok).collect()
+    }
+
+    fn is_hit_after(sandbox: &Sandbox) -> bool {
+        sandbox.publish(1, &[("data", "one")]);
+        is_hit(sandbox, 1)
     }
 
     fn is_hit(sandbox: &Sandbox, number: usize) -> bool {
@@ -259,6 +278,42 @@ mod tests {
             !sandbox.store.object(&prepared.manifest().outputs[0].digest).exists(),
             "memory shows it, the disk has not"
         );
-        drop(Arc::new(sandbox));
+        drop(lock);
+        assert!(is_hit_after(&sandbox), "and the next attempt makes it anew");
+    }
+
+    #[test]
+    fn a_full_disk_does_not_leave_what_it_could_not_keep_under_its_name() {
+        let (sandbox, disk) = Sandbox::faulty();
+        let (lock, prepared) = prepare(&sandbox, 1, &[("data", "one")]);
+        disk.fail_at(3, Fault::Full);
+        assert!(sandbox.store.commit_all(&[(&lock, &prepared)]).remove(0).is_err());
+        disk.heal();
+        // Nothing could be moved or removed then; whoever finds it must not rely on it.
+        let object = sandbox.store.object(&prepared.manifest().outputs[0].digest);
+        let mut unsynced = Vec::new();
+        if object.exists() {
+            let output = &prepared.manifest().outputs[0];
+            sandbox.store.note_unsynced(&output.digest, &output.files, &mut unsynced).unwrap();
+            assert_eq!(unsynced.len(), 1);
+        }
+        drop(lock);
+        assert!(is_hit_after(&sandbox));
+    }
+
+    #[test]
+    fn what_was_named_and_not_marked_before_a_kill_is_synced_by_the_next() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let sandbox = Sandbox::new();
+        let (lock, prepared) = prepare(&sandbox, 1, &[("data", "one")]);
+        drop(lock);
+        let object = sandbox.store.object(&prepared.manifest().outputs[0].digest);
+        std::fs::set_permissions(&object, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let (lock, again) = prepare(&sandbox, 2, &[("data", "one")]);
+        assert_eq!(again.unsynced.len(), 1);
+        assert_eq!(commit(&sandbox, &[(lock, again)]), [true]);
+        assert_eq!(std::fs::metadata(&object).unwrap().permissions().mode() & 0o7777, SEALED);
+        let (_lock, third) = prepare(&sandbox, 3, &[("data", "one")]);
+        assert!(third.unsynced.is_empty(), "it is durable now");
     }
 }

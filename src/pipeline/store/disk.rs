@@ -3,12 +3,14 @@
 //! One small trait lets a test stand in for the disk, fail at any operation and lose what was not synced. It is made of
 //! system calls, not of intentions: what survives a power cut is decided above it, by the order of calls.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
 use std::fs::{File, Metadata, OpenOptions, Permissions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::FileStat;
@@ -243,7 +245,13 @@ impl Disk for Native {
     }
 
     fn sync_all(&self, path: &Path) -> io::Result<()> {
-        Ok(rustix::fs::syncfs(File::open(path)?)?)
+        // By device, open from the first time on: a descriptor hears every error since it was opened, and a new one none that
+        // anybody has heard.
+        static OPENED: Mutex<BTreeMap<u64, File>> = Mutex::new(BTreeMap::new());
+        let folder = File::open(path)?;
+        let device = folder.metadata()?.dev();
+        let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(rustix::fs::syncfs(opened.entry(device).or_insert(folder))?)
     }
 
     fn open_lock(&self, path: &Path) -> io::Result<File> {

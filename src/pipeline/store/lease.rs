@@ -280,7 +280,9 @@ impl Store {
             *lease = Some(Taken { path, lock: FileLock(file), keys: HashSet::new() });
         }
         let taken = lease.as_mut().expect("it was taken just now");
-        let mut lines = String::with_capacity(new.len() * 65);
+        // A write that a full disk has cut short must not swallow what comes after it.
+        let mut lines = String::with_capacity(new.len() * 65 + 1);
+        lines.push('\n');
         for key in &new {
             lines.push_str(&key.0);
             lines.push('\n');
@@ -301,7 +303,7 @@ impl Store {
         for key in &keys {
             hasher.update(key.0.as_bytes());
         }
-        self.disk.append(&path, format!("{ENDED}{}\n", Timestamp::now()).as_bytes()).at("write", &path)?;
+        self.disk.append(&path, format!("\n{ENDED}{}\n", Timestamp::now()).as_bytes()).at("write", &path)?;
         // The same run again takes the place of the one before, so that runs which change nothing leave nothing.
         let ended = path.with_file_name(hasher.finalize().to_hex().as_str());
         self.disk.rename(&path, &ended).at("write", &ended)?;
@@ -406,6 +408,19 @@ mod tests {
         assert!(sandbox.store.lease_found(&[&key(1), &key(2)], &[&key(1)]).unwrap());
         sandbox.publish(2, &[("data", "two")]);
         assert_eq!(collect(&other), 0);
+    }
+
+    #[test]
+    fn a_line_that_a_full_disk_has_cut_short_swallows_nothing() {
+        use super::super::faults::Fault;
+        let (sandbox, disk) = Sandbox::faulty();
+        sandbox.store.lease(&[&key(1)]).unwrap();
+        // The two locks are opened, then the lease is written.
+        disk.fail_at(2, Fault::ShortWrite);
+        assert!(sandbox.store.lease(&[&key(2)]).is_err());
+        disk.heal();
+        sandbox.store.lease(&[&key(3)]).unwrap();
+        assert_eq!(Store::open(sandbox.store.root()).unwrap().leased().unwrap(), [key(1), key(3)].into());
     }
 
     #[test]

@@ -170,13 +170,6 @@ impl Store {
         move_if_there(&*self.disk, &object, &aside.join(&digest.0))
     }
 
-    /// Puts an object aside that reads as it should but that the disk could not keep.
-    pub(super) fn put_unsynced_aside(&self, digest: &Digest, what: &str) -> Result<(), StoreError> {
-        let aside = self.put_aside(digest, what)?;
-        let _lock = self.lock_object(digest)?;
-        move_if_there(&*self.disk, &self.object(digest), &aside.join(&digest.0))
-    }
-
     /// A new folder of `quarantine/` with a note of the reason.
     fn put_aside(&self, digest: &Digest, what: &str) -> Result<PathBuf, StoreError> {
         let quarantine = self.folder("quarantine");

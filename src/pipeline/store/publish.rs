@@ -143,7 +143,8 @@ impl Store {
         self.name(self.fit(folder)?, unsynced)
     }
 
-    /// An object that lies in its place already joins `unsynced` where it bears the mark.
+    /// An object that lies in its place already joins `unsynced` unless its folder has the mode of one that is durable: a kill
+    /// may have come between its name and its mark.
     pub(super) fn note_unsynced(
         &self,
         digest: &Digest,
@@ -151,7 +152,7 @@ impl Store {
         unsynced: &mut Vec<Unsynced>,
     ) -> Result<(), StoreError> {
         let object = self.object(digest);
-        if self.disk.stat(&object).at("read", &object)?.mode & UNSYNCED != 0 {
+        if self.disk.stat(&object).at("read", &object)?.mode != SEALED {
             unsynced.push(self.unsynced(digest, files));
         }
         Ok(())

@@ -24,6 +24,12 @@ impl Driver<'_, '_> {
                 let ended = self.done(node, manifest, ran.then_some(seconds));
                 ended.unwrap_or_else(|problem| self.failed(node, problem, false))
             }
+            Ending::Lost { what } => {
+                let text = format!("the result of `{}` was lost: {what}", shown(&self.plan.nodes[node]));
+                (self.events)(&Event::Warning { text });
+                self.errors.insert(node, what);
+                Input::Lost(node)
+            }
             Ending::Elsewhere => Input::Elsewhere(node),
             Ending::Interrupted if live.is_some_and(|live| live.timed_out) => {
                 let timeout = self.plan.nodes[node].spec.run.timeout.clone().unwrap_or_default();

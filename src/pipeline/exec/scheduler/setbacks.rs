@@ -22,7 +22,11 @@ impl Scheduler {
         match self.nodes[node].phase {
             Phase::Finding | Phase::Running => {}
             // What has begun meanwhile goes on: it has the right bytes, wherever they come to lie.
-            Phase::Prepared if self.nodes[node].spoiled => self.nodes[node].spoiled = false,
+            Phase::Prepared if self.nodes[node].spoiled => {
+                self.nodes[node].spoiled = false;
+                self.leave_running(node);
+                return self.make_again(node, actions);
+            }
             Phase::Prepared => self.take_back(node, actions),
             _ => return,
         }
@@ -41,6 +45,28 @@ impl Scheduler {
         state.phase = Phase::Retrying;
         self.active += 1;
         actions.push(Action::Retry(node, *retried));
+    }
+
+    /// Makes again what was lost before it was durable, or gives up.
+    pub(super) fn lost(&mut self, node: usize, actions: &mut Vec<Action>) {
+        let state = &mut self.nodes[node];
+        if state.phase != Phase::Prepared {
+            return;
+        }
+        let was_spoiled = std::mem::take(&mut state.spoiled);
+        if !was_spoiled {
+            state.rebuilds += 1;
+        }
+        let is_hopeless = state.rebuilds > REBUILDS;
+        if !was_spoiled {
+            self.take_back(node, actions);
+        }
+        self.leave_running(node);
+        if is_hopeless {
+            actions.push(Action::GiveUp(node));
+            return self.give_up(node, actions);
+        }
+        self.make_again(node, actions);
     }
 
     pub(super) fn give_up(&mut self, node: usize, actions: &mut Vec<Action>) {

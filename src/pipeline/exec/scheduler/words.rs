@@ -42,6 +42,8 @@ pub enum Input {
     Prepared(usize),
     /// A node published its result.
     Done(usize),
+    /// What a prepared node had made was lost before it was durable.
+    Lost(usize),
     /// A running node found the result that another process had made meanwhile.
     Taken(usize),
     /// A node failed.
@@ -83,7 +85,7 @@ pub enum Action {
     Fail(usize),
     /// The node fails because the other node (of the same key) did.
     FailLike(usize, usize),
-    /// The node is about to fail because its input was rebuilt too often.
+    /// The node is about to fail because its result, or its input, was rebuilt too often.
     GiveUp(usize),
     /// The node failed and is tried again for the second number's time: after a while, answer with [`Input::Due`].
     Retry(usize, u32),
