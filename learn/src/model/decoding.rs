@@ -74,6 +74,18 @@ impl<'a> Decoding<'a> {
         &self.rows
     }
 
+    /// Tokens that the next step reads the keys of, prompts that rows share once.
+    pub fn seen(&self) -> i64 {
+        let shares = matches!(self.engine, Engine::Native(_));
+        let (mut seen, mut last) = (0, None);
+        for &sample in &self.rows {
+            let (prompt, length) = self.owners[sample];
+            seen += self.used + 1 + if shares && last == Some(prompt) { 0 } else { length };
+            last = Some(prompt);
+        }
+        seen
+    }
+
     /// Forgets samples that have ended. Some may stay for a while.
     pub fn forget(&mut self, ended: impl Fn(usize) -> bool) {
         match &mut self.engine {
