@@ -104,10 +104,8 @@ pub fn generate(
 ) -> Result<Vec<Vec<Completion>>> {
     check(model, groups, sampling)?;
     let tells_kept = sampling.tells_kept && sampling.filter.is_some();
-    let mut samples: Vec<Sample> = groups
-        .iter()
-        .flat_map(|group| group.samples.iter().map(|counters| begin(counters, tells_kept)))
-        .collect();
+    let mut samples: Vec<Sample> =
+        groups.iter().flat_map(|group| group.samples.iter().map(|counters| begin(counters, tells_kept))).collect();
     if samples.is_empty() {
         return Ok(groups.iter().map(|_| Vec::new()).collect());
     }
@@ -276,7 +274,7 @@ mod tests {
                 let mask: Vec<u8> = (0..ids.len()).map(|place| u8::from(place >= group.prompt.len())).collect();
                 let batch = Batch::new(&[Row { ids: &ids, mask: &mask }], Device::Cpu).expect("a batch");
                 let trained = no_grad(|| {
-                    let logits = model.logits(&batch.select(&model.hidden(&batch.ids, &batch.layout)));
+                    let logits = model.logits(&batch.states(&model));
                     token_logprobs(&logits, &batch.targets, temperature)
                 });
                 let sampled = Tensor::from_slice(&completion.logprobs);
@@ -297,8 +295,9 @@ mod tests {
                 let stream = rng("sample", counters);
                 let mut ids = group.prompt.clone();
                 for (token, &written) in completion.ids.iter().enumerate() {
-                    let logits =
-                        no_grad(|| model.logits(&sandbox::hidden(&model, &Tensor::from_slice(&ids).unsqueeze(0)).select(1, -1)));
+                    let logits = no_grad(|| {
+                        model.logits(&sandbox::hidden(&model, &Tensor::from_slice(&ids).unsqueeze(0)).select(1, -1))
+                    });
                     let logits = Vec::<f64>::try_from(&logits.view(-1).to_kind(Kind::Double)).expect("numbers");
                     let weights: Vec<f64> = logits.iter().map(|logit| (logit / temperature).exp()).collect();
                     let mut left = uniform_at(&stream, token as u64) * weights.iter().sum::<f64>();
@@ -350,7 +349,7 @@ mod tests {
                 let ids = [group.prompt.clone(), completion.ids.clone()].concat();
                 let mask: Vec<u8> = (0..ids.len()).map(|place| u8::from(place >= group.prompt.len())).collect();
                 let batch = Batch::new(&[Row { ids: &ids, mask: &mask }], Device::Cpu).expect("a batch");
-                let logits = no_grad(|| model.logits(&batch.select(&model.hidden(&batch.ids, &batch.layout))) / 0.7);
+                let logits = no_grad(|| model.logits(&batch.states(&model)) / 0.7);
                 assert_eq!(kept.len(), completion.ids.len());
                 for (place, (&id, &sampled)) in completion.ids.iter().zip(&completion.logprobs).enumerate() {
                     // Summed by hand over the set that was told.

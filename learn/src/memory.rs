@@ -288,7 +288,7 @@ mod tests {
         for _ in 0..2 {
             let batch = Batch::new(&rows, Device::Cpu).unwrap();
             model.zero_gradients();
-            let logits = model.logits(&batch.select(&model.hidden(&batch.ids, &batch.layout)));
+            let logits = model.logits(&batch.states(&model));
             let temperature = if tables == POLICY { 0.8 } else { 1.0 };
             let new = token_logprobs(&logits, &batch.targets, temperature);
             let spread = (tables == POLICY).then(|| no_grad(|| entropy(&logits, temperature)));

@@ -6,7 +6,8 @@
 //! - `seconds/<phase>`: seconds of `prefill`, `decode`, `sampling`, `reward`, `forward`, `backward`, `optimizer`,
 //!   `evaluation` and `saving`; `seconds/step` is all of the step with what belongs to none.
 //! - `mfu`: floating-point operations of the model's forward and backward passes over the computed tokens (3 times the
-//!   forward's: 2 a weight of a matrix and token, 4 a query's element and key it sees), divided by the seconds of `forward`,
+//!   forward's: 2 a weight of a matrix and token, behind the last attention and in the head a target instead of a token, and
+//!   4 a query's element and key it sees), divided by the seconds of `forward`,
 //!   `backward` and `optimizer` and by the operations a second of a product of two fp32 matrices of 1024 x 1024, measured
 //!   when the stage begins.
 //! - `decode_bandwidth_share`: bytes that decoding must move (weights once a step, the live keys and values, logits), divided
@@ -64,10 +65,14 @@ pub fn count_training(config: &ModelConfig, batch: &Batch, tokens: usize) {
         return;
     }
     let layout = &batch.layout;
-    let projections = matrices(config) - config.vocab_size * config.hidden_size;
-    let head = (config.vocab_size * config.hidden_size * batch.count()) as f64;
-    let queries = (config.num_hidden_layers * config.num_attention_heads * config.head_dim) as f64;
-    let forward = 2.0 * (projections as f64 * layout.tokens() as f64 + head) + 4.0 * queries * layout.pairs() as f64;
+    let head = config.vocab_size * config.hidden_size;
+    let queries = config.num_attention_heads * config.head_dim;
+    // Behind its attention the last layer computes the targets alone.
+    let behind = config.hidden_size * (queries + 3 * config.intermediate_size);
+    let everywhere = (matrices(config) - head - behind) as f64 * layout.tokens() as f64;
+    let at_targets = (head + behind) as f64 * batch.count() as f64;
+    let seen = (config.num_hidden_layers * queries) as f64 * layout.pairs() as f64;
+    let forward = 2.0 * (everywhere + at_targets) + 4.0 * seen;
     add(counted::OPERATIONS, 3.0 * forward);
     add(counted::ROWS, tokens as f64);
     add(counted::COMPUTED, layout.tokens() as f64);
@@ -134,10 +139,10 @@ impl Machine {
     pub fn metrics(&mut self) -> BTreeMap<String, f64> {
         let spent = SPENT.take();
         let of = |name: &str| spent.get(name).copied().unwrap_or(0.0);
-        let phases = ["prefill", "decode", "sampling", "reward", "forward", "backward", "optimizer", "evaluation", "saving"];
+        let phases =
+            ["prefill", "decode", "sampling", "reward", "forward", "backward", "optimizer", "evaluation", "saving"];
         let seconds = phases.iter().filter(|phase| spent.contains_key(*phase));
-        let mut metrics: BTreeMap<String, f64> =
-            seconds.map(|phase| (format!("seconds/{phase}"), of(phase))).collect();
+        let mut metrics: BTreeMap<String, f64> = seconds.map(|phase| (format!("seconds/{phase}"), of(phase))).collect();
         let mut tell = |name: &str, value: f64| {
             if value.is_finite() {
                 metrics.insert(name.to_owned(), value);
@@ -208,7 +213,9 @@ mod tests {
         // Hidden 16, four heads and two key heads of width 4, inner 24, vocabulary 13.
         let matrices = 16.0 * (2.0 * 16.0 + 2.0 * 8.0 + 3.0 * 24.0);
         let pairs = 6.0 + 4.0 + 4.0 + 3.0;
-        let operations = 3.0 * (2.0 * (matrices * 7.0 + 13.0 * 16.0 * 3.0) + 4.0 * 16.0 * pairs);
+        let behind = 16.0 * (16.0 + 3.0 * 24.0);
+        let targets = 3.0 * (13.0 * 16.0 + behind);
+        let operations = 3.0 * (2.0 * ((matrices - behind) * 7.0 + targets) + 4.0 * 16.0 * pairs);
         assert!((metrics["mfu"] - operations / 2.0).abs() < 1e-6, "{metrics:?}");
         let bytes = 4.0 * (matrices + 13.0 * 16.0 + 2.0 * 8.0 * 11.0 + 3.0 * 13.0);
         assert!((metrics["decode_bandwidth_share"] - bytes / 4.0).abs() < 1e-6);

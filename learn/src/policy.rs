@@ -231,7 +231,7 @@ impl Forward {
 }
 
 fn logits(model: &Transformer, batch: &Batch, barred: Option<&Tensor>) -> Tensor {
-    let logits = model.logits(&batch.select(&model.hidden(&batch.ids, &batch.layout)));
+    let logits = model.logits(&batch.states(model));
     match barred {
         Some(barred) => logits.masked_fill(barred, f64::NEG_INFINITY),
         None => logits,

@@ -23,11 +23,11 @@ use crate::generate::Sampling;
 use crate::journal::Journal;
 use crate::model::Transformer;
 use crate::order::Order;
+use crate::phases;
 use crate::policy::{PARITY, mismatch};
 use crate::prompts::{Prompts, Purpose};
 use crate::replay::StoredRollouts;
 use crate::rewards::{Rewards, Scored};
-use crate::phases;
 use crate::session::rate;
 use crate::trajectory::{Request, Trajectory, play};
 

@@ -206,7 +206,7 @@ pub mod versions {
     /// Batched generation and the sampler.
     pub const GENERATE: u32 = 2;
     /// AdamW, clipping and schedules.
-    pub const OPTIMIZER: u32 = 1;
+    pub const OPTIMIZER: u32 = 2;
     /// Low-rank adapters.
     pub const LORA: u32 = 1;
     /// The supervised loss.

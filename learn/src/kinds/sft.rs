@@ -100,9 +100,8 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
         };
         let done = training.counters.step;
         if let Some((validation, prompts)) = validation.as_mut().filter(|(due, _)| due.is_due(done, params.steps)) {
-            let validated = phases::time("evaluation", || {
-                validation.run(&training.model, prompts, done, None, context)
-            });
+            let validated =
+                phases::time("evaluation", || validation.run(&training.model, prompts, done, None, context));
             match validated {
                 Ok(validated) => {
                     training.consider(validated.selecting);
@@ -179,7 +178,7 @@ fn step(
         }
         phases::count_training(model.config(), &batch, rows.iter().map(|row| row.ids.len()).sum());
         let (logits, loss, value) = phases::time("forward", || {
-            let logits = model.logits(&batch.select(&model.hidden(&batch.ids, &batch.layout)));
+            let logits = model.logits(&batch.states(model));
             let loss = supervised_loss(&token_logprobs(&logits, &batch.targets, 1.0), targets as f64);
             let value = loss.double_value(&[]);
             (logits, loss, value)

@@ -181,14 +181,18 @@ mod tests {
             let measured = || measure(config, chunk);
             let (peak, forecast) = if engine == "plain" { native::without(measured) } else { measured() };
             let off = forecast as f64 / peak as f64;
-            assert!((1.0 / 1.5..=1.5).contains(&off), "case {case} {engine}: {forecast} bytes forecast, {peak} measured");
+            assert!(
+                (1.0 / 1.5..=1.5).contains(&off),
+                "case {case} {engine}: {forecast} bytes forecast, {peak} measured"
+            );
             return;
         }
         // Each case in a process of its own, because the peak of a process never falls.
         for (case, engine) in (0..cases().len()).flat_map(|case| [(case, "kernels"), (case, "plain")]) {
             let name = "memory::generation::tests::the_forecast_of_a_chunk_is_the_measured_peak_within_a_factor_of_one_and_a_half";
             let mut child = Command::new(std::env::current_exe().unwrap());
-            let child = child.args(["--exact", name, "--nocapture"]).env(CASE, format!("{engine} {case}")).output().unwrap();
+            let child =
+                child.args(["--exact", name, "--nocapture"]).env(CASE, format!("{engine} {case}")).output().unwrap();
             let said = String::from_utf8_lossy(&child.stderr);
             assert!(child.status.success(), "{said}");
             assert!(String::from_utf8_lossy(&child.stdout).contains("1 passed"), "the child ran the case");

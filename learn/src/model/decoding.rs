@@ -7,10 +7,10 @@
 use anyhow::Result;
 use tch::{Kind, Tensor, no_grad};
 
+use crate::model::Transformer;
 use crate::model::kv_cache::{Decoder, KvCache};
 use crate::model::layout::Layout;
 use crate::model::transformer::{Layer, add_norm, attention, heads, norm};
-use crate::model::Transformer;
 use crate::native::{self, LayerCache, Prompts, Rows};
 
 /// Samples under way.
@@ -32,34 +32,15 @@ enum Engine<'a> {
 impl<'a> Decoding<'a> {
     /// Reads `prompts`, none of them empty; sample s goes on from the prompt `owners[s]`, owners never falling. There is room
     /// for `new` tokens a sample. Gives the logits `[samples, V]` of each sample's first token, too.
-    pub fn begin(
-        model: &'a Transformer,
-        prompts: &[&[i64]],
-        owners: &[usize],
-        new: usize,
-    ) -> Result<(Self, Tensor)> {
-        let begin = if native::takes(model.base().flat()) { Self::native } else { Self::plain };
-        begin(model, prompts, owners, new)
-    }
-
-    fn native(
-        model: &'a Transformer,
-        prompts: &[&[i64]],
-        owners: &[usize],
-        new: usize,
-    ) -> Result<(Self, Tensor)> {
-        let (engine, logits) = no_grad(|| Native::begin(model, prompts, owners.len(), new))?;
-        Ok(Self::of(Engine::Native(engine), prompts, owners, &logits))
-    }
-
-    fn plain(
-        model: &'a Transformer,
-        prompts: &[&[i64]],
-        owners: &[usize],
-        new: usize,
-    ) -> Result<(Self, Tensor)> {
-        let (engine, logits) = Plain::begin(model, prompts, owners, new);
-        Ok(Self::of(Engine::Plain(engine), prompts, owners, &logits))
+    pub fn begin(model: &'a Transformer, prompts: &[&[i64]], owners: &[usize], new: usize) -> Result<(Self, Tensor)> {
+        let (engine, logits) = if native::takes(model.base().flat()) {
+            let (engine, logits) = no_grad(|| Native::begin(model, prompts, owners.len(), new))?;
+            (Engine::Native(engine), logits)
+        } else {
+            let (engine, logits) = Plain::begin(model, prompts, owners, new);
+            (Engine::Plain(engine), logits)
+        };
+        Ok(Self::of(engine, prompts, owners, &logits))
     }
 
     fn of(engine: Engine<'a>, prompts: &[&[i64]], owners: &[usize], logits: &Tensor) -> (Self, Tensor) {

@@ -54,8 +54,7 @@ impl Layout {
 
     /// Sequences of these lengths, none of which continues another.
     pub fn rows(lengths: impl IntoIterator<Item = usize>, device: Device) -> Self {
-        let segments: Vec<Segment> =
-            lengths.into_iter().map(|length| Segment { length, continues: false }).collect();
+        let segments: Vec<Segment> = lengths.into_iter().map(|length| Segment { length, continues: false }).collect();
         Self::new(&segments, device)
     }
 
@@ -127,9 +126,9 @@ pub(crate) struct Rectangle {
 impl Rectangle {
     fn new(rows: &[(i64, i64)], device: Device) -> Self {
         let length = rows.iter().map(|(_, length)| *length).max().unwrap_or(0);
-        let places = rows.iter().flat_map(|&(first, own)| {
-            (0..length).map(move |place| if place < own { first + place } else { first })
-        });
+        let places = rows
+            .iter()
+            .flat_map(|&(first, own)| (0..length).map(move |place| if place < own { first + place } else { first }));
         let real: Vec<bool> = rows.iter().flat_map(|&(_, own)| (0..length).map(move |place| place < own)).collect();
         let count = rows.len() as i64;
         Self {

@@ -90,8 +90,8 @@ mod tests {
     use tch::Kind;
 
     use super::*;
-    use crate::model::decoding::Decoding;
     use crate::model::Transformer;
+    use crate::model::decoding::Decoding;
     use crate::optimizer::AdamW;
     use crate::sandbox::{self, distance};
 

@@ -34,9 +34,7 @@ pub(crate) fn attention(projected: &Tensor, heads: Heads, layout: &Layout, rotat
     // [rows, heads, length, D].
     let lay = |x: &Tensor, rectangle: &Rectangle| {
         let size = x.size();
-        x.index_select(0, &rectangle.tokens)
-            .view([rectangle.rows, rectangle.length, size[1], size[2]])
-            .transpose(1, 2)
+        x.index_select(0, &rectangle.tokens).view([rectangle.rows, rectangle.length, size[1], size[2]]).transpose(1, 2)
     };
     let repeat = |x: Tensor| repeat_heads(&x, queries);
     let flat = |x: Tensor| x.transpose(1, 2).reshape([-1, queries * width]);

@@ -385,7 +385,8 @@ mod tests {
         let mut segments = Vec::new();
         for (prompt, samples) in [(21usize, 8usize), (5, 0), (17, 1), (1, 2), (33, 2), (16, 0)] {
             segments.push(Segment { length: prompt, continues: false });
-            segments.extend((0..samples).map(|sample| Segment { length: 1 + (sample * 7 + prompt) % 19, continues: true }));
+            segments
+                .extend((0..samples).map(|sample| Segment { length: 1 + (sample * 7 + prompt) % 19, continues: true }));
         }
         segments
     }
@@ -438,7 +439,8 @@ mod tests {
         let lengths = [9usize, 30, 4];
         let heads = Heads { queries: 4, shared: 2, width: 4 };
         let all = Layout::rows(lengths, Device::Cpu);
-        let projected = Tensor::arange(43 * 32, (Kind::Float, Device::Cpu)).cos().view([-1, 32]).set_requires_grad(true);
+        let projected =
+            Tensor::arange(43 * 32, (Kind::Float, Device::Cpu)).cos().view([-1, 32]).set_requires_grad(true);
         let tables = model.rotation().tables();
         let mixed = attention(&projected, heads, all.table(), all.positions(), tables);
         let own = mixed.narrow(0, 9, 30);
@@ -456,8 +458,10 @@ mod tests {
 
     /// Logits of every step of samples that end at different times, by the samples that go on.
     fn generated(model: &Transformer) -> Vec<Vec<Tensor>> {
-        let prompts: Vec<Vec<i64>> =
-            [21usize, 3, 17].iter().map(|&length| (0..length as i64).map(|place| place * place % 13).collect()).collect();
+        let prompts: Vec<Vec<i64>> = [21usize, 3, 17]
+            .iter()
+            .map(|&length| (0..length as i64).map(|place| place * place % 13).collect())
+            .collect();
         let prompts: Vec<&[i64]> = prompts.iter().map(Vec::as_slice).collect();
         let owners = [0usize, 0, 0, 1, 2, 2];
         let mut logits: Vec<Vec<Tensor>> = owners.iter().map(|_| Vec::new()).collect();
