@@ -1,90 +1,117 @@
-"""The peer of `learning.rs`: the same training step in plain PyTorch, as one would write it.
+"""Training, GRPO and evaluation beside what users would write without `pipe`; one table of medians.
 
-usage: .venv/bin/python benches/learning.py [seconds] [threads]
+usage: python3 benches/learning.py [rounds=3] [threads=2] [pipe=target/debug/pipe] [peers=.venv-peers/bin/python]
+
+The peers need a Python of their own (once): python3 -m venv .venv-peers && .venv-peers/bin/pip install -r benches/peers.txt
+
+Every round runs ours and theirs in turn on the same model, the same tokens and as many threads. `benches/learning.toml` says
+what is run; predictions stand in `benches/RESULTS.md`. Ours is what `pipe run` records every step; theirs is `peers.py`.
 """
 
+import json
+import statistics
+import subprocess
 import sys
-import time
+import tempfile
+from pathlib import Path
 
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-
-torch.manual_seed(0)
-torch.set_num_threads(int(sys.argv[2]) if len(sys.argv) > 2 else 2)
-B, T, H, L, HEADS, V, INNER = 128, 73, 128, 4, 4, 128, 352
-D = H // HEADS
-frequencies = torch.outer(torch.arange(T).float(), 1 / (10000 ** (torch.arange(0, D, 2).float() / D)))
-cos, sin = torch.cat([frequencies.cos()] * 2, -1), torch.cat([frequencies.sin()] * 2, -1)
+HERE = Path(__file__).resolve().parent
+arguments = sys.argv[1:] + [None] * 4
+ROUNDS, THREADS = int(arguments[0] or 3), int(arguments[1] or 2)
+PIPE = Path(arguments[2] or HERE.parent / "target/debug/pipe").resolve()
+PEERS = Path(arguments[3] or HERE.parent / ".venv-peers/bin/python").absolute()
+SFT, GRPO = 12, 5
 
 
-def rope(x):
-    one, two = x.chunk(2, -1)
-    return x * cos + torch.cat([-two, one], -1) * sin
+def pipe(store, *what):
+    command = [PIPE, *what, "--store", store]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{command}: {done.stderr}")
+    return done.stdout
 
 
-class Norm(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(H))
-
-    def forward(self, x):
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
-
-
-class Layer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.n1, self.n2 = Norm(), Norm()
-        self.q, self.k, self.v = (nn.Linear(H, H) for _ in range(3))
-        self.o, self.g, self.u = nn.Linear(H, H, False), nn.Linear(H, INNER, False), nn.Linear(H, INNER, False)
-        self.d = nn.Linear(INNER, H, False)
-
-    def forward(self, x):
-        h = self.n1(x)
-        q, k, v = (f(h).view(B, T, HEADS, D).transpose(1, 2) for f in (self.q, self.k, self.v))
-        a = F.scaled_dot_product_attention(rope(q), rope(k), v, is_causal=True)
-        x = x + self.o(a.transpose(1, 2).reshape(B, T, H))
-        h = self.n2(x)
-        return x + self.d(F.silu(self.g(h)) * self.u(h))
+def run(store, stage, **sets):
+    """Runs a stage anew and gives the records of its steps."""
+    laid = [f"stages.{stage}.{name}={value}" for name, value in sets.items()]
+    laid += [f"stages.{stage}.run.cpus={THREADS}"]
+    options = [part for one in laid for part in ("--set", one)]
+    pipe(store, "run", "learning.toml", "--until", stage, "--again", stage, *options)
+    key = json.loads(pipe(store, "show", f"learning.toml/{stage}", "--json", *options))["key"]
+    lines = (Path(store) / "logs" / key / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(V, H)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        self.layers = nn.ModuleList(Layer() for _ in range(L))
-        self.norm = Norm()
-
-    def forward(self, ids):
-        x = self.embedding(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return F.linear(self.norm(x), self.embedding.weight)
+def peer(what, tokens, checkpoint, steps):
+    command = [PEERS, HERE / "peers.py", what, tokens, checkpoint, str(steps), str(THREADS)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{command}: {done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-model = Model()
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98))
-ids = torch.randint(0, V, (B, T))
+def middle(values):
+    return statistics.median(values)
 
 
-def step():
-    logits = model(ids)
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"{folder}/store"
+        pipe(store, "run", "learning.toml", "--until", "sft")
+        path = lambda stage: json.loads(pipe(store, "show", f"learning.toml/{stage}", "--json"))["path"]
+        tokens, base, trained = path("tokens"), path("base"), path("sft")
+        found = {}
+
+        def note(name, value):
+            found.setdefault(name, []).append(value)
+
+        for _ in range(ROUNDS):
+            steps = run(store, "sft", steps=SFT)[2:]
+            note("sft", middle([line["tokens_per_second"] for line in steps]))
+            note("sft memory", steps[-1]["peak_memory_bytes"])
+            theirs = peer("sft", tokens, base, SFT)
+            note("sft peer", theirs["tokens_per_second"])
+            note("sft peer memory", theirs["peak_memory_bytes"])
+            # The model of the stage as the file has it, which is in the store.
+            steps = run(store, "grpo", steps=GRPO)[1:]
+            for phase in ("step", "prefill", "decode", "sampling", "reward", "forward", "backward", "optimizer"):
+                note(f"grpo {phase}", middle([line[f"seconds/{phase}"] for line in steps]))
+            note("grpo length", middle([line["completions/mean_length"] for line in steps]))
+            note("grpo memory", steps[-1]["peak_memory_bytes"])
+            theirs = peer("grpo", tokens, trained, GRPO)
+            note("grpo peer step", theirs["step_seconds"])
+            note("grpo peer generation", theirs["generation_seconds"])
+            note("grpo peer length", theirs["mean_length"])
+            note("grpo peer memory", theirs["peak_memory_bytes"])
+            evaluated = run(store, "evaluate")
+            note("evaluation", sum(line["seconds/step"] for line in evaluated))
+
+    of = {name: middle(values) for name, values in found.items()}
+    generation = of["grpo prefill"] + of["grpo decode"] + of["grpo sampling"]
+    learning = of["grpo forward"] + of["grpo backward"] + of["grpo optimizer"]
+    mebi = 1 << 20
+    print(f"medians of {ROUNDS} rounds, {THREADS} threads\n")
+    print("| what | pipe | peer | ratio |\n|---|---|---|---|")
+
+    def line(what, ours, theirs, ratio, form="{:,.2f}"):
+        print(f"| {what} | {form.format(ours)} | {form.format(theirs)} | {ratio:.2f} |")
+
+    line("SFT, real tokens/s (peer: plain PyTorch)", of["sft"], of["sft peer"], of["sft"] / of["sft peer"], "{:,.0f}")
+    line("SFT, peak memory, MiB", of["sft memory"] / mebi, of["sft peer memory"] / mebi,
+         of["sft peer memory"] / of["sft memory"], "{:,.0f}")
+    line("GRPO, seconds a step (peer: TRL)", of["grpo step"], of["grpo peer step"], of["grpo peer step"] / of["grpo step"])
+    line("- generation", generation, of["grpo peer generation"], of["grpo peer generation"] / generation)
+    rest = of["grpo peer step"] - of["grpo peer generation"]
+    line("- forward, backward, optimizer", learning, rest, rest / learning)
+    line("- mean length of a completion", of["grpo length"], of["grpo peer length"], 1.0)
+    line("GRPO, peak memory, MiB", of["grpo memory"] / mebi, of["grpo peer memory"] / mebi,
+         of["grpo peer memory"] / of["grpo memory"], "{:,.0f}")
+    print(f"| evaluation of 10,000 mazes, greedy, s | {of['evaluation']:.1f} | | |")
+    print("\nGRPO by phase, s: " + ", ".join(
+        f"{phase} {of[f'grpo {phase}']:.3f}"
+        for phase in ("prefill", "decode", "sampling", "reward", "forward", "backward", "optimizer")
+    ))
 
 
-step()
-begin, wall, processor = time.time(), 0.0, 0.0
-while time.time() - begin < float(sys.argv[1] if len(sys.argv) > 1 else 10):
-    start, used = time.time(), time.process_time()
-    for _ in range(2):
-        step()
-    tokens = 2 * B * T
-    wall = max(wall, tokens / (time.time() - start))
-    processor = max(processor, tokens / (time.process_time() - used))
-print(f"train: {wall:.0f} tokens/s, {processor:.0f} tokens per processor second (PyTorch)")
+if __name__ == "__main__":
+    main()

@@ -78,8 +78,7 @@ fn train(model: &Transformer) -> Result<usize> {
     for _ in 0..2 {
         model.zero_gradients();
         let batch = Batch::new(&rows, Device::Cpu)?;
-        let hidden = model.hidden(&batch.ids, &batch.layout);
-        let logprobs = token_logprobs(&model.logits(&batch.select(&hidden)), &batch.targets, 1.0);
+        let logprobs = token_logprobs(&model.logits(&batch.states(model)), &batch.targets, 1.0);
         supervised_loss(&logprobs, batch.count() as f64).backward();
         optimizer.step(model.weights(), 1e-3)?;
     }

@@ -51,7 +51,9 @@ fn compile(lib: &Path) {
         let folder = Path::new(&std::env::var("OUT_DIR").expect("cargo names a folder")).join(name);
         all.objects(kernels.out_dir(folder).compile_intermediates());
     }
-    let include = lib.parent().unwrap_or(lib).join("include");
+    println!("cargo:rerun-if-env-changed=LIBTORCH_INCLUDE");
+    let named = std::env::var_os("LIBTORCH_INCLUDE").map(std::path::PathBuf::from);
+    let include = named.as_deref().or(lib.parent()).unwrap_or(lib).join("include");
     all.file("src/native/ops.cpp").include(include.join("torch/csrc/api/include")).include(include);
     let abi = std::env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".to_owned());
     all.define("_GLIBCXX_USE_CXX11_ABI", abi.as_str());

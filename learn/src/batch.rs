@@ -5,8 +5,8 @@
 use anyhow::{Result, ensure};
 use tch::{Device, Tensor};
 
-use crate::model::Layout;
 use crate::model::layout::Segment;
+use crate::model::{Layout, Transformer};
 
 /// A row to train on.
 #[derive(Clone, Copy, Debug)]
@@ -107,6 +107,11 @@ impl Batch {
         self.targets.size()[0]
     }
 
+    /// The hidden states `[N, H]` that predict the targets.
+    pub fn states(&self, model: &Transformer) -> Tensor {
+        model.hidden_at(&self.ids, &self.layout, &self.positions)
+    }
+
     /// The hidden states `[N, H]` that predict the targets, of all hidden states `[T, H]`.
     pub fn select(&self, hidden: &Tensor) -> Tensor {
         hidden.index_select(0, &self.positions)
@@ -116,11 +121,10 @@ impl Batch {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
-    use tch::Kind;
+    use tch::{Kind, no_grad};
 
     use super::*;
     use crate::loss::{supervised_loss, token_logprobs};
-    use crate::model::Transformer;
     use crate::sandbox;
 
     fn rows() -> Vec<(Vec<i64>, Vec<u8>)> {
@@ -194,7 +198,7 @@ mod tests {
         model.zero_gradients();
         for chunk in rows.chunks(size) {
             let batch = Batch::new(&borrowed(chunk), Device::Cpu).expect("a batch");
-            let logits = model.logits(&batch.select(&model.hidden(&batch.ids, &batch.layout)));
+            let logits = model.logits(&batch.states(model));
             supervised_loss(&token_logprobs(&logits, &batch.targets, 0.9), denominator).backward();
         }
         model.weights().gradient().copy()
@@ -246,23 +250,22 @@ mod tests {
             let made = |shares: bool| {
                 let batch = Batch::lay(&borrowed(&rows), Device::Cpu, shares).expect("a batch");
                 model.zero_gradients();
-                let logprobs = token_logprobs(
-                    &model.logits(&batch.select(&model.hidden(&batch.ids, &batch.layout))),
-                    &batch.targets,
-                    0.9,
-                );
+                let logprobs = token_logprobs(&model.logits(&batch.states(&model)), &batch.targets, 0.9);
                 // Every target counts otherwise, as advantages do.
                 let weights = Tensor::arange(batch.count(), (Kind::Double, Device::Cpu)).sin();
                 (&logprobs * weights).sum(Kind::Double).backward();
                 (batch, logprobs.detach(), model.weights().gradient().copy())
             };
             let ((batch, logprobs, gradient), (plain, alone, theirs)) = (made(true), made(false));
-            assert_eq!((batch.targets, batch.row), (plain.targets, plain.row));
+            assert_eq!((&batch.targets, &batch.row), (&plain.targets, &plain.row));
             let (computed, all) = (batch.layout.tokens(), plain.layout.tokens());
             assert_eq!(all - computed, 7 * 11 + 1 + 20, "seven, one and one prompts are not computed again");
             assert!(sandbox::distance(&logprobs, &alone) < 1e-10);
             let distance = sandbox::relative(&gradient, &theirs);
             assert!(distance < 1e-10, "{distance}");
+            // Only the last layer knows which states are wanted.
+            let all = no_grad(|| batch.select(&model.hidden(&batch.ids, &batch.layout)));
+            assert!(sandbox::distance(&no_grad(|| batch.states(&model)), &all) < 1e-12);
             let by_libtorch = crate::native::without(|| made(true));
             assert!(sandbox::relative(&by_libtorch.2, &theirs) < 1e-10);
         }

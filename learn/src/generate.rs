@@ -18,6 +18,7 @@ use crate::codec::Codec;
 use crate::draw::{Choice, Filter, draw, draw_filtered};
 use crate::model::Transformer;
 use crate::model::decoding::Decoding;
+use crate::phases;
 
 pub use crate::draw::Kept;
 
@@ -113,20 +114,30 @@ pub fn generate(
     let prompts: Vec<&[i64]> = groups.iter().map(|group| group.prompt.as_slice()).collect();
     let owners: Vec<usize> =
         groups.iter().enumerate().flat_map(|(index, group)| group.samples.iter().map(move |_| index)).collect();
-    let (mut decoding, mut logits) = Decoding::begin(model, &prompts, &owners, sampling.max_new_tokens)?;
+    let (mut decoding, mut logits) = phases::time("prefill", || {
+        let begun = Decoding::begin(model, &prompts, &owners, sampling.max_new_tokens);
+        phases::settle(model.device());
+        begun
+    })?;
 
     // 2. A token for every sample, until all have ended.
     for token in 0..sampling.max_new_tokens {
         if interrupt.load(Ordering::Relaxed) {
             return Err(Interrupted.into());
         }
-        let written = choose(model, &logits, &mut samples, decoding.rows(), sampling, token)?;
+        let written =
+            phases::time("sampling", || choose(model, &logits, &mut samples, decoding.rows(), sampling, token))?;
         on_tokens(written);
         if samples.iter().all(|sample| sample.done) {
             break;
         }
         decoding.forget(|sample| samples[sample].done);
-        logits = decoding.step(|sample| samples[sample].completion.ids.last().copied().unwrap_or(0));
+        phases::count_decoding(model.config(), decoding.rows().len(), decoding.seen());
+        logits = phases::time("decode", || {
+            let logits = decoding.step(|sample| samples[sample].completion.ids.last().copied().unwrap_or(0));
+            phases::settle(model.device());
+            logits
+        });
     }
 
     // 3. Back to groups.
@@ -263,7 +274,7 @@ mod tests {
                 let mask: Vec<u8> = (0..ids.len()).map(|place| u8::from(place >= group.prompt.len())).collect();
                 let batch = Batch::new(&[Row { ids: &ids, mask: &mask }], Device::Cpu).expect("a batch");
                 let trained = no_grad(|| {
-                    let logits = model.logits(&batch.select(&model.hidden(&batch.ids, &batch.layout)));
+                    let logits = model.logits(&batch.states(&model));
                     token_logprobs(&logits, &batch.targets, temperature)
                 });
                 let sampled = Tensor::from_slice(&completion.logprobs);
@@ -338,7 +349,7 @@ mod tests {
                 let ids = [group.prompt.clone(), completion.ids.clone()].concat();
                 let mask: Vec<u8> = (0..ids.len()).map(|place| u8::from(place >= group.prompt.len())).collect();
                 let batch = Batch::new(&[Row { ids: &ids, mask: &mask }], Device::Cpu).expect("a batch");
-                let logits = no_grad(|| model.logits(&batch.select(&model.hidden(&batch.ids, &batch.layout))) / 0.7);
+                let logits = no_grad(|| model.logits(&batch.states(&model)) / 0.7);
                 assert_eq!(kept.len(), completion.ids.len());
                 for (place, (&id, &sampled)) in completion.ids.iter().zip(&completion.logprobs).enumerate() {
                     // Summed by hand over the set that was told.

@@ -18,6 +18,7 @@ pub mod model;
 pub mod native;
 pub mod optimizer;
 pub mod order;
+pub mod phases;
 pub mod policy;
 pub mod preflight;
 pub mod prompts;

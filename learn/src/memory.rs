@@ -22,13 +22,15 @@ const ELEMENT: u64 = 4;
 /// Rows drawn ahead at most to find the widest micro-batch; the batches behind them look alike.
 const DRAWN: u64 = 1 << 20;
 
-/// A micro-batch as a padded rectangle.
+/// A micro-batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Shape {
     /// Rows.
     pub rows: u64,
-    /// Tokens in the longest row; others are padded to it.
+    /// Tokens in the longest row.
     pub length: u64,
+    /// Tokens that are computed: those of all rows, a prompt that rows share once.
+    pub tokens: u64,
     /// Positions with a target.
     pub targets: u64,
 }
@@ -119,7 +121,7 @@ impl Forecast {
     fn parts(&self) -> Vec<String> {
         let mut parts = vec![format!("{} for weights", shown(self.fixed))];
         if self.step > 0 {
-            let Shape { rows, length, targets } = self.widest;
+            let Shape { rows, length, targets, .. } = self.widest;
             parts[0] += ", gradients and moments";
             parts.push(format!(
                 "{} for a step with the widest micro-batch ({rows} rows of {length} tokens, {targets} targets)",
@@ -145,23 +147,20 @@ impl Forecast {
 
 /// Bytes that a forward and a backward pass keep of a micro-batch, at most at one time.
 ///
-/// Per token and layer: the residual stream and its norms (5 hidden), queries, keys and values before and after rotation
-/// with the attention's output (4 of all heads, 3 of the key and value heads), and the feed-forward's gate, its SiLU, up
-/// and their product (4 inner). Per target: the `tables` of its loss over the vocabulary. The gradients of one layer come on
-/// top, and each projection's weight times its norm, which the backward pass keeps.
+/// Per token and layer: the residual stream and its norms (4 hidden), queries, keys and values with the attention's output,
+/// and the feed-forward's gate, up and their product (3 inner). Per target: the `tables` of its loss over the vocabulary. The
+/// gradients of one layer come on top, and that of its widest matrix.
 fn activations(config: &ModelConfig, shape: Shape, tables: u64) -> u64 {
     let size = |value: i64| value as u64;
     let (hidden, inner, layers) =
         (size(config.hidden_size), size(config.intermediate_size), size(config.num_hidden_layers));
     let queries = size(config.num_attention_heads * config.head_dim);
     let keys = size(config.num_key_value_heads * config.head_dim);
-    let repeated = if queries == keys { 0 } else { 2 * queries };
-    let layer = 5 * hidden + 4 * queries + 3 * keys + repeated + 4 * inner;
-    let backward = 3 * inner + 2 * hidden;
-    let folded = layers * hidden * (2 * (queries + 2 * keys) + 2 * inner) + 2 * size(config.vocab_size) * hidden;
-    let tokens = shape.rows * shape.length;
+    let layer = 4 * hidden + 2 * queries + 2 * keys + 3 * inner + size(config.num_attention_heads);
+    let backward = 3 * inner + 3 * hidden;
+    let widest = (2 * inner).max(size(config.vocab_size)) * hidden;
     let head = shape.targets * (tables * size(config.vocab_size) + 3 * hidden);
-    ELEMENT * (tokens * (layers * layer + backward) + head + folded)
+    ELEMENT * (shape.tokens * (layers * layer + backward) + head + widest)
 }
 
 /// The micro-batches of `steps` steps of `batch` rows each, sorted by length and cut into `micro` rows (0 is all).
@@ -178,6 +177,7 @@ pub fn micro_batches(
         let shape = |rows: &[usize]| Shape {
             rows: rows.len() as u64,
             length: rows.iter().map(|&row| tokens.row_ids(row).len() as u64).max().unwrap_or(0),
+            tokens: rows.iter().map(|&row| tokens.row_ids(row).len() as u64).sum(),
             targets: rows.iter().flat_map(|&row| tokens.row_mask(row)).map(|&mask| u64::from(mask)).sum(),
         };
         rows.chunks(if micro == 0 { rows.len().max(1) } else { micro }).map(shape).collect::<Vec<_>>()
@@ -218,6 +218,11 @@ fn read(path: &str) -> Option<String> {
     std::fs::read_to_string(path).ok()
 }
 
+/// The most bytes that this process has held so far; `None` where the kernel does not tell.
+pub fn peak() -> Option<u64> {
+    field(&read("/proc/self/status")?, "VmHWM:").map(|kibibytes| kibibytes * 1024)
+}
+
 /// The first number behind `name` at the beginning of a line.
 fn field(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find(|line| line.split_whitespace().next() == Some(name))?;
@@ -256,7 +261,7 @@ mod tests {
             }))
             .unwrap()
         };
-        let shape = |rows, length, targets| Shape { rows, length, targets };
+        let shape = |rows, length, targets| Shape { rows, length, targets, tokens: rows * length };
         vec![
             (config(64, 4, 4, 200), shape(32, 128, 32 * 60), SUPERVISED),
             (config(64, 2, 1, 8_000), shape(32, 64, 32 * 60), SUPERVISED),
@@ -283,7 +288,7 @@ mod tests {
         for _ in 0..2 {
             let batch = Batch::new(&rows, Device::Cpu).unwrap();
             model.zero_gradients();
-            let logits = model.logits(&batch.select(&model.hidden(&batch.ids, &batch.layout)));
+            let logits = model.logits(&batch.states(&model));
             let temperature = if tables == POLICY { 0.8 } else { 1.0 };
             let new = token_logprobs(&logits, &batch.targets, temperature);
             let spread = (tables == POLICY).then(|| no_grad(|| entropy(&logits, temperature)));

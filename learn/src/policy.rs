@@ -14,6 +14,7 @@ use crate::batch::{Batch, Row};
 use crate::generate::Kept;
 use crate::loss::{PolicySums, PolicyTokens, Segments, entropy, estimate, policy_loss, token_logprobs};
 use crate::model::Transformer;
+use crate::phases;
 
 /// One trajectory to train on. "Targets" are the model's own tokens, in order.
 #[derive(Clone, Debug)]
@@ -108,11 +109,16 @@ pub fn backward(
     let mut sums = PolicySums::default();
     for places in trained(rows).chunks(micro_batch(params.micro_batch_size, rows.len())) {
         let rows: Vec<&PolicyRow<'_>> = places.iter().map(|&place| &rows[place]).collect();
-        let forward = Forward::new(params, model, &rows)?;
-        let new = forward.new_logprobs();
-        let reference = reference.filter(|_| axes.needs_reference()).map(|reference| forward.under(reference));
-        let graph = || entropy(&forward.logits, params.temperature);
-        let spread = if axes.entropy.coefficient == 0.0 { no_grad(graph) } else { graph() };
+        let (forward, new, reference, spread) = phases::time("forward", || {
+            let forward = Forward::new(params, model, &rows)?;
+            let new = forward.new_logprobs();
+            let reference = reference.filter(|_| axes.needs_reference()).map(|reference| forward.under(reference));
+            let graph = || entropy(&forward.logits, params.temperature);
+            let spread = if axes.entropy.coefficient == 0.0 { no_grad(graph) } else { graph() };
+            phases::settle(model.device());
+            anyhow::Ok((forward, new, reference, spread))
+        })?;
+        phases::count_training(model.config(), &forward.batch, rows.iter().map(|row| row.ids.len()).sum());
         let of_rows = |value: &dyn Fn(&PolicyRow<'_>) -> f64| {
             let values: Vec<f32> =
                 rows.iter().flat_map(|row| std::iter::repeat_n(value(row) as f32, row.targets())).collect();
@@ -143,7 +149,10 @@ pub fn backward(
         )?;
         let loss = made.loss.double_value(&[]);
         ensure!(loss.is_finite(), "the loss is {loss}");
-        made.loss.backward();
+        phases::time("backward", || {
+            made.loss.backward();
+            phases::settle(model.device());
+        });
         sums.merge(&made.sums);
     }
     Ok(sums)
@@ -222,7 +231,7 @@ impl Forward {
 }
 
 fn logits(model: &Transformer, batch: &Batch, barred: Option<&Tensor>) -> Tensor {
-    let logits = model.logits(&batch.select(&model.hidden(&batch.ids, &batch.layout)));
+    let logits = model.logits(&batch.states(model));
     match barred {
         Some(barred) => logits.masked_fill(barred, f64::NEG_INFINITY),
         None => logits,

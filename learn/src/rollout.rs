@@ -23,6 +23,7 @@ use crate::generate::Sampling;
 use crate::journal::Journal;
 use crate::model::Transformer;
 use crate::order::Order;
+use crate::phases;
 use crate::policy::{PARITY, mismatch};
 use crate::prompts::{Prompts, Purpose};
 use crate::replay::StoredRollouts;
@@ -317,7 +318,7 @@ impl<'a> Rollouts<'a> {
     fn score(&mut self, round: u64, rows: &[usize], played: Vec<Vec<Trajectory>>) -> anyhow::Result<Vec<ScoredGroup>> {
         let episodes: Vec<(usize, &Trajectory)> =
             rows.iter().zip(&played).flat_map(|(&row, played)| played.iter().map(move |one| (row, one))).collect();
-        let mut scored = self.rewards.score(self.prompts, &episodes)?.into_iter();
+        let mut scored = phases::time("reward", || self.rewards.score(self.prompts, &episodes))?.into_iter();
         let weights = self.rewards.weights();
         let groups = rows.iter().zip(played).map(|(&row, played)| {
             let samples = played.into_iter().zip(scored.by_ref()).map(|(trajectory, scored)| {

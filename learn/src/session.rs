@@ -9,12 +9,16 @@ use std::time::Instant;
 use pipe::pipeline::stage::{StageContext, StageEvent};
 use pipe::telemetry::Recorder;
 use serde::Serialize;
+use tch::Device;
+
+use crate::phases::Machine;
 
 /// The steps of a stage's table of metrics, told and recorded.
 pub struct Session {
     recorder: Recorder,
     steps: u64,
     saved: Instant,
+    machine: Machine,
 }
 
 impl Session {
@@ -23,6 +27,7 @@ impl Session {
     pub fn open(
         context: &mut StageContext,
         params: &impl Serialize,
+        device: Device,
         steps: u64,
         resumed_step: Option<u64>,
     ) -> anyhow::Result<Self> {
@@ -33,11 +38,12 @@ impl Session {
             context.tell(StageEvent::Resumed { done });
         }
         context.progress(resumed_step.unwrap_or(0), steps, "steps");
-        Ok(Self { recorder, steps, saved: Instant::now() })
+        Ok(Self { recorder, steps, saved: Instant::now(), machine: Machine::measure(device) })
     }
 
-    /// Records and tells the metrics of the finished step `step`.
-    pub fn record(&mut self, context: &mut StageContext, step: u64, values: BTreeMap<String, f64>) {
+    /// Records and tells the metrics of the finished step `step`, with where its time went.
+    pub fn record(&mut self, context: &mut StageContext, step: u64, mut values: BTreeMap<String, f64>) {
+        values.extend(self.machine.metrics());
         let recorded = self.recorder.record(step, &values);
         tell_failure(context, "metrics are not recorded", &recorded);
         context.progress(step, self.steps, "steps");
@@ -58,7 +64,7 @@ impl Session {
 /// Tells of a view that cannot be written, as a note.
 pub fn tell_failure(context: &mut StageContext, what: &str, result: &std::io::Result<()>) {
     if let Err(error) = result {
-        context.note(format!("{what} in `{}`: {error}; training goes on", context.logs.display()));
+        context.note(format!("{what} in `{}`: {error}; the stage goes on", context.logs.display()));
     }
 }
 

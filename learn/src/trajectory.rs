@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::generate::{Completion, Group, Kept, Sampling, generate};
 use crate::model::Transformer;
+use crate::phases;
 use crate::prompts::Prompts;
 
 /// One turn of a trajectory.
@@ -200,7 +201,7 @@ impl<'a> Playing<'a> {
         let said: Vec<Reply<'_>> = said
             .map(|(((episode, _), completion), text)| Reply { episode: *episode, text, finish: completion.finish })
             .collect();
-        let turns = self.episodes.step(&said).context("stepping episodes")?;
+        let turns = phases::time("reward", || self.episodes.step(&said)).context("stepping episodes")?;
         ensure!(turns.len() == said.len(), "the task answered {} of {} replies", turns.len(), said.len());
         let mut next = Vec::new();
         for ((((episode, observation), completion), text), turn) in

@@ -11,6 +11,7 @@ pub mod bundle;
 pub mod check;
 pub mod comparison;
 pub mod config;
+pub mod costs;
 pub mod failure;
 pub mod gc;
 pub mod graph;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use crate::cli::failure::Failure;
-use crate::cli::{Session, render};
+use crate::cli::{Session, costs, render};
 use crate::pipeline::store::{Acceptance, Digest, Lookup, Manifest, Store, StoreError, StoredOutput};
 
 /// Show a stage's result: where it lies, what made it, its metrics
@@ -93,7 +93,7 @@ pub fn find<'a>(text: &'a str, sets: &[String], session: &Session) -> Result<Fou
     Ok(Found { target, recipe, store, manifest })
 }
 
-/// With `--json`, `{recipe, key, digest, path, kind, params, inputs, seconds, attempts, metrics}`.
+/// With `--json`, `{recipe, key, digest, path, kind, params, inputs, seconds, attempts, metrics, costs}`.
 pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     let Found { target, recipe, store, manifest } = find(&args.target, &args.sets, session)?;
     let output = output(&target, &manifest)?;
@@ -110,6 +110,7 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
             "seconds": manifest.seconds,
             "attempts": manifest.attempts,
             "metrics": manifest.metrics,
+            "costs": costs::read(&store.logs(&manifest.key)),
             "accepted": manifest.accepted,
         }));
     }
@@ -232,6 +233,7 @@ fn text(manifest: &Manifest, recipe: &Digest, output: &StoredOutput, path: &Path
         }),
         ("logs", store.logs(&manifest.key).display().to_string()),
     ];
+    rows.extend(costs::shown(&costs::read(&store.logs(&manifest.key))));
     if let Some(accepted) = &manifest.accepted {
         let Acceptance { reason, by, when, from, differences, .. } = accepted;
         rows.push(("accepted", format!("{reason} (by {by}, {when}, from {})", from.short())));

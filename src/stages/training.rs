@@ -202,11 +202,11 @@ impl Lora {
 /// The versions of the shared learning modules; each is raised when its results move.
 pub mod versions {
     /// The transformer's forward pass and its weights' names.
-    pub const MODEL: u32 = 1;
+    pub const MODEL: u32 = 2;
     /// Batched generation and the sampler.
-    pub const GENERATE: u32 = 1;
+    pub const GENERATE: u32 = 2;
     /// AdamW, clipping and schedules.
-    pub const OPTIMIZER: u32 = 1;
+    pub const OPTIMIZER: u32 = 2;
     /// Low-rank adapters.
     pub const LORA: u32 = 1;
     /// The supervised loss.

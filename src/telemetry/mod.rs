@@ -11,5 +11,5 @@ pub mod step_lines;
 
 pub use event_file::EventFile;
 pub use metrics::Metrics;
-pub use recorder::Recorder;
+pub use recorder::{METRICS_FILE, Recorder};
 pub use step_lines::StepLines;

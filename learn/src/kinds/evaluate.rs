@@ -12,16 +12,17 @@ use pipe::stages::evaluate::Evaluate;
 use pipe::stages::table::{Column, ColumnType, TableWriter};
 use pipe::stages::tokens::TokensFolder;
 use pipe::statistics::mean::wilson;
-use pipe::telemetry::Metrics;
+use pipe::telemetry::{Metrics, Recorder};
 use serde::{Deserialize, Serialize};
 
 use crate::generate::Sampling;
 use crate::journal::Journal;
 use crate::memory::{Forecast, Generation};
 use crate::model::Transformer;
+use crate::phases::Machine;
 use crate::prompts::{Prompts, Purpose};
 use crate::rollout::{distinct, finish_name, turns_column};
-use crate::session::states;
+use crate::session::{states, tell_failure};
 use crate::trajectory::{Request, Trajectory, play};
 use crate::{device, memory, preflight};
 
@@ -78,12 +79,20 @@ pub fn run(params: &Evaluate, context: &mut StageContext) -> anyhow::Result<()> 
     }
     context.progress(played.len() as u64, total, "rows");
 
+    // Where the time goes is nobody's result: it stands in the logs alone.
+    let recorded = (!played.is_empty()).then_some(played.len() as u64);
+    let (mut recorder, opened) = Recorder::open(&context.logs, recorded, "");
+    tell_failure(context, "metrics are not recorded", &opened);
+    let mut machine = Machine::measure(device);
+
     // Loop.
     for rows in chunks.iter().skip(played.len().div_ceil(params.generation_chunk as usize)) {
         context.stop_if_interrupted()?;
         let chunk = step(params, &model, &prompts, rows, &context.interrupt)?;
         journal.append(&chunk)?;
         played.extend(chunk.played);
+        let done = recorder.record(played.len() as u64, &machine.metrics());
+        tell_failure(context, "metrics are not recorded", &done);
         context.progress(played.len() as u64, total, "rows");
     }
 

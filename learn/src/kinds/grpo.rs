@@ -34,7 +34,7 @@ use crate::rollout::{Done, ROLLOUTS_FILE, Rollout, Rollouts, Sample, ScoredGroup
 use crate::session::{Session, rate, states};
 use crate::training::{Published, Terms, Training, VALIDATE};
 use crate::validate::Validation;
-use crate::{device, memory, preflight};
+use crate::{device, memory, phases, preflight};
 
 /// What the loop counts besides its steps.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -106,7 +106,7 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
         validation = Some(opened);
     }
     context.note(forecast.check(free)?);
-    let mut session = Session::open(context, params, params.steps, recorded)?;
+    let mut session = Session::open(context, params, training.model.device(), params.steps, recorded)?;
 
     // Loop.
     while training.counters.step < params.steps || training.counters.unrecorded.is_some() {
@@ -124,7 +124,10 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
         };
         let done = training.counters.step;
         if let Some(validation) = validation.as_mut().filter(|validation| validation.is_due(done, params.steps)) {
-            match validation.run(&training.model, &prompts, done, Some(rollouts.rewards()), context) {
+            let validated = phases::time("evaluation", || {
+                validation.run(&training.model, &prompts, done, Some(rollouts.rewards()), context)
+            });
+            match validated {
                 Ok(validated) => {
                     training.consider(validated.selecting);
                     metrics.extend(validated.metrics);
@@ -151,7 +154,7 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
             return Err(Interrupted.into());
         }
         if session.save_is_due(context) {
-            save(&mut training, &rollouts)?;
+            phases::time("saving", || save(&mut training, &rollouts))?;
             session.saved();
         }
     }
@@ -204,7 +207,8 @@ fn forecast(
     let prompt = rows.iter().map(|&row| prompts.tokens.prompt_ids(row).len() as u64).max().unwrap_or(0);
     let room = (config.max_position_embeddings as u64).saturating_sub(prompt);
     let written = limit.saturating_mul(prompts.task.max_turns() as u64).min(room);
-    let shape = Shape { rows: micro, length: prompt + written, targets: micro * written };
+    let tokens = micro.div_ceil(group) * prompt + micro * written;
+    let shape = Shape { rows: micro, length: prompt + written, tokens, targets: micro * written };
     let forecast = Forecast::training(model, params.validate.is_some(), memory::POLICY, std::iter::once(shape))
         .beside(model, reference);
     if params.replay.is_some() {
@@ -353,7 +357,8 @@ fn train(
         let at = counters.step * params.updates_per_step + updates;
         let all = params.steps * params.updates_per_step;
         let learning_rate = learning_rate(&params.schedule, params.learning_rate, at, all);
-        let (norm, limit) = (optimizer.step(model.weights(), learning_rate)?, params.optimizer.max_gradient_norm);
+        let norm = phases::time("optimizer", || optimizer.step(model.weights(), learning_rate))?;
+        let limit = params.optimizer.max_gradient_norm;
         metrics.mean("gradient_norm", norm, 1.0);
         metrics.mean("gradient_norm_clipped", if limit > 0.0 { norm.min(limit) } else { norm }, 1.0);
         metrics.mean("learning_rate", learning_rate, 1.0);

@@ -24,7 +24,7 @@ use crate::prompts::Prompts;
 use crate::session::{Session, rate, states};
 use crate::training::{Published, Terms, Training, VALIDATE};
 use crate::validate::Validation;
-use crate::{device, memory, preflight};
+use crate::{device, memory, phases, preflight};
 
 /// What the loop counts besides its steps.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -90,7 +90,7 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
         validation = Some((opened, prompts));
     }
     context.note(forecast.check(free)?);
-    let mut session = Session::open(context, params, params.steps, recorded)?;
+    let mut session = Session::open(context, params, device, params.steps, recorded)?;
 
     // Loop.
     while training.counters.step < params.steps || training.counters.unrecorded.is_some() {
@@ -100,7 +100,9 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
         };
         let done = training.counters.step;
         if let Some((validation, prompts)) = validation.as_mut().filter(|(due, _)| due.is_due(done, params.steps)) {
-            match validation.run(&training.model, prompts, done, None, context) {
+            let validated =
+                phases::time("evaluation", || validation.run(&training.model, prompts, done, None, context));
+            match validated {
                 Ok(validated) => {
                     training.consider(validated.selecting);
                     metrics.extend(validated.metrics);
@@ -119,7 +121,7 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
             return Err(Interrupted.into());
         }
         if session.save_is_due(context) {
-            training.save()?;
+            phases::time("saving", || training.save())?;
             session.saved();
         }
     }
@@ -174,17 +176,25 @@ fn step(
         if batch.count() == 0 {
             continue;
         }
-        let logits = model.logits(&batch.select(&model.hidden(&batch.ids, &batch.layout)));
-        let loss = supervised_loss(&token_logprobs(&logits, &batch.targets, 1.0), targets as f64);
-        let value = loss.double_value(&[]);
+        phases::count_training(model.config(), &batch, rows.iter().map(|row| row.ids.len()).sum());
+        let (logits, loss, value) = phases::time("forward", || {
+            let logits = model.logits(&batch.states(model));
+            let loss = supervised_loss(&token_logprobs(&logits, &batch.targets, 1.0), targets as f64);
+            let value = loss.double_value(&[]);
+            (logits, loss, value)
+        });
         ensure!(value.is_finite(), "the loss is {value} at step {}", step + 1);
-        loss.backward();
+        phases::time("backward", || {
+            loss.backward();
+            phases::settle(model.device());
+        });
         let right = logits.argmax(-1, false).eq_tensor(&batch.targets).sum(Kind::Int64).int64_value(&[]);
         metrics.total("loss", value);
         metrics.mean("token_accuracy", right as f64, batch.count() as f64);
     }
     let learning_rate = learning_rate(&params.schedule, params.learning_rate, step, params.steps);
-    let norm = optimizer.step(model.weights(), learning_rate).with_context(|| format!("at step {}", step + 1))?;
+    let norm = phases::time("optimizer", || optimizer.step(model.weights(), learning_rate));
+    let norm = norm.with_context(|| format!("at step {}", step + 1))?;
     counters.step += 1;
     counters.own.tokens += read;
     for row in &rows {

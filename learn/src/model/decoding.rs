@@ -33,18 +33,14 @@ impl<'a> Decoding<'a> {
     /// Reads `prompts`, none of them empty; sample s goes on from the prompt `owners[s]`, owners never falling. There is room
     /// for `new` tokens a sample. Gives the logits `[samples, V]` of each sample's first token, too.
     pub fn begin(model: &'a Transformer, prompts: &[&[i64]], owners: &[usize], new: usize) -> Result<(Self, Tensor)> {
-        let begin = if native::takes(model.base().flat()) { Self::native } else { Self::plain };
-        begin(model, prompts, owners, new)
-    }
-
-    fn native(model: &'a Transformer, prompts: &[&[i64]], owners: &[usize], new: usize) -> Result<(Self, Tensor)> {
-        let (engine, logits) = no_grad(|| Native::begin(model, prompts, owners.len(), new))?;
-        Ok(Self::of(Engine::Native(engine), prompts, owners, &logits))
-    }
-
-    fn plain(model: &'a Transformer, prompts: &[&[i64]], owners: &[usize], new: usize) -> Result<(Self, Tensor)> {
-        let (engine, logits) = Plain::begin(model, prompts, owners, new);
-        Ok(Self::of(Engine::Plain(engine), prompts, owners, &logits))
+        let (engine, logits) = if native::takes(model.base().flat()) {
+            let (engine, logits) = no_grad(|| Native::begin(model, prompts, owners.len(), new))?;
+            (Engine::Native(engine), logits)
+        } else {
+            let (engine, logits) = Plain::begin(model, prompts, owners, new);
+            (Engine::Plain(engine), logits)
+        };
+        Ok(Self::of(engine, prompts, owners, &logits))
     }
 
     fn of(engine: Engine<'a>, prompts: &[&[i64]], owners: &[usize], logits: &Tensor) -> (Self, Tensor) {
@@ -57,6 +53,18 @@ impl<'a> Decoding<'a> {
     /// The sample in each row.
     pub fn rows(&self) -> &[usize] {
         &self.rows
+    }
+
+    /// Tokens that the next step reads the keys of, prompts that rows share once.
+    pub fn seen(&self) -> i64 {
+        let shares = matches!(self.engine, Engine::Native(_));
+        let (mut seen, mut last) = (0, None);
+        for &sample in &self.rows {
+            let (prompt, length) = self.owners[sample];
+            seen += self.used + 1 + if shares && last == Some(prompt) { 0 } else { length };
+            last = Some(prompt);
+        }
+        seen
     }
 
     /// Forgets samples that have ended. Some may stay for a while.

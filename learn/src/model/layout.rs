@@ -78,6 +78,19 @@ impl Layout {
         self.positions.size()[0]
     }
 
+    /// Pairs of a token and one that it sees, itself among them.
+    pub fn pairs(&self) -> i64 {
+        let before = |segment: &[i64; 3]| if segment[2] < 0 { 0 } else { self.segments[segment[2] as usize][1] };
+        self.segments.iter().map(|segment| segment[1] * before(segment) + segment[1] * (segment[1] + 1) / 2).sum()
+    }
+
+    /// Places of the padded rectangles, where attention needs them.
+    pub fn places(&self) -> i64 {
+        let padded = self.padded();
+        let of = |rectangle: &Rectangle| rectangle.rows * rectangle.length;
+        of(&padded.roots) + padded.children.as_ref().map_or(0, |(_, own)| of(own))
+    }
+
     /// The first token of each segment.
     pub fn first(&self, segment: usize) -> i64 {
         self.segments[segment][0]

@@ -367,6 +367,16 @@ impl Transformer {
 
     /// Hidden states `[N, H]` behind the last layer, before the last norm, for ids `[N]` i64 that stand as `layout` says.
     pub fn hidden(&self, ids: &Tensor, layout: &Layout) -> Tensor {
+        self.forward(ids, layout, None)
+    }
+
+    /// [`Transformer::hidden`] at the tokens `positions` `[M]` i64 alone, `[M, H]`: behind its attention the last layer computes
+    /// nothing for others.
+    pub fn hidden_at(&self, ids: &Tensor, layout: &Layout, positions: &Tensor) -> Tensor {
+        self.forward(ids, layout, Some(positions))
+    }
+
+    fn forward(&self, ids: &Tensor, layout: &Layout, wanted: Option<&Tensor>) -> Tensor {
         let (heads, epsilon) = (heads(&self.config), self.config.rms_norm_eps);
         let positions = self.config.max_position_embeddings;
         assert!(layout.longest() <= positions, "a sequence of {} tokens in a model of {positions}", layout.longest());
@@ -374,11 +384,14 @@ impl Transformer {
         let mut x = Tensor::embedding(&self.embedding, ids, -1, false, false);
         // What the next norm adds before it norms.
         let mut delta: Option<Tensor> = None;
-        for layer in &self.layers {
+        for (index, layer) in self.layers.iter().enumerate() {
             let normed;
             (x, normed) = add_norm(&x, delta.as_ref(), &layer.input_norm, epsilon);
             let projected = layer.project(&normed, heads, epsilon);
-            let mixed = attention(&projected, heads, layout, &self.rotation);
+            let mut mixed = attention(&projected, heads, layout, &self.rotation);
+            if let Some(wanted) = wanted.filter(|_| index + 1 == self.layers.len()) {
+                (x, mixed) = (x.index_select(0, wanted), mixed.index_select(0, wanted));
+            }
             let behind;
             (x, behind) = layer.feed(&x, &mixed, epsilon);
             delta = Some(behind);

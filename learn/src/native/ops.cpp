@@ -40,7 +40,8 @@ template <> const Kernels<double>& kernels<double>() { return table().f64; }
            using T = double; __VA_ARGS__ }                                                        \
   } while (false)
 
-int threads() { return at::get_num_threads(); }
+// Threads for a step over so many elements: waking them costs more than a small step. No result depends on it.
+int threads(int64_t elements) { return elements < (1 << 16) ? 1 : at::get_num_threads(); }
 
 template <class T> const T* in(const Tensor& tensor) { return tensor.const_data_ptr<T>(); }
 template <class T> T* to(Tensor& tensor) { return tensor.mutable_data_ptr<T>(); }
@@ -61,7 +62,7 @@ Tensor norm(AutogradContext* context, const Tensor& x, const Tensor& delta, cons
   DISPATCH(from, {
     const T* added = more.defined() ? in<T>(more) : nullptr;
     T* kept = more.defined() ? to<T>(sum) : nullptr;
-    kernels<T>().rms_norm(in<T>(from), added, in<T>(w), epsilon, rows, width, kept, to<T>(y), to<T>(scale), threads());
+    kernels<T>().rms_norm(in<T>(from), added, in<T>(w), epsilon, rows, width, kept, to<T>(y), to<T>(scale), threads(from.numel()));
   });
   context->save_for_backward({sum, w, scale});
   return y;
@@ -79,7 +80,7 @@ std::pair<Tensor, Tensor> norm_backward(AutogradContext* context, Tensor dy, Ten
   DISPATCH(sum, {
     const T* beside = through.defined() ? in<T>(through) : nullptr;
     kernels<T>().rms_norm_backward(in<T>(sum), in<T>(w), in<T>(scale), in<T>(dy), beside, rows, width, to<T>(dx), to<T>(dw),
-                                   threads());
+                                   threads(sum.numel()));
   });
   return {dx, dw};
 }
@@ -116,7 +117,7 @@ struct Swiglu : torch::autograd::Function<Swiglu> {
     auto size = from.sizes().vec();
     size.back() = width;
     Tensor out = at::empty(size, from.options());
-    DISPATCH(from, { kernels<T>().swiglu(in<T>(from), rows, width, to<T>(out), threads()); });
+    DISPATCH(from, { kernels<T>().swiglu(in<T>(from), rows, width, to<T>(out), threads(from.numel())); });
     context->save_for_backward({from});
     return out;
   }
@@ -124,7 +125,7 @@ struct Swiglu : torch::autograd::Function<Swiglu> {
   static variable_list backward(AutogradContext* context, variable_list gradients) {
     Tensor from = context->get_saved_variables()[0], dout = gradients[0].contiguous(), made = at::empty_like(from);
     int64_t width = from.size(-1) / 2, rows = from.numel() / std::max<int64_t>(2 * width, 1);
-    DISPATCH(from, { kernels<T>().swiglu_backward(in<T>(from), in<T>(dout), rows, width, to<T>(made), threads()); });
+    DISPATCH(from, { kernels<T>().swiglu_backward(in<T>(from), in<T>(dout), rows, width, to<T>(made), threads(from.numel())); });
     return {made};
   }
 };
@@ -144,7 +145,7 @@ struct Attention : torch::autograd::Function<Attention> {
     Heads heads{queries, shared, width};
     DISPATCH(from, {
       kernels<T>().attention(in<T>(from), heads, segments_of(segments, positions), in<T>(cosine), in<T>(sine), to<T>(out),
-                             to<T>(lse), threads());
+                             to<T>(lse), threads(32 * from.numel()));
     });
     context->save_for_backward({from, out, lse, segments, positions, cosine, sine});
     context->saved_data["queries"] = queries;
@@ -161,7 +162,7 @@ struct Attention : torch::autograd::Function<Attention> {
     DISPATCH(from, {
       kernels<T>().attention_backward(in<T>(from), heads, segments_of(saved[3], saved[4]), in<T>(saved[5]),
                                       in<T>(saved[6]), in<T>(saved[1]), in<T>(saved[2]), in<T>(dout), to<T>(made),
-                                      threads());
+                                      threads(32 * from.numel()));
     });
     variable_list all(8);
     all[0] = made;
@@ -219,7 +220,7 @@ bool pipe_native_store_prompts(const Tensor* qkv, const Tensor* segments, const 
     Tensor from = qkv->contiguous();
     DISPATCH(from, {
       kernels<T>().store_prompts(in<T>(from), {queries, shared, width}, segments_of(*segments, *positions), in<T>(*cosine),
-                                 in<T>(*sine), offsets, to<T>(*keys), to<T>(*values), threads());
+                                 in<T>(*sine), offsets, to<T>(*keys), to<T>(*values), threads(from.numel()));
     });
     return true;
   });
@@ -236,7 +237,7 @@ Tensor* pipe_native_decode(const Tensor* qkv, const int64_t* group, const int64_
     DISPATCH(from, {
       kernels<T>().decode(in<T>(from), {queries, shared, width}, rows, in<T>(*cosine), in<T>(*sine), offsets, lengths,
                           in<T>(*prompt_keys), in<T>(*prompt_values), to<T>(*own_keys), to<T>(*own_values), slots,
-                          to<T>(out), threads());
+                          to<T>(out), threads(16 * from.numel()));
     });
     return new Tensor(out);
   });
@@ -247,7 +248,7 @@ bool pipe_native_adamw(Tensor* weights, const Tensor* gradient, Tensor* first, T
   return guarded([&] {
     DISPATCH(*weights, {
       kernels<T>().adamw(to<T>(*weights), in<T>(*gradient), to<T>(*first), to<T>(*second), weights->numel(), decayed, clip,
-                         beta1, beta2, rate, decay, c1, c2, epsilon, threads());
+                         beta1, beta2, rate, decay, c1, c2, epsilon, threads(weights->numel()));
     });
     return true;
   });

@@ -165,7 +165,7 @@ fn sampler_and_trainer_agree_over_whole_episodes_and_only_replies_are_targets() 
             let batch = Batch::new(&[Row { ids: &ids, mask: &mask }], Device::Cpu).unwrap();
             assert_eq!(batch.count() as usize, one.length());
             let trained = no_grad(|| {
-                let logits = model.logits(&batch.select(&model.hidden(&batch.ids, &batch.layout)));
+                let logits = model.logits(&batch.states(&model));
                 token_logprobs(&logits, &batch.targets, TEMPERATURE)
             });
             let sampled = tch::Tensor::from_slice(&one.logprobs);

@@ -20,7 +20,7 @@ fn first_line(micro_batch_size: u64) -> Value {
 /// Minus the log-probability of each target of a row that is alone in its batch.
 fn losses(model: &Transformer, ids: &[i64], mask: &[u8]) -> Vec<f64> {
     let batch = Batch::new(&[Row { ids, mask }], Device::Cpu).unwrap();
-    let logits = no_grad(|| model.logits(&batch.select(&model.hidden(&batch.ids, &batch.layout))));
+    let logits = no_grad(|| model.logits(&batch.states(model)));
     let logprobs = token_logprobs(&logits, &batch.targets, 1.0);
     Vec::<f32>::try_from(logprobs).unwrap().into_iter().map(|logprob| -f64::from(logprob)).collect()
 }
@@ -52,7 +52,7 @@ fn padding_with_the_end_of_sequence_takes_no_target_away_and_adds_none() {
     let gradient = |rows: &[Row<'_>]| {
         let batch = Batch::new(rows, Device::Cpu).unwrap();
         model.zero_gradients();
-        let logits = model.logits(&batch.select(&model.hidden(&batch.ids, &batch.layout)));
+        let logits = model.logits(&batch.states(&model));
         crate::loss::supervised_loss(&token_logprobs(&logits, &batch.targets, 1.0), 5.0).backward();
         (Vec::<i64>::try_from(&batch.targets).unwrap(), model.weights().gradient().copy())
     };

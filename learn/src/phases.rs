@@ -1,0 +1,224 @@
+//! Where the time of a step goes: seconds by phase, and what the machine did in them.
+//!
+//! Phases do not nest: what runs within one belongs to it. Sums are kept for the thread and taken out once a step. Nothing
+//! here changes a result, and nothing of it enters an output.
+//!
+//! - `seconds/<phase>`: seconds of `prefill`, `decode`, `sampling`, `reward`, `forward`, `backward`, `optimizer`,
+//!   `evaluation` and `saving`; `seconds/step` is all of the step with what belongs to none.
+//! - `mfu`: floating-point operations of the model's forward and backward passes over the computed tokens (3 times the
+//!   forward's: 2 a weight of a matrix and token, behind the last attention and in the head a target instead of a token, and
+//!   4 a query's element and key it sees), divided by the seconds of `forward`,
+//!   `backward` and `optimizer` and by the operations a second of a product of two fp32 matrices of 1024 x 1024, measured
+//!   when the stage begins.
+//! - `decode_bandwidth_share`: bytes that decoding must move (weights once a step, the live keys and values, logits), divided
+//!   by the seconds of `decode` and by the bytes a second of a copy of 64 MiB, measured when the stage begins. Above 1, what
+//!   is read comes from caches.
+//! - `shared_prompt_share`: the share of the tokens trained on that was not computed because a neighbour has the same prompt.
+//! - `padding_share`: the share of places of the attention that hold padding; no other step of a pass has any.
+//! - `peak_memory_bytes`: the most that the process has held so far.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use tch::{Cuda, Device, Kind, Tensor, no_grad};
+
+use crate::batch::Batch;
+use crate::memory;
+use crate::model::ModelConfig;
+use crate::native;
+
+thread_local! {
+    static SPENT: RefCell<BTreeMap<&'static str, f64>> = const { RefCell::new(BTreeMap::new()) };
+    static WITHIN: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `run` and counts its seconds to `phase`, unless it runs within another.
+pub fn time<R>(phase: &'static str, run: impl FnOnce() -> R) -> R {
+    if WITHIN.replace(true) {
+        return run();
+    }
+    let began = Instant::now();
+    let made = run();
+    WITHIN.set(false);
+    add(phase, began.elapsed().as_secs_f64());
+    made
+}
+
+/// What is counted beside seconds.
+mod counted {
+    pub(super) const OPERATIONS: &str = "operations";
+    pub(super) const BYTES: &str = "bytes";
+    pub(super) const GENERATED: &str = "generated";
+    pub(super) const ROWS: &str = "tokens of rows";
+    pub(super) const COMPUTED: &str = "tokens computed";
+    pub(super) const PLACES: &str = "places of the attention";
+}
+
+fn add(name: &'static str, value: f64) {
+    SPENT.with_borrow_mut(|spent| *spent.entry(name).or_default() += value);
+}
+
+/// Counts a forward and a backward pass over a batch whose rows have `tokens` tokens.
+pub fn count_training(config: &ModelConfig, batch: &Batch, tokens: usize) {
+    if WITHIN.get() {
+        return;
+    }
+    let layout = &batch.layout;
+    let head = config.vocab_size * config.hidden_size;
+    let queries = config.num_attention_heads * config.head_dim;
+    // Behind its attention the last layer computes the targets alone.
+    let behind = config.hidden_size * (queries + 3 * config.intermediate_size);
+    let everywhere = (matrices(config) - head - behind) as f64 * layout.tokens() as f64;
+    let at_targets = (head + behind) as f64 * batch.count() as f64;
+    let seen = (config.num_hidden_layers * queries) as f64 * layout.pairs() as f64;
+    let forward = 2.0 * (everywhere + at_targets) + 4.0 * seen;
+    add(counted::OPERATIONS, 3.0 * forward);
+    add(counted::ROWS, tokens as f64);
+    add(counted::COMPUTED, layout.tokens() as f64);
+    let places = if native::takes(&Tensor::zeros([0], (Kind::Float, batch.ids.device()))) {
+        layout.tokens()
+    } else {
+        layout.places()
+    };
+    add(counted::PLACES, places as f64);
+}
+
+/// Counts a step of generation of `rows` rows that see `seen` tokens together, of which prompts are read once each.
+pub fn count_decoding(config: &ModelConfig, rows: usize, seen: i64) {
+    if WITHIN.get() {
+        return;
+    }
+    let cached = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * seen;
+    let elements = matrices(config) + cached + rows as i64 * config.vocab_size;
+    add(counted::BYTES, 4.0 * elements as f64);
+    add(counted::GENERATED, rows as f64);
+}
+
+/// Elements of the matrices that a token is multiplied with.
+fn matrices(config: &ModelConfig) -> i64 {
+    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+    let (queries, keys) = (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
+    config.num_hidden_layers * hidden * (2 * queries + 2 * keys + 3 * inner) + config.vocab_size * hidden
+}
+
+/// What the machine can do, measured once.
+#[derive(Clone, Copy, Debug)]
+pub struct Machine {
+    /// fp32 operations a second of a matrix product.
+    operations: f64,
+    /// Bytes a second read and written by a copy.
+    bandwidth: f64,
+    device: Device,
+    step: Instant,
+}
+
+impl Machine {
+    /// Measures `device`; some hundredths of a second.
+    pub fn measure(device: Device) -> Self {
+        let best = |run: &dyn Fn() -> Tensor| {
+            let once = |_| {
+                let began = Instant::now();
+                // Reading a number waits for the device.
+                let _ = run().view(-1).get(0).double_value(&[]);
+                began.elapsed().as_secs_f64()
+            };
+            (0..4).map(once).fold(f64::INFINITY, f64::min)
+        };
+        no_grad(|| {
+            let square = Tensor::ones([1024, 1024], (Kind::Float, device));
+            let long = Tensor::ones([16 << 20], (Kind::Float, device));
+            let product = best(&|| square.matmul(&square));
+            let copy = best(&|| long.copy());
+            let (operations, bandwidth) = (2.0 * f64::from(1 << 30) / product, 2.0 * f64::from(64 << 20) / copy);
+            Self { operations, bandwidth, device, step: Instant::now() }
+        })
+    }
+
+    /// The metrics of all that was counted since it was last asked.
+    pub fn metrics(&mut self) -> BTreeMap<String, f64> {
+        let spent = SPENT.take();
+        let of = |name: &str| spent.get(name).copied().unwrap_or(0.0);
+        let phases =
+            ["prefill", "decode", "sampling", "reward", "forward", "backward", "optimizer", "evaluation", "saving"];
+        let seconds = phases.iter().filter(|phase| spent.contains_key(*phase));
+        let mut metrics: BTreeMap<String, f64> = seconds.map(|phase| (format!("seconds/{phase}"), of(phase))).collect();
+        let mut tell = |name: &str, value: f64| {
+            if value.is_finite() {
+                metrics.insert(name.to_owned(), value);
+            }
+        };
+        tell("seconds/step", self.step.elapsed().as_secs_f64());
+        self.step = Instant::now();
+        let training = of("forward") + of("backward") + of("optimizer");
+        tell("mfu", of(counted::OPERATIONS) / training / self.operations);
+        tell("decode_bandwidth_share", of(counted::BYTES) / of("decode") / self.bandwidth);
+        tell("tokens_per_second/decode", of(counted::GENERATED) / (of("decode") + of("sampling")));
+        tell("shared_prompt_share", 1.0 - of(counted::COMPUTED) / of(counted::ROWS));
+        tell("padding_share", 1.0 - of(counted::COMPUTED) / of(counted::PLACES));
+        if self.device == Device::Cpu
+            && let Some(peak) = memory::peak()
+        {
+            tell("peak_memory_bytes", peak as f64);
+        }
+        metrics
+    }
+}
+
+/// Waits until `device` has done what it was given, so that a phase's seconds are its own.
+pub fn settle(device: Device) {
+    if let Device::Cuda(index) = device {
+        Cuda::synchronize(index as i64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn phases_do_not_nest_and_are_taken_once() {
+        let mut machine = Machine::measure(Device::Cpu);
+        let _ = machine.metrics();
+        let slept = || std::thread::sleep(Duration::from_millis(5));
+        time("evaluation", || {
+            time("decode", slept);
+            add("seen", 1.0);
+        });
+        time("decode", slept);
+        let metrics = machine.metrics();
+        assert!(metrics["seconds/evaluation"] >= 0.005 && metrics["seconds/decode"] >= 0.005);
+        assert!(metrics["seconds/step"] >= metrics["seconds/evaluation"] + metrics["seconds/decode"]);
+        assert!(metrics["peak_memory_bytes"] > 1e6 && !metrics.contains_key("mfu"));
+        assert!(!machine.metrics().contains_key("seconds/decode"));
+    }
+
+    /// A model of one layer, by hand: two prompts of 3 and 2 tokens, the first with two samples of one token.
+    #[test]
+    fn operations_and_bytes_are_counted_by_their_formulas() {
+        let (_folder, model) = crate::sandbox::model(&serde_json::json!({"layers": 1}));
+        let ids = [[1i64, 2, 3, 4], [1, 2, 3, 5]];
+        let row = |ids| crate::batch::Row { ids, mask: &[0, 0, 0, 1] };
+        let other = crate::batch::Row { ids: &[7, 8], mask: &[0, 1] };
+        let batch = Batch::sharing_prompts(&[row(&ids[0]), row(&ids[1]), other], Device::Cpu).expect("a batch");
+        let mut machine = Machine { operations: 1.0, bandwidth: 1.0, device: Device::Cpu, step: Instant::now() };
+        let _ = machine.metrics();
+        count_training(model.config(), &batch, 10);
+        add("forward", 2.0);
+        count_decoding(model.config(), 3, 11);
+        add("decode", 4.0);
+        let metrics = machine.metrics();
+        // Hidden 16, four heads and two key heads of width 4, inner 24, vocabulary 13.
+        let matrices = 16.0 * (2.0 * 16.0 + 2.0 * 8.0 + 3.0 * 24.0);
+        let pairs = 6.0 + 4.0 + 4.0 + 3.0;
+        let behind = 16.0 * (16.0 + 3.0 * 24.0);
+        let targets = 3.0 * (13.0 * 16.0 + behind);
+        let operations = 3.0 * (2.0 * ((matrices - behind) * 7.0 + targets) + 4.0 * 16.0 * pairs);
+        assert!((metrics["mfu"] - operations / 2.0).abs() < 1e-6, "{metrics:?}");
+        let bytes = 4.0 * (matrices + 13.0 * 16.0 + 2.0 * 8.0 * 11.0 + 3.0 * 13.0);
+        assert!((metrics["decode_bandwidth_share"] - bytes / 4.0).abs() < 1e-6);
+        assert!((metrics["shared_prompt_share"] - 0.3).abs() < 1e-12 && metrics["padding_share"].abs() < 1e-12);
+    }
+}
