@@ -6,7 +6,7 @@
 A stage writes a line when it begins and one when it ends, into a file outside the store. Without kills every stage of
 every trial must have begun exactly once. Then, in a store of its own, the driver is killed N times in the middle: what was
 announced as done never begins again, nor does what had ended 0.3 s before; and no more stages begin twice than
-were running, or ended in those 0.3 s. Exits with 1 where that does not hold.
+were running when it was killed. Exits with 1 where that does not hold.
 """
 
 import argparse
@@ -121,11 +121,12 @@ def main():
 
     torn = Sweep(pipe, place / "torn")
     jobs = os.cpu_count() or 1
-    done, late, kills = {}, 0, 0
+    done, kills = {}, 0
     while kills < options.kills:
         run = torn.start()
         time.sleep(max(0, draws.uniform(0.5, 1.5) * taken / max(1, options.kills) - LEAD))
-        settled = torn.lines("ends")
+        ended, begun = torn.lines("ends"), torn.lines("begins")
+        settled = [stage for stage in ended if ended[stage] == begun[stage]]
         time.sleep(LEAD)
         if run.poll() is not None:
             break
@@ -141,15 +142,13 @@ def main():
             done.setdefault(stage, begun[stage])
         for stage in torn.announced():
             done.setdefault(stage, begun[stage])
-        # Its result was on its way to the disk.
-        late += len(set(ended) - set(done))
     expect(torn.start().wait() == 0, f"the run after {kills} kills does not end well: seed {seed}")
     begun, ended = torn.lines("begins"), torn.lines("ends")
     expect(len(ended) == stages, f"{len(ended)} of {stages} stages ended: seed {seed}")
     again = {stage: begun[stage] for stage, count in done.items() if begun[stage] != count}
     expect(not again, f"stages that were done began again: {again}: seed {seed}")
     spent = sum(begun.values()) - stages
-    expect(spent <= kills * jobs + late, f"{spent} stages began twice after {kills} kills: seed {seed}")
+    expect(spent <= kills * jobs, f"{spent} stages began twice after {kills} kills: seed {seed}")
     expect(torn.start().wait() == 0 and torn.lines("begins") == begun, "a second run ran something")
 
     subprocess.run(["chmod", "-R", "u+w", str(place)], check=False)

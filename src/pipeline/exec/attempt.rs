@@ -173,6 +173,16 @@ pub fn attempt(
             }
         }
     }
+    if !request.again
+        && let Some(prepared) = store.recover(&lock)?
+    {
+        events(StageEvent::Note {
+            text: "an earlier attempt had ended well and was killed; its result is taken".into(),
+        });
+        let manifest = Box::new(prepared.manifest().clone());
+        Attempted::Prepared(lock, Box::new(prepared)).commit(store)?;
+        return Ok(Attempted::Found(manifest));
+    }
     let inputs = verified_inputs(store, request, &interrupt)?;
     if let Some(problem) = changed_file(store, &request.files)? {
         return Err(AttemptError::Lasting(anyhow!("{problem} after the run was planned; run again")));
@@ -543,6 +553,28 @@ mod tests {
 
     fn write(context: &StageContext, text: &str) -> anyhow::Result<()> {
         Ok(std::fs::write(context.output("out").join("data"), text)?)
+    }
+
+    #[test]
+    fn what_was_prepared_before_a_kill_is_taken_and_what_was_harmed_since_is_made_again() {
+        let sandbox = Sandbox::new();
+        let request = request(&sandbox, 1);
+        let write: Run<'_> = &|context| Ok(std::fs::write(context.output("out").join("data"), "one")?);
+        let prepare = || attempt(&sandbox.store, &request, write, Arc::default(), quiet()).unwrap();
+        // Dropped, it leaves what a kill would.
+        drop(prepare());
+        assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Miss));
+        let taken = attempt(&sandbox.store, &request, &|_| panic!("it need not run"), Arc::default(), quiet()).unwrap();
+        let Attempted::Found(manifest) = taken else { panic!("it was made before") };
+        assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Hit(_)));
+        assert!(!sandbox.store.work(&key(1)).exists());
+
+        std::fs::remove_file(sandbox.store.manifest_path(&key(1))).unwrap();
+        drop(prepare());
+        let data = sandbox.opened(&manifest.outputs[0].digest).join("data");
+        std::fs::remove_file(&data).unwrap();
+        std::fs::write(&data, "two").unwrap();
+        assert!(matches!(prepare(), Attempted::Prepared(..)), "no byte is taken on trust");
     }
 
     #[test]

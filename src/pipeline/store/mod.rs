@@ -335,7 +335,7 @@ impl Store {
         self.root.join(name)
     }
 
-    fn manifest_path(&self, key: &Digest) -> PathBuf {
+    pub(crate) fn manifest_path(&self, key: &Digest) -> PathBuf {
         sharded(&self.folder("manifests"), key).join(format!("{key}.json"))
     }
 }

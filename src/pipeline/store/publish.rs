@@ -13,7 +13,7 @@ use serde_json::Value;
 use super::digest::{Links, Listed, digest_folder_on, digest_listed, list};
 use super::disk::{Disk, Sort};
 use super::error::At as _;
-use super::{Digest, KeyLock, KeyParts, Manifest, Store, StoreError, StoredFile, StoredOutput};
+use super::{Digest, KeyLock, KeyParts, Manifest, Store, StoreError, StoredFile, StoredOutput, sealed};
 use crate::pipeline::stage::ArtifactType;
 
 /// A finished stage on its way to a [`Manifest`].
@@ -54,6 +54,9 @@ pub struct DraftOutput {
 /// means nothing in a folder that nobody may write.
 pub(super) const SEALED: u32 = 0o555;
 const UNSYNCED: u32 = 0o1000;
+
+/// The file of a work folder that says what was prepared.
+const PREPARED: &str = "prepared.json";
 
 /// A finished stage whose outputs lie in their places. Nothing of it need be durable yet, and no manifest speaks of it.
 #[derive(Clone, Debug)]
@@ -122,7 +125,44 @@ impl Store {
             metrics: draft.metrics,
             accepted: None,
         };
+        self.note_prepared(lock, &manifest);
         Ok(Prepared { manifest, unsynced })
+    }
+
+    /// Writes down what was prepared, so that a kill before its commit does not cost the work: see [`Store::recover`].
+    fn note_prepared(&self, lock: &KeyLock, manifest: &Manifest) {
+        let work = self.work(lock.key());
+        let bytes = sealed::seal(&serde_json::to_vec(manifest).expect("a manifest is plain data"));
+        let noted = self.disk.write_loosely(&work.join(PREPARED), &bytes).or_else(|_| {
+            self.disk.ensure_folder(&work, false)?;
+            self.disk.write_loosely(&work.join(PREPARED), &bytes)
+        });
+        if let Err(error) = noted {
+            tracing::debug!(%error, "a kill now costs the attempt");
+        }
+    }
+
+    /// What an attempt at the lock's key had prepared that was killed before its commit, where every byte of it is there.
+    pub fn recover(&self, lock: &KeyLock) -> Result<Option<Prepared>, StoreError> {
+        let path = self.work(lock.key()).join(PREPARED);
+        let bytes = match self.disk.read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).at("read", &path),
+        };
+        let manifest = sealed::open(&bytes).and_then(|body| serde_json::from_slice::<Manifest>(&body).ok());
+        let Some(manifest) = manifest.filter(|manifest| manifest.key == *lock.key() && manifest.key_is_right()) else {
+            return Ok(None);
+        };
+        self.lease(&manifest.outputs.iter().map(|output| &output.digest).collect::<Vec<_>>())?;
+        let mut unsynced = Vec::new();
+        for output in &manifest.outputs {
+            if self.verify_object(output)?.is_err() {
+                return Ok(None);
+            }
+            self.note_unsynced(&output.digest, &output.files, &mut unsynced)?;
+        }
+        Ok(Some(Prepared { manifest, unsynced }))
     }
 
     /// Removes the work folder of a key whose result is there.

@@ -4,6 +4,7 @@
 //! attempts.json   how many attempts there were, and under which conditions
 //! state/          training states, where a stage has made it; whoever finds one goes on from it
 //! out-<attempt>/  one folder an output; only the newest attempt's is ever looked at
+//! prepared.json   what an attempt has made whose result is being made durable
 //! failed/         what the last failed attempt had written, for people
 //! ```
 
