@@ -8,7 +8,9 @@ use serde_json::{Value, json};
 use crate::cli::failure::Failure;
 use crate::cli::{Session, render, store_hint};
 use crate::pipeline::plan::{Node, NodeName, Plan, State};
-use crate::pipeline::store::{AcceptError, AcceptanceDraft, Digest, KeyParts, Lookup, RunRecord, Store, StoreError};
+use crate::pipeline::store::{
+    AcceptError, Acceptance, AcceptanceDraft, Digest, KeyParts, Manifest, RunRecord, Store, StoreError,
+};
 
 /// Let a stage's last result count as it is, after a change that does not matter
 #[derive(Debug, clap::Args)]
@@ -49,11 +51,25 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
 }
 
 fn accept(plan: &Plan, nodes: &[usize], reason: &str, session: &Session, store: &Store) -> Result<(), Failure> {
-    let mut drafts = Vec::new();
+    // Nodes that have come to one key get one result.
+    let mut drafts: Vec<(Vec<&Node>, AcceptanceDraft, Manifest)> = Vec::new();
     for node in nodes.iter().map(|node| &plan.nodes[*node]).filter(|node| node.state != State::Cached) {
         let draft = draft(plan, node, reason, store)?;
-        store.check_acceptance(&draft).map_err(|error| refused(node.name(), &error))?;
-        drafts.push((node, draft));
+        let manifest = store.check_acceptance(&draft).map_err(|error| refused(node.name(), &error))?;
+        let Some((same, _, other)) = drafts.iter_mut().find(|(_, other, _)| other.key == draft.key) else {
+            drafts.push((vec![node], draft, manifest));
+            continue;
+        };
+        let content = |manifest: &Manifest| manifest.outputs.iter().map(|one| one.digest.clone()).collect::<Vec<_>>();
+        if content(&manifest) != content(other) {
+            return Err(Failure::wrong(format!(
+                "`{}` and `{}` are one computation as they are now, and their last results differ",
+                same[0].name(),
+                node.name()
+            ))
+            .hint("run it: only then is it known which is right"));
+        }
+        same.push(node);
     }
     if drafts.is_empty() {
         let name = plan.nodes[nodes[0]].name();
@@ -61,26 +77,33 @@ fn accept(plan: &Plan, nodes: &[usize], reason: &str, session: &Session, store: 
             .hint("`pipe plan` shows what would run"));
     }
     let mut done = Vec::new();
-    for (node, draft) in drafts {
+    for (same, draft, _) in drafts {
         let (from, differences) = (draft.from.clone(), draft.differences.clone());
-        let manifest = store.accept(draft).map_err(|error| refused(node.name(), &error))?;
-        record(plan, node, &manifest.key, store)?;
-        done.push(json!({
-            "name": node.name().to_string(), "key": manifest.key, "from": from, "reason": reason, "differences": differences,
-        }));
+        let manifest = store.accept(draft).map_err(|error| refused(same[0].name(), &error))?;
+        for node in same {
+            record(plan, node, &manifest.key, store)?;
+            done.push(json!({
+                "name": node.name().to_string(), "key": manifest.key, "from": from, "reason": reason,
+                "differences": differences,
+            }));
+        }
     }
     told(session, &done, &format!("accepted ({reason})"))
 }
 
 fn undo(plan: &Plan, nodes: &[usize], session: &Session, store: &Store) -> Result<(), Failure> {
     let mut done = Vec::new();
+    let mut undone: BTreeMap<&Digest, Acceptance> = BTreeMap::new();
     for node in nodes.iter().map(|node| &plan.nodes[*node]) {
         let Some(key) = &node.key else { continue };
-        let found = store.lookup(key).map_err(|error| Failure::stage(&error))?;
-        if !matches!(found, Lookup::Hit(manifest) if manifest.accepted.is_some()) {
-            continue;
+        if !undone.contains_key(key) {
+            match store.undo_acceptance(key) {
+                Ok(acceptance) => undone.insert(key, acceptance),
+                Err(AcceptError::NoResult | AcceptError::NotAccepted) => continue,
+                Err(error) => return Err(refused(node.name(), &error)),
+            };
         }
-        let acceptance = store.undo_acceptance(key).map_err(|error| refused(node.name(), &error))?;
+        let acceptance = &undone[key];
         // The names go back to what they were, so that the next plan compares with it.
         record(plan, node, &acceptance.from, store)?;
         done.push(json!({
@@ -207,11 +230,15 @@ fn refused(name: &NodeName, error: &AcceptError) -> Failure {
     match error {
         AcceptError::Store(error) => Failure::stage(error),
         AcceptError::Busy => Failure::failed(format!("the result of `{name}` {error}")),
-        AcceptError::Damaged { .. } => Failure::failed(format!("the result of `{name}` {error}"))
-            .hint("`pipe verify --repair` puts it aside, and the next run makes it again"),
-        AcceptError::Gone | AcceptError::Outputs { .. } | AcceptError::HasResult | AcceptError::NotAccepted => {
-            Failure::wrong(format!("the result of `{name}` {error}"))
+        AcceptError::Damaged { .. } | AcceptError::HasDamaged { .. } => {
+            Failure::failed(format!("the result of `{name}` {error}"))
+                .hint("`pipe verify --repair` puts it aside, and the next run makes it again")
         }
+        AcceptError::Gone
+        | AcceptError::Outputs { .. }
+        | AcceptError::HasResult
+        | AcceptError::NoResult
+        | AcceptError::NotAccepted => Failure::wrong(format!("the result of `{name}` {error}")),
     }
 }
 

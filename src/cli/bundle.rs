@@ -10,6 +10,7 @@ use crate::cli::pace::Pace;
 use crate::cli::ui::Ui;
 use crate::cli::{Session, render, store_hint};
 use crate::pipeline::bundle::{self, BundleError, Layout, Packing};
+use crate::pipeline::store::Store;
 use crate::stages::KINDS;
 
 /// Pack experiments, the files they name and their results into one file that runs elsewhere
@@ -37,6 +38,14 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     let Some(store) = session.existing_store()? else {
         return Err(Failure::wrong(format!("there is no store at `{}`", session.store.display()))
             .hint("`pipe run` makes it; `--store DIR` or PIPE_STORE names another"));
+    };
+    // What is packed counts as used and stays until it is; a store that cannot be written cannot promise that.
+    let store = match Store::open(&session.store) {
+        Ok(writable) => writable,
+        Err(error) => {
+            ui.note(&format!("a collection elsewhere may take results that are being packed: {error}"));
+            store
+        }
     };
     let plan = session.plan(&experiments, Some(&store))?;
     let layout = Layout::new(&args.files, &plan, &store, KINDS).map_err(|error| failure(&error, session))?;
@@ -71,6 +80,7 @@ pub fn failure(error: &BundleError, session: &Session) -> Failure {
             Failure::stage(error).hint("`pipe verify --repair` puts it aside, and the next run makes it again")
         }
         BundleError::Changed(_) => Failure::stage(error).hint("pack again when nothing runs"),
+        BundleError::NoRoom { .. } => Failure::stage(error).hint("name a store on a larger disk with `--store DIR`"),
         BundleError::Io { .. } => Failure::stage(error),
         BundleError::Store(_) => Failure::stage(error).hint(store_hint(&session.store)),
     }

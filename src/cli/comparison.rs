@@ -309,7 +309,8 @@ impl Results {
             let Some(result) = having.iter().find_map(|trial| self.result(trial, stage)) else { continue };
             if result.values(metric).is_none() {
                 let known = result.known();
-                notes.push(format!("`{stage}` measured no `{metric}`; it has {}", known.join(", ")));
+                let known = if known.is_empty() { "no metrics".to_owned() } else { known.join(", ") };
+                notes.push(format!("`{stage}` measured no `{metric}`; it has {known}"));
             }
         }
     }

@@ -103,6 +103,10 @@ fn collect(args: &Args, session: &Session, store: &Store) -> Result<(), Failure>
         bar.finish_and_clear();
         Some(report.map_err(failed)?)
     } else {
+        if !args.dry_run {
+            // Nothing goes, but what ended runs have left of their leases is put together.
+            store.collect_garbage(&plan, &mut |_, _| (), &mut || ()).map_err(failed)?;
+        }
         None
     };
     if ui.is_json() {

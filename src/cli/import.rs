@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use crate::cli::bundle::{ByteProgress, failure};
 use crate::cli::failure::Failure;
 use crate::cli::{Session, render, store_hint};
-use crate::pipeline::bundle;
+use crate::pipeline::bundle::{self, Waits};
 use crate::pipeline::store::Store;
 
 /// Unpack a bundle: its files into a folder, its results into the store
@@ -32,7 +32,10 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     bundle::check(&args.bundle).map_err(|error| failure(&error, session))?;
     let store = Store::open(&root).map_err(|error| Failure::input(&error).hint(store_hint(&root)))?;
     let mut progress = ByteProgress::new(ui, "importing");
-    let report = bundle::import(&args.bundle, &into, &store, &mut |done, total| progress.tell(done, total));
+    let report =
+        bundle::import(&args.bundle, &into, &store, &mut |done, total| progress.tell(done, total), &mut |waits| {
+            ui.note(&waiting(&waits));
+        });
     progress.end();
     let report = report.map_err(|error| failure(&error, session))?;
     if ui.is_json() {
@@ -50,4 +53,20 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         ui.note(&format!("pipe run {} --store {}", experiment.display(), root.display()));
     }
     Ok(())
+}
+
+/// Whom an import waits for.
+fn waiting(waits: &Waits) -> String {
+    match waits {
+        Waits::Import => "waits for another import of this bundle".to_owned(),
+        Waits::Result(key, None) => format!("waits for whoever works on the result `{}`", key.short()),
+        Waits::Result(key, Some(owner)) => {
+            format!(
+                "waits for process {} on {}, which works on the result `{}`",
+                owner.process,
+                owner.host,
+                key.short()
+            )
+        }
+    }
 }

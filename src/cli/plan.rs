@@ -7,8 +7,9 @@ use serde_json::{Value, json};
 use crate::cli::failure::Failure;
 use crate::cli::ui::Look;
 use crate::cli::{Files, Session, render, same_arms, tuning};
-use crate::pipeline::exec::device;
-use crate::pipeline::plan::forecast::{Forecast, Total, Width};
+use crate::pipeline::exec::device::{self, Gpus};
+use crate::pipeline::exec::slots::Gpu;
+use crate::pipeline::plan::forecast::{Forecast, Share, Total, Width};
 use crate::pipeline::plan::reason::Reason;
 use crate::pipeline::plan::{Node, Plan, State};
 
@@ -48,7 +49,8 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     session.ui.data(&table.text(session.ui.output_color(), session.ui.output_width()))?;
     same_arms(session, &plan, &experiments)?;
     session.ui.note(&summary(&plan));
-    if let Some(time) = time(&total(&plan, &forecast, args.jobs), args.jobs) {
+    let (width, share) = machine(args.jobs);
+    if let Some(time) = time(&forecast.total(width, share, |node| forecast.to_do(node)), args.jobs) {
         session.ui.note(&time);
     }
     for node in &plan.nodes {
@@ -70,13 +72,16 @@ fn ended(args: &Args, plan: &Plan) -> Result<(), Failure> {
     if args.exit_code && would_run { Err(Failure::silent(WOULD_RUN)) } else { Ok(()) }
 }
 
-/// What the run would take on this machine.
-fn total(plan: &Plan, forecast: &Forecast, jobs: usize) -> Total {
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let width = Width { cpus: cores, jobs: if jobs == 0 { cores } else { jobs } };
-    // A device that is not there is for the run to refuse.
-    let cpus = |node: &Node| device::need(node.spec.kind.place, &node.spec.run, cores, 0).map_or(1, |need| need.cpus);
-    forecast.total(plan, width, cpus, |_| true)
+/// What this machine gives at once to a run of so many jobs, 0 being as many as cores, and what a node takes of it.
+pub(super) fn machine(jobs: usize) -> (Width, impl Fn(&Node) -> Share) {
+    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let gpus = Gpus::detect().count();
+    let share = move |node: &Node| {
+        // A device that is not there is for the run to refuse.
+        let need = device::need(node.spec.kind.place, &node.spec.run, cpus, gpus).unwrap_or_default();
+        Share { cpus: need.cpus, has_gpu: need.gpu != Gpu::None }
+    };
+    (Width { cpus, gpus, jobs: if jobs == 0 { cpus } else { jobs } }, share)
 }
 
 /// `about 12m 00s of work, 6m 00s with 2 jobs; of 3 stages the time is not known`; nothing where nothing would run.
@@ -102,7 +107,7 @@ fn time(total: &Total, jobs: usize) -> Option<String> {
 }
 
 /// The documented JSON of a plan.
-fn rows(plan: &Plan, forecast: &Forecast) -> Vec<Value> {
+fn rows(plan: &Plan, forecast: &Forecast<'_>) -> Vec<Value> {
     let mut rows = Vec::new();
     for trial in &plan.trials {
         for (stage, index) in in_order(&trial.stages) {
@@ -142,12 +147,12 @@ struct Line<'a> {
 /// The plan as people read it.
 struct Table<'a> {
     plan: &'a Plan,
-    forecast: &'a Forecast,
+    forecast: &'a Forecast<'a>,
     lines: Vec<Line<'a>>,
 }
 
 impl<'a> Table<'a> {
-    fn new(plan: &'a Plan, forecast: &'a Forecast, all: bool) -> Self {
+    fn new(plan: &'a Plan, forecast: &'a Forecast<'a>, all: bool) -> Self {
         let lines = if all {
             let stages = plan.trials.iter().flat_map(|trial| {
                 in_order(&trial.stages).into_iter().map(move |(stage, node)| Line {

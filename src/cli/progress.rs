@@ -2,21 +2,31 @@
 //!
 //! It turns events into lines and bars and knows nothing else of the run.
 
-use std::collections::BTreeMap;
+mod left;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 use crate::cli::pace::Pace;
+use crate::cli::progress::left::{Estimate, TimeLeft};
 use crate::cli::render;
 use crate::cli::ui::{Look, Ui};
 use crate::pipeline::exec::event::Event;
 use crate::pipeline::plan::{NodeName, Plan};
 use crate::pipeline::stage::StageEvent;
-use crate::pipeline::store::{Owner, Reached};
+use crate::pipeline::store::{Owner, Reached, Store};
 
 /// Without a terminal a running stage says how far it is at most this often.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Without a terminal the run as a whole says how far it is at most this often.
+const PLAIN_OVERALL: Duration = Duration::from_secs(60);
+
+/// Terminals narrower than this are not told how long the run has taken so far.
+const NARROW: u16 = 50;
 
 /// How often clocks and spinners move.
 const TICK: Duration = Duration::from_millis(200);
@@ -29,15 +39,34 @@ pub struct Progress<'a> {
     ui: &'a Ui,
     /// Whether names need their experiment to be told apart.
     several: bool,
+    /// Whether more follows, of which nothing is known yet.
+    tunes: bool,
     total: usize,
     settled: usize,
     running: BTreeMap<usize, Running>,
     overall: Option<ProgressBar>,
+    time_left: TimeLeft<'a>,
+    /// The newest estimate, which the overall line shows as its clock moves.
+    estimate: Arc<Mutex<Option<Estimate>>>,
     begun: Instant,
+    /// When the run as a whole said something on a plain line.
+    told: Instant,
     /// What failed, to be told again at the end.
     failures: Vec<Failed>,
     /// Whether something was told since the last failure.
     went_on: bool,
+}
+
+/// What was asked of a run.
+pub struct Asked {
+    /// By node, whether it shall run if it is missing.
+    pub wanted: Vec<bool>,
+    /// Nodes that run even where they are cached.
+    pub again: BTreeSet<usize>,
+    /// Stages at once; 0 is as many as cores.
+    pub jobs: usize,
+    /// Whether trials are not known yet, because they wait for what this run finds.
+    pub tunes: bool,
 }
 
 /// A stage that failed.
@@ -61,17 +90,22 @@ struct Running {
 
 impl<'a> Progress<'a> {
     /// A display for the run of `plan`.
-    pub fn new(ui: &'a Ui, plan: &Plan) -> Self {
+    pub fn new(ui: &'a Ui, plan: &'a Plan, store: &'a Store, asked: Asked) -> Self {
+        let Asked { wanted, again, jobs, tunes } = asked;
         let first = plan.trials.first().map(|trial| &trial.experiment);
         let several = plan.trials.iter().any(|trial| Some(&trial.experiment) != first);
         Self {
             ui,
             several,
+            tunes,
             total: plan.nodes.len(),
             settled: 0,
             running: BTreeMap::new(),
             overall: None,
+            time_left: TimeLeft::new(plan, store, wanted, again, jobs),
+            estimate: Arc::default(),
             begun: Instant::now(),
+            told: Instant::now(),
             failures: Vec::new(),
             went_on: false,
         }
@@ -84,7 +118,7 @@ impl<'a> Progress<'a> {
             Event::Cached { node, .. } => {
                 // It may have begun, and found what another run had made meanwhile.
                 self.stop(*node);
-                self.settle();
+                self.settle(*node);
             }
             Event::Waiting { name, owner, reached, .. } => {
                 self.line("waiting", Look::Dim, name, &owner_text(owner.as_ref(), reached.as_ref()));
@@ -105,11 +139,13 @@ impl<'a> Progress<'a> {
                     text.push_str(&headline(metrics));
                 }
                 self.line("done", Look::Green, name, &text);
-                self.settle();
+                self.time_left.learn(*node, *seconds);
+                self.settle(*node);
+                self.tell_overall();
             }
             Event::Failed { node, name, error, log } => {
                 self.stop(*node);
-                self.settle();
+                self.settle(*node);
                 self.ui.error(&format!("stage `{}` failed: {error}", render::node(name)));
                 if !log.is_empty() {
                     self.ui.hint(&format!("its log is {log}"));
@@ -118,9 +154,9 @@ impl<'a> Progress<'a> {
                 self.failures.push(Failed { label: render::node(name), error, log: log.clone() });
                 self.went_on = false;
             }
-            Event::Blocked { name, .. } => {
+            Event::Blocked { node, name } => {
                 self.line("blocked", Look::Yellow, name, "an input failed");
-                self.settle();
+                self.settle(*node);
             }
             Event::Interrupted { node, name } => {
                 // Stages that never began are interrupted too; there is nothing to say of them.
@@ -130,6 +166,9 @@ impl<'a> Progress<'a> {
             }
             Event::Warning { text } => self.ui.warn(text),
             Event::Finished(_) => self.clear(),
+        }
+        if self.overall.is_some() {
+            self.estimate();
         }
     }
 
@@ -184,14 +223,16 @@ impl<'a> Progress<'a> {
         let told = Instant::now();
         let running = Running { label, pace: Pace::new(), metrics: BTreeMap::new(), reached: None, bar, told };
         self.running.insert(node, running);
+        self.time_left.begin(node, told);
     }
 
     /// A bar above the overall line, which comes with the first.
     fn bar(&mut self, label: &str) -> ProgressBar {
+        let text = self.overall_text();
         let overall = self.overall.get_or_insert_with(|| {
             let overall = self.ui.bars().add(ProgressBar::no_length());
-            overall.set_style(style("{msg}, {time}"));
-            overall.set_message(overall_text(self.settled, self.total));
+            overall.set_style(overall_style(self.ui.error_width(), &self.estimate));
+            overall.set_message(text);
             overall.enable_steady_tick(TICK);
             overall
         });
@@ -246,6 +287,7 @@ impl<'a> Progress<'a> {
 
     /// Takes a stage's bar away; whether there was such a stage.
     fn stop(&mut self, node: usize) -> bool {
+        self.time_left.stop(node);
         let stopped = self.running.remove(&node);
         let was_running = stopped.is_some();
         if let Some(bar) = stopped.and_then(|running| running.bar) {
@@ -255,15 +297,47 @@ impl<'a> Progress<'a> {
         was_running
     }
 
-    fn settle(&mut self) {
+    fn settle(&mut self, node: usize) {
         self.settled += 1;
+        self.time_left.settle(node);
         if let Some(overall) = &self.overall {
-            overall.set_message(overall_text(self.settled, self.total));
+            overall.set_message(self.overall_text());
         }
+    }
+
+    fn overall_text(&self) -> String {
+        let tuning = if self.tunes { " of tuning" } else { "" };
+        format!("{} of {}{tuning}", render::count(self.settled as u64), render::plural(self.total, "stage"))
+    }
+
+    /// Estimates the time left anew, unless that would cost more than it is worth.
+    fn estimate(&mut self) {
+        let now = Instant::now();
+        let pace = |node: usize| self.running.get(&node)?.left();
+        let new = if self.time_left.is_due(now) { Some(self.time_left.estimate(now, pace)) } else { None };
+        let mut estimate = self.estimate.lock().unwrap_or_else(PoisonError::into_inner);
+        *estimate = new.unwrap_or_else(|| estimate.map(Estimate::outdated));
+    }
+
+    /// Without a terminal, how far the run as a whole is, now and then.
+    fn tell_overall(&mut self) {
+        if self.ui.draws_bars() || self.ui.is_quiet() || self.told.elapsed() < PLAIN_OVERALL {
+            return;
+        }
+        self.told = Instant::now();
+        self.estimate();
+        let left = shown(&self.estimate).map(|left| format!(", {left}")).unwrap_or_default();
+        self.ui.note(&format!("{}{left}", self.overall_text()));
     }
 }
 
 impl Running {
+    /// Seconds that it still takes by its own count.
+    fn left(&self) -> Option<f64> {
+        let (_, total, _) = self.reached.as_ref()?;
+        self.pace.left(*total)
+    }
+
     /// `1,200/3,000 steps, 21.3/s, 1m 24s left, loss 0.31`: what matters most stands first, since narrow terminals cut.
     fn text(&self) -> String {
         let Some((done, total, unit)) = &self.reached else { return String::new() };
@@ -271,7 +345,7 @@ impl Running {
         if let Some(rate) = self.pace.rate() {
             parts.push(format!("{}/s", rate_text(rate)));
         }
-        if let Some(left) = self.pace.left(*total).filter(|_| done < total) {
+        if let Some(left) = self.left().filter(|_| done < total) {
             parts.push(format!("{} left", render::duration(left)));
         }
         if !self.metrics.is_empty() {
@@ -321,8 +395,22 @@ fn headline(metrics: &BTreeMap<String, f64>) -> String {
     shown.join(", ")
 }
 
-fn overall_text(settled: usize, total: usize) -> String {
-    format!("{}/{} stages", render::count(settled as u64), render::count(total as u64))
+/// The estimate as it is now.
+fn shown(estimate: &Mutex<Option<Estimate>>) -> Option<String> {
+    estimate.lock().unwrap_or_else(PoisonError::into_inner).and_then(|estimate| estimate.text(Instant::now()))
+}
+
+/// `3 of 10 stages, about 12 min left, 4m 10s`.
+fn overall_style(width: Option<u16>, estimate: &Arc<Mutex<Option<Estimate>>>) -> ProgressStyle {
+    let estimate = Arc::clone(estimate);
+    let left = move |_: &ProgressState, text: &mut dyn std::fmt::Write| {
+        if let Some(left) = shown(&estimate) {
+            // A line that cannot be written is redrawn at the next tick.
+            let _ = write!(text, ", {left}");
+        }
+    };
+    let is_narrow = width.is_some_and(|width| width < NARROW);
+    style(if is_narrow { "{msg}{left}" } else { "{msg}{left}, {time}" }).with_key("left", left)
 }
 
 fn bar_style(width: Option<u16>) -> ProgressStyle {
@@ -375,6 +463,8 @@ mod tests {
             bar_style(width);
         }
         let bar = ProgressBar::hidden().with_style(style("{prefix} {spinner} {time}"));
-        bar.set_style(style("{msg}, {time}"));
+        for width in [None, Some(20), Some(200)] {
+            bar.set_style(overall_style(width, &Arc::default()));
+        }
     }
 }

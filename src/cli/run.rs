@@ -5,11 +5,12 @@ use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use serde::Serialize;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::cli::failure::Failure;
-use crate::cli::progress::Progress;
+use crate::cli::progress::{Asked, Progress};
 use crate::cli::tuning::{self, Tuned};
 use crate::cli::ui::last_words;
 use crate::cli::{Files, Session, render, same_arms, store_hint, table};
@@ -17,7 +18,7 @@ use crate::pipeline::exec::event::{Event, Outcome};
 use crate::pipeline::exec::{self, ExecError, Options, select};
 use crate::pipeline::plan::{Node, Plan, State};
 use crate::pipeline::spec::{Experiment, Trial};
-use crate::pipeline::store::{Store, StoreError};
+use crate::pipeline::store::{Digest, Store, StoreError};
 
 /// Run what is missing of the experiments in FILES
 ///
@@ -55,7 +56,8 @@ pub struct Args {
 
 /// With `--json`, every event on a line of stdout; the last is the outcome.
 ///
-/// Where arms are tuned, the trials that tune run first, and those that report follow from what they choose.
+/// Where arms are tuned, the trials that tune run first, and those that report follow from what they choose: each of these
+/// phases begins with `started` and numbers its nodes anew, and every event in it says its `phase`, counted from 1.
 pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     let ui = &session.ui;
     let mut experiments = session.read(&args.files.files, &args.files.sets)?;
@@ -114,27 +116,29 @@ fn in_parts(
     let most_failures = options.most_failures;
     let mut ran = BTreeSet::new();
     let mut known = HashSet::new();
+    // What has run again need not do so for the trials that follow.
+    let mut anew: HashSet<Digest> = HashSet::new();
+    let is_tuned = experiments.iter().any(|one| one.tuning.is_some());
+    let mut number = 0;
     // Where nothing is tuned, one pass takes all that was read.
     let mut next: Option<Vec<Experiment>> = None;
     loop {
         let these = next.as_deref().unwrap_or(experiments);
-        // What the plan finds must stay until the run ends, so nothing may be collected before it is leased.
-        let hold = store.hold().map_err(wrong)?;
-        let plan = session.plan(these, Some(store))?;
-        hold.lease(plan.nodes.iter().filter_map(|node| node.key.as_ref())).map_err(wrong)?;
-        drop(hold);
+        let plan = leased(session, these, store)?;
         same_arms(session, &plan, these)?;
         let again = |node: &&Node| node.state == State::Cached && known.contains(&node.recipe);
         let shared = plan.nodes.iter().filter(again).count();
-        let Some(mut options) = phase(options, &plan, these) else { break Ok((plan, !ran.is_empty())) };
+        let Some(mut options) = phase(options, &plan, these, &mut anew) else { break Ok((plan, !ran.is_empty())) };
+        number += 1;
+        let phase = is_tuned.then(|| Phase { number, tunes: these.iter().any(|one| one.waiting().next().is_some()) });
         options.most_failures = options.most_failures.map(|most| most - whole.failed);
-        let outcome = execute(&plan, store, &options, session)?;
+        let outcome = execute(&plan, store, &options, phase, session)?;
         known.extend(plan.nodes.iter().map(|node| node.recipe.clone()));
         add(whole, &outcome, shared);
         let is_over = outcome.skipped > 0
             || outcome.interrupted > 0
             || most_failures.is_some_and(|most| whole.failed >= most)
-            || experiments.iter().all(|one| one.tuning.is_none());
+            || !is_tuned;
         if is_over {
             break Ok((plan, !ran.is_empty()));
         }
@@ -156,16 +160,64 @@ fn in_parts(
     }
 }
 
+/// A part of a run that has several.
+#[derive(Clone, Copy)]
+struct Phase {
+    /// From 1.
+    number: usize,
+    /// Whether trials wait for what it finds.
+    tunes: bool,
+}
+
+/// An event of a phase: nodes are numbered anew in each.
+#[derive(Serialize)]
+struct InPhase<'a> {
+    #[serde(flatten)]
+    event: &'a Event,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    phase: Option<usize>,
+}
+
+/// A plan of which every result that it found stays until this process ends.
+///
+/// Planning may hash files for minutes, in which a collection goes on. What it has taken meanwhile is planned again, and what
+/// was leased before stays, so this ends.
+fn leased(session: &Session, experiments: &[Experiment], store: &Store) -> Result<ManuallyDrop<Plan>, Failure> {
+    loop {
+        let plan = session.plan(experiments, Some(store))?;
+        let keys: Vec<&Digest> = plan.nodes.iter().filter_map(|node| node.key.as_ref()).collect();
+        let found: Vec<&Digest> =
+            plan.nodes.iter().filter_map(|node| node.result.as_ref()).map(|result| &result.key).collect();
+        let stays = store.lease_found(&keys, &found);
+        if stays.map_err(|error| Failure::input(&error).hint(store_hint(&session.store)))? {
+            return Ok(plan);
+        }
+    }
+}
+
 /// Runs one plan and tells what happens.
-fn execute(plan: &Plan, store: &Store, options: &Options, session: &Session) -> Result<Outcome, Failure> {
+fn execute(
+    plan: &Plan,
+    store: &Store,
+    options: &Options,
+    phase: Option<Phase>,
+    session: &Session,
+) -> Result<Outcome, Failure> {
     let ui = &session.ui;
-    let mut progress = Progress::new(ui, plan);
+    let again = select::nodes(plan, &options.again, "--again").map_err(failure)?;
+    let wanted = if options.until.is_empty() {
+        vec![true; plan.nodes.len()]
+    } else {
+        select::with_ancestors(plan, select::nodes(plan, &options.until, "--until").map_err(failure)?)
+    };
+    let tunes = phase.is_some_and(|phase| phase.tunes);
+    let mut progress = Progress::new(ui, plan, store, Asked { wanted, again, jobs: options.jobs, tunes });
     let mut unwritten = None;
     let outcome = exec::execute(plan, store, options, &mut |event: &Event| {
         progress.on(event);
         // The outcome is told once, of all that ran.
         if ui.is_json() && unwritten.is_none() && !matches!(event, Event::Finished(_)) {
-            unwritten = ui.json_line(event).err();
+            unwritten = ui.json_line(&InPhase { event, phase: phase.map(|phase| phase.number) }).err();
         }
     });
     progress.clear();
@@ -207,14 +259,17 @@ fn check_names(args: &Args, experiments: &[Experiment], session: &Session) -> Re
 }
 
 /// The options for a part of a run; none where nothing of it was asked for. Names that only later trials have say nothing
-/// of this part, and what they rest on is chosen by all of it.
-fn phase(options: &Options, plan: &Plan, experiments: &[Experiment]) -> Option<Options> {
+/// of this part, and what they rest on is chosen by all of it. What runs again is added to `anew`, and does so once.
+fn phase(options: &Options, plan: &Plan, experiments: &[Experiment], anew: &mut HashSet<Digest>) -> Option<Options> {
     if experiments.iter().all(|experiment| experiment.tuning.is_none()) {
         return Some(options.clone());
     }
     let has = |name: &String| select::nodes(plan, std::slice::from_ref(name), "").is_ok();
     let here = |names: &[String]| -> Vec<String> { names.iter().filter(|name| has(name)).cloned().collect() };
-    let (until, again) = (here(&options.until), here(&options.again));
+    let until = here(&options.until);
+    let again = select::nodes(plan, &here(&options.again), "--again").unwrap_or_default();
+    let again = again.into_iter().map(|node| &plan.nodes[node]).filter(|node| anew.insert(node.recipe.clone()));
+    let again: Vec<String> = again.map(|node| node.name().to_string()).collect();
     let is_waiting = experiments.iter().any(|experiment| experiment.waiting().next().is_some());
     match (until.len() == options.until.len(), is_waiting) {
         (true, _) => Some(Options { until, again, ..options.clone() }),

@@ -62,6 +62,9 @@ pub fn print_after_run(
             session.ui.data("")?;
             print(session, experiment, &comparison)?;
             note_accepted(session, experiment, plan);
+        } else if !experiment.table.metrics.is_empty() {
+            // Metrics were asked for, and there is no table to say so.
+            comparison.notes.iter().for_each(|note| session.ui.note(&format!("note: {note}")));
         }
     }
     Ok(())

@@ -10,9 +10,9 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use crate::cli::bundle::ByteProgress;
 use crate::cli::failure::Failure;
-use crate::cli::{Session, render};
+use crate::cli::{Session, render, store_hint};
 use crate::pipeline::plan::Plan;
-use crate::pipeline::store::{Digest, Lookup, Store, Verification, VerifyReport};
+use crate::pipeline::store::{Digest, Store, Verification, VerifyReport};
 
 /// Hash every stored result again and report what is damaged
 #[derive(Debug, clap::Args)]
@@ -46,10 +46,16 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     } else {
         let experiments = session.read(&args.files, &args.sets)?;
         let plan = session.plan(&experiments, Some(&store))?;
-        Some(stored_keys(&plan, &store)?)
+        Some(planned_keys(&plan, &store)?)
     };
-    // One that may not be written cannot remember how far it came; it can be verified all the same.
-    let writable = Store::open(&session.store).ok();
+    let writable = match Store::open(&session.store) {
+        Ok(writable) => Some(writable),
+        Err(error) if args.repair => return Err(Failure::input(&error).hint(store_hint(&session.store))),
+        Err(error) => {
+            ui.note(&format!("where it is interrupted it will begin anew: {error}"));
+            None
+        }
+    };
     let interrupt = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         // The second one ends the process at once.
@@ -111,8 +117,8 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     .hint("`--repair` puts them aside, so that the next run makes them again"))
 }
 
-/// The keys of the plan that have anything in the store, also below a damaged input, where only the last run knows them.
-fn stored_keys(plan: &Plan, store: &Store) -> Result<Vec<Digest>, Failure> {
+/// The keys of the plan, also below a damaged input, where only the last run knows them.
+fn planned_keys(plan: &Plan, store: &Store) -> Result<Vec<Digest>, Failure> {
     let failed = |error: crate::pipeline::store::StoreError| Failure::stage(&error);
     let mut keys = BTreeSet::new();
     for node in &plan.nodes {
@@ -124,13 +130,7 @@ fn stored_keys(plan: &Plan, store: &Store) -> Result<Vec<Digest>, Failure> {
             keys.extend(recorded.filter(|record| record.recipe == node.recipe).map(|record| record.key));
         }
     }
-    let mut stored = Vec::new();
-    for key in keys {
-        if !matches!(store.lookup(&key).map_err(failed)?, Lookup::Miss) {
-            stored.push(key);
-        }
-    }
-    Ok(stored)
+    Ok(keys.into_iter().collect())
 }
 
 fn text(report: &VerifyReport) -> String {

@@ -11,7 +11,7 @@
 pub mod bundle;
 pub mod exec;
 #[cfg(test)]
-mod fixture;
+pub(crate) mod fixture;
 pub mod plan;
 #[cfg(test)]
 mod proof;

@@ -95,6 +95,11 @@ impl Stage for Command {
         problems
     }
 
+    fn metrics(&self, _: &Upstream<'_>) -> Option<Vec<String>> {
+        // Numbers are read from `metrics.json` of the first output, and an output holds nothing but what it is named for.
+        if self.outputs.first().is_some_and(|name| name == "metrics.json") { None } else { Some(Vec::new()) }
+    }
+
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
         let folder = context.out.join(FOLDER);
         std::fs::create_dir(&folder).with_context(|| format!("cannot create the folder `{}`", folder.display()))?;
@@ -282,6 +287,16 @@ mod tests {
 
     fn error(script: &str) -> String {
         format!("{:#}", Bench::new().run(&shell(script)).unwrap_err())
+    }
+
+    #[test]
+    fn its_numbers_are_those_of_a_first_output_called_metrics() {
+        let metrics = |outputs: &[&str]| {
+            let command: Command = serde_json::from_value(json!({"command": ["true"], "outputs": outputs})).unwrap();
+            command.metrics(&Upstream { stages: &BTreeMap::new() })
+        };
+        assert_eq!(metrics(&["metrics.json", "out"]), None, "only the program knows");
+        assert_eq!(metrics(&["out", "metrics.json"]), Some(Vec::new()), "tables read the first output alone");
     }
 
     #[test]

@@ -332,6 +332,17 @@ fn who_goes_back_to_an_earlier_value_may_be_spared() {
     assert_eq!((state.as_str(), reasons.len()), ("maybe", 2), "{reasons:?}");
     assert!(reasons[0].starts_with("command.2 changed"), "{reasons:?}");
     assert_eq!(ran(&sandbox, "chain.toml"), ["/sorted"]);
+    // Nor need it have been the same experiment.
+    sandbox
+        .write("other.toml", &fs::read_to_string(sandbox.path("chain.toml")).unwrap().replace("keep = 1", "keep = 4"));
+    ran(&sandbox, "other.toml");
+    edit(&sandbox, "chain.toml", "keep = 1", "keep = 4");
+    sandbox.write("numbers.txt", "1\n2\n3\n");
+    let rows = sandbox.json(&["plan", "--json", "chain.toml", "other.toml"]);
+    let first: Vec<&Value> = rows.as_array().unwrap().iter().filter(|row| row["stage"] == "first").collect();
+    assert_eq!((first.len(), &first[0]["state"], &first[0]["shared_by"]), (2, &"maybe".into(), &2.into()), "{rows}");
+    assert_eq!(sandbox.run(&["chain.toml", "other.toml"])["run"], 1, "it is sorted anew");
+    edit(&sandbox, "chain.toml", "keep = 4", "keep = 1");
     // With a value that it never had there is nothing to come back to.
     edit(&sandbox, "chain.toml", "keep = 1", "keep = 3");
     sandbox.write("numbers.txt", "3\n2\n1\n");

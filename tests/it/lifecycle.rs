@@ -207,6 +207,50 @@ fn a_cosmetic_change_is_accepted_shown_and_taken_back() {
 }
 
 #[test]
+fn stages_that_have_come_to_one_key_are_accepted_and_taken_back_together() {
+    let sandbox = chain();
+    let noted = CHAIN.replace("numbers.txt > out\"]", "numbers.txt > out # ${params.note}\"]");
+    let sweep = "[sweep.grid]\n\"params.note\" = [\"a\", \"b\"]\n";
+    sandbox.write("noted.toml", &noted.replace("word = \"one\"", "word = \"one\"\n    note = \"\""));
+    sandbox.write("sweep.toml", &format!("pipeline = \"noted.toml\"\n{sweep}"));
+    assert_eq!(sandbox.run(&["sweep.toml"])["failed"], 0);
+    let set = with_word("uno");
+    let accept = ["accept", "sweep.toml", "last", "--set", &set, "--json"];
+    let keys = |done: &Value| {
+        let keys = done.as_array().unwrap().iter().map(|one| one["key"].to_string());
+        (done.as_array().unwrap().len(), keys.collect::<std::collections::BTreeSet<_>>().len())
+    };
+    assert_eq!(keys(&sandbox.json(&[&accept[..], &["--reason", "x"]].concat())), (2, 1));
+    assert_eq!(ran(&sandbox.run(&["sweep.toml", "--set", &set])).0, 0);
+    // What is damaged can be taken back as well.
+    let shown = sandbox.json(&["show", "--json", "sweep/note=a/last"]);
+    flip(&sandbox.path(shown["path"].as_str().unwrap()).join("out"), 0);
+    let again = sandbox.pipe(&["accept", "sweep.toml", "last", "--set", &set, "--reason", "x"]);
+    refused(&again, 1, &["is there already", "is damaged", "verify --repair"]);
+    assert_eq!(keys(&sandbox.json(&[&accept[..], &["--undo"]].concat())), (2, 1));
+    refused(&sandbox.pipe(&[&accept[..], &["--undo"]].concat()), 2, &["was not accepted"]);
+    let plan = sandbox.json(&["plan", "--json", "sweep.toml"]);
+    let state = |stage: &Value| (stage["stage"] == "last").then(|| stage["reasons"][0].to_string());
+    assert!(plan.as_array().unwrap().iter().filter_map(state).all(|reason| !reason.contains("uno")), "{plan}");
+}
+
+#[test]
+fn what_is_packed_counts_as_used_and_a_collection_that_takes_nothing_folds_what_runs_have_left() {
+    let sandbox = chain();
+    for word in ["one", "two", "three"] {
+        sandbox.run(&["chain.toml", "--set", &with_word(word)]);
+    }
+    let leases = || files(&sandbox.path("artifacts/leases")).len();
+    assert_eq!(leases(), 3);
+    sandbox.ok(&["gc", "--dry-run"]);
+    assert_eq!(leases(), 3);
+    sandbox.ok(&["gc", "--yes"]);
+    assert_eq!(leases(), 1);
+    sandbox.ok(&["bundle", "chain.toml", "-o", "chain.tar"]);
+    assert_eq!(leases(), 2);
+}
+
+#[test]
 fn what_cannot_be_accepted_is_refused_with_the_reason() {
     let sandbox = chain();
     let accept = |more: &[&str]| sandbox.pipe(&[&["accept", "chain.toml"], more].concat());

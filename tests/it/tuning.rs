@@ -155,3 +155,29 @@ fn a_metric_that_tuning_trials_do_not_have_is_told() {
     assert!(outcome.stderr.contains("`tuned` is tuned by `scores`, which `validate` of `tune:"), "{}", outcome.stderr);
     assert!(outcome.stderr.contains("it measured score"), "{}", outcome.stderr);
 }
+
+#[test]
+fn what_runs_again_does_so_once_and_events_tell_their_phase() {
+    let sandbox = Sandbox::new();
+    experiment(&sandbox);
+    let events = |arguments: &[&str]| -> Vec<Value> {
+        let ended = sandbox.ok(arguments);
+        ended.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let first = events(&["run", "--json", "tuned.toml"]);
+    let started: Vec<&Value> = first.iter().filter(|event| event["type"] == "started").collect();
+    assert_eq!(started.iter().map(|event| event["phase"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2]);
+    let (last, others) = first.split_last().unwrap();
+    assert!(last["type"] == "finished" && last["phase"].is_null(), "the outcome is of all phases: {last}");
+    let second = others.iter().position(|event| event["phase"] == 2).unwrap();
+    assert!(others[..second].iter().all(|event| event["phase"] == 1));
+    assert!(others[second..].iter().all(|event| event["phase"] == 2));
+
+    // A store in which nothing is chosen yet: both phases have `data`, which has run in the first.
+    fs::remove_dir_all(sandbox.path("artifacts")).unwrap();
+    let outcome = sandbox.run(&["tuned.toml", "--again", "data"]);
+    assert_eq!((count(&outcome, "run"), count(&outcome, "cached")), (1 + 8 * 2 + 6 * 3, 0), "{outcome}");
+    // What only the second phase has runs again too.
+    let outcome = sandbox.run(&["tuned.toml", "--again", "data", "--again", "test"]);
+    assert_eq!(count(&outcome, "run"), 1 + 6, "{outcome}");
+}

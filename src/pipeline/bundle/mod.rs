@@ -19,7 +19,7 @@ mod unpack;
 
 pub use layout::Layout;
 pub use pack::{PackReport, Packing, pack};
-pub use unpack::{ImportReport, check, import};
+pub use unpack::{ImportReport, Waits, check, import};
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -31,6 +31,9 @@ use crate::pipeline::store::{Digest, StoreError};
 
 /// The version of the layout of bundles.
 const FORMAT: u32 = 1;
+
+/// The largest list of contents that is read or written: some million entries.
+const LARGEST_CONTENTS: u64 = 1 << 28;
 
 /// The first entry.
 const CONTENTS: &str = "bundle.json";
@@ -104,6 +107,18 @@ pub enum BundleError {
     /// Files stand where those of the bundle would go, and say something else.
     #[error("{} would take the place of {}", many(.0), first(.0))]
     Occupied(Vec<PathBuf>),
+    /// There is no room for what it holds.
+    #[error("`{}` holds {needed} bytes, and the disk of `{}` has room for {free}", file.display(), root.display())]
+    NoRoom {
+        /// The bundle.
+        file: PathBuf,
+        /// What it holds.
+        needed: u64,
+        /// The store.
+        root: PathBuf,
+        /// What fits.
+        free: u64,
+    },
     /// The system refused an operation on a file.
     #[error("cannot {action} `{}`: {cause}", path.display())]
     Io {

@@ -6,7 +6,7 @@ use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{At as _, BundleError, CONTENTS, Contents, Entry, FORMAT, Layout, Record, hash};
+use super::{At as _, BundleError, CONTENTS, Contents, Entry, FORMAT, LARGEST_CONTENTS, Layout, Record, hash};
 use crate::pipeline::plan::{Node, Plan};
 use crate::pipeline::store::{self, Digest, Lookup, Manifest, Store};
 use crate::random::RNG_ABI;
@@ -55,7 +55,12 @@ pub fn pack(
     }
     let mut report = PackReport { files: entries.len(), ..PackReport::default() };
     let mut results: BTreeMap<&Digest, Arc<Manifest>> = BTreeMap::new();
-    for key in packing.plan.nodes.iter().filter_map(|node| node.result.as_ref()).map(|result| &result.key) {
+    let keys: Vec<&Digest> =
+        packing.plan.nodes.iter().filter_map(|node| node.result.as_ref()).map(|result| &result.key).collect();
+    if store.is_writable() {
+        store.lease(&keys)?;
+    }
+    for key in keys {
         // What the plan saw may be damaged or gone by now: then it is missing.
         if let Lookup::Hit(manifest) = store.lookup(key)? {
             results.insert(key, manifest);
@@ -76,7 +81,7 @@ pub fn pack(
         store: Store::LAYOUT.to_owned(),
         rng_abi: RNG_ABI,
         experiments: packing.layout.experiments.clone(),
-        records: records(packing),
+        records: records(packing, &results),
         entries: entries.iter().map(|(path, (entry, _))| (path.clone(), entry.clone())).collect(),
     };
     report.bytes = entries.values().map(|(entry, _)| entry.size).sum();
@@ -151,14 +156,14 @@ fn log_entries(key: &Digest, store: &Store, entries: &mut BTreeMap<String, (Entr
 }
 
 /// What a run of the plan would have written down for every stage that has its result.
-fn records(packing: &Packing<'_>) -> Vec<Record> {
+fn records(packing: &Packing<'_>, results: &BTreeMap<&Digest, Arc<Manifest>>) -> Vec<Record> {
     let mut file_of = BTreeMap::new();
     for ((name, _), file) in packing.plan.experiments.iter().zip(experiment_files(packing)) {
         file_of.insert(name.as_str(), file);
     }
     let mut records = BTreeSet::new();
     for node in &packing.plan.nodes {
-        let Some(result) = &node.result else { continue };
+        let Some(result) = node.result.as_ref().filter(|result| results.contains_key(&result.key)) else { continue };
         for name in &node.names {
             let file = file_of.get(name.experiment.as_str()).cloned().unwrap_or_default();
             records.insert((name.clone(), node.recipe.clone(), result.key.clone(), node.spec.kind.name, file));
@@ -188,6 +193,9 @@ fn write(
     let mut tar = tar::Builder::new(to);
     let first = store::seal(&serde_json::to_vec(contents).expect("the contents are plain data"));
     let (mut done, first_size) = (0, first.len() as u64);
+    if first_size > LARGEST_CONTENTS {
+        return Err(BundleError::Layout("the results and files are more than a bundle can list".to_owned()));
+    }
     append(&mut tar, CONTENTS, first_size, false, &mut first.as_slice()).at("write", out)?;
     for (path, (entry, from)) in entries {
         let broken = |problem: &str, from: &From| match from {

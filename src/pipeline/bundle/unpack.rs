@@ -7,14 +7,23 @@ use std::io::{self, BufReader, Read, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
-use super::{At as _, BundleError, CONTENTS, Contents, Entry, FORMAT, Record, hash, safe};
-use crate::pipeline::store::{self, Digest, Manifest, RunRecord, Store};
+use super::{At as _, BundleError, CONTENTS, Contents, Entry, FORMAT, LARGEST_CONTENTS, Record, hash, safe};
+use crate::pipeline::store::{self, Digest, Manifest, Owner, RunRecord, Store};
 
 /// The first bytes of what zstd has compressed.
 const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 
-/// The largest list of contents that is read.
-const LARGEST_CONTENTS: u64 = 1 << 30;
+/// The longest name of an entry that is read.
+const LONGEST_NAME: u64 = 1 << 16;
+
+/// Whom an import waits for.
+#[derive(Clone, Debug)]
+pub enum Waits {
+    /// Another import of the same bundle.
+    Import,
+    /// Whoever works on the result of this key.
+    Result(Digest, Option<Owner>),
+}
 
 /// What was imported.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -31,27 +40,35 @@ pub struct ImportReport {
     pub bytes: u64,
 }
 
-/// Reads the bundle `file` into the folder `into` and the store. `progress` is told bytes done and in all.
+/// Reads the bundle `file` into the folder `into` and the store. `progress` is told bytes done and in all, and `waiting` whom it
+/// waits for, where that takes long.
 pub fn import(
     file: &Path,
     into: &Path,
     store: &Store,
     progress: &mut dyn FnMut(u64, u64),
+    waiting: &mut dyn FnMut(Waits),
 ) -> Result<ImportReport, BundleError> {
     let broken = |problem: String| BundleError::Broken { file: file.to_owned(), problem };
     let mut archive = tar::Archive::new(open(file)?);
     let (entries, sealed, contents) = begin(&mut archive, file)?;
+    let total = room(file, &contents, store)?;
     let bundle = Digest::from(blake3::hash(&sealed));
-    let _lock = store.lock(&bundle)?;
+    let _lock = store.lock_telling(&bundle, &mut |_| waiting(Waits::Import))?;
     let aside = store.begin_import(&bundle)?;
     let imported = (|| {
-        let total = contents.entries.values().map(|entry| entry.size).sum();
         let mut import = Import { into, store, aside: &aside, contents: &contents, done: 0, total, progress };
+        let mut long_name = None;
         for entry in entries {
             let mut entry = entry.map_err(|error| broken(ends_early(&error)))?;
-            import.take(&mut entry, &broken)?;
+            if entry.header().entry_type().is_gnu_longname() && long_name.is_none() {
+                long_name = Some(read_name(&mut entry).map_err(broken)?);
+                continue;
+            }
+            let name = long_name.take().unwrap_or_else(|| entry.path_bytes().into_owned());
+            import.take(&String::from_utf8_lossy(&name), &mut entry, &broken)?;
         }
-        import.publish(&broken)
+        import.publish(waiting, &broken)
     })();
     // What was laid aside is of no use to the next import, which reads the bundle anew.
     store.end_import(&bundle)?;
@@ -69,7 +86,8 @@ type Begun<'a> = (tar::Entries<'a, Box<dyn Read>>, Vec<u8>, Contents);
 /// Reads the first entry.
 fn begin<'a>(archive: &'a mut tar::Archive<Box<dyn Read>>, file: &Path) -> Result<Begun<'a>, BundleError> {
     let broken = |problem: String| BundleError::Broken { file: file.to_owned(), problem };
-    let mut entries = archive.entries().at("read", file)?;
+    // Raw, because otherwise names are read into memory however long they say that they are.
+    let mut entries = archive.entries().at("read", file)?.raw(true);
     let first = entries.next().ok_or_else(|| broken("is empty".to_owned()))?;
     let mut first = first.map_err(|error| broken(format!("is no bundle: {error}")))?;
     let (sealed, contents) = contents(&mut first).map_err(broken)?;
@@ -83,6 +101,30 @@ fn open(file: &Path) -> Result<Box<dyn Read>, BundleError> {
     Read::by_ref(&mut opened).take(4).read_to_end(&mut begin).at("read", file)?;
     let whole = BufReader::with_capacity(1 << 20, io::Cursor::new(begin.clone()).chain(opened));
     Ok(if begin == ZSTD { Box::new(zstd::Decoder::new(whole).at("read", file)?) } else { Box::new(whole) })
+}
+
+/// The bytes of everything that the contents list, if the store's disk has room for them.
+fn room(file: &Path, contents: &Contents, store: &Store) -> Result<u64, BundleError> {
+    let needed = contents.entries.values().fold(0_u64, |sum, entry| sum.saturating_add(entry.size));
+    let disk = rustix::fs::statvfs(store.root()).map_err(io::Error::from).at("read", store.root())?;
+    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+    if needed <= free {
+        return Ok(needed);
+    }
+    Err(BundleError::NoRoom { file: file.to_owned(), needed, root: store.root().to_owned(), free })
+}
+
+/// The name of the entry after this one, which is too long for its header.
+fn read_name(entry: &mut tar::Entry<'_, Box<dyn Read>>) -> Result<Vec<u8>, String> {
+    if entry.size() > LONGEST_NAME {
+        return Err(format!("holds a name of {} bytes, and none may have more than {LONGEST_NAME}", entry.size()));
+    }
+    let mut name = Vec::new();
+    entry.read_to_end(&mut name).map_err(|error| ends_early(&error))?;
+    while name.last() == Some(&0) {
+        name.pop();
+    }
+    Ok(name)
 }
 
 fn ends_early(error: &io::Error) -> String {
@@ -129,12 +171,16 @@ type Broken<'a> = &'a dyn Fn(String) -> BundleError;
 
 impl Import<'_> {
     /// Lays an entry aside, if it is what the contents say.
-    fn take(&mut self, entry: &mut tar::Entry<'_, Box<dyn Read>>, broken: Broken<'_>) -> Result<(), BundleError> {
-        let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-        let Some(path) = safe(&name) else {
+    fn take(
+        &mut self,
+        name: &str,
+        entry: &mut tar::Entry<'_, Box<dyn Read>>,
+        broken: Broken<'_>,
+    ) -> Result<(), BundleError> {
+        let Some(path) = safe(name) else {
             return Err(broken(format!("holds `{}`, which leads out of its folder", name.escape_default())));
         };
-        let Some(wanted) = self.contents.entries.get(&name) else {
+        let Some(wanted) = self.contents.entries.get(name) else {
             return Err(broken(format!("holds `{name}`, which is not in its list of contents")));
         };
         if !entry.header().entry_type().is_file() || entry.size() != wanted.size {
@@ -169,13 +215,14 @@ impl Import<'_> {
 
     /// Checks what only the whole can show, then makes it visible: results, logs, records, and the user's files last, so that
     /// whoever sees them finds their results.
-    fn publish(self, broken: Broken<'_>) -> Result<ImportReport, BundleError> {
+    fn publish(self, waiting: &mut dyn FnMut(Waits), broken: Broken<'_>) -> Result<ImportReport, BundleError> {
         for name in self.contents.entries.keys() {
             if safe(name).is_none_or(|path| !self.aside.join(path).is_file()) {
                 return Err(broken(format!("ends too early: `{name}` is missing")));
             }
         }
         let manifests = self.manifests(broken)?;
+        self.check_records(&manifests, broken)?;
         let files = self.files(broken)?;
         let keys: Vec<&Digest> = manifests.iter().map(|manifest| &manifest.key).collect();
         // What was just brought here counts as used.
@@ -186,7 +233,9 @@ impl Import<'_> {
             objects.into_iter().map(|digest| (digest.clone(), self.aside.join("objects").join(&digest.0))).collect();
         let mut report = ImportReport { bytes: self.total, ..ImportReport::default() };
         for manifest in &manifests {
-            if self.store.adopt(manifest.clone(), &folders)? {
+            let key = &manifest.key;
+            let lock = self.store.lock_telling(key, &mut |owner| waiting(Waits::Result(key.clone(), owner)))?;
+            if self.store.adopt(&lock, manifest.clone(), &folders)? {
                 report.results += 1;
             } else {
                 report.known += 1;
@@ -251,15 +300,47 @@ impl Import<'_> {
         }
     }
 
-    /// Where each of the user's files goes. What stands there already must be the same.
+    /// Holds that every record speaks of a result that the bundle brings, and of a file in it.
+    fn check_records(&self, manifests: &[Manifest], broken: Broken<'_>) -> Result<(), BundleError> {
+        for Record { name, key, kind, file, .. } in &self.contents.records {
+            let is_its = |manifest: &Manifest| manifest.key == *key && manifest.parts.kind == *kind;
+            if !manifests.iter().any(is_its) {
+                return Err(broken(format!("names the result `{}` of `{name}`, which is not in it", key.short())));
+            }
+            if !file.is_empty() && !self.contents.entries.contains_key(&format!("files/{file}")) {
+                return Err(broken(format!("names the file `{file}` of `{name}`, which is not in it")));
+            }
+        }
+        for file in &self.contents.experiments {
+            if !self.contents.entries.contains_key(&format!("files/{file}")) {
+                return Err(broken(format!("names the experiment `{file}`, which is not in it")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Where each of the user's files goes: into the folder, and not into the store, which may lie there as well. What stands
+    /// there already must be the same.
     fn files(&self, broken: Broken<'_>) -> Result<Vec<(PathBuf, PathBuf, Entry)>, BundleError> {
         let mut files = Vec::new();
         let mut occupied = Vec::new();
+        let into = resolved(self.into).at("find", self.into)?;
+        let root = resolved(self.store.root()).at("find", self.store.root())?;
         for (name, entry) in &self.contents.entries {
             let Some(inside) = name.strip_prefix("files/").and_then(safe) else { continue };
             let to = self.into.join(&inside);
-            if leads_out(self.into, &inside).at("find", &to)? {
+            let there = match to.parent() {
+                Some(folder) => resolved(folder).at("find", folder)?.join(inside.file_name().unwrap_or_default()),
+                None => to.clone(),
+            };
+            if !there.starts_with(&into) {
                 return Err(broken(format!("holds `{name}`, which a link leads out of `{}`", self.into.display())));
+            }
+            if there.starts_with(&root) {
+                return Err(BundleError::Layout(format!(
+                    "`{name}` of the bundle would be written into the store `{}` itself",
+                    self.store.root().display()
+                )));
             }
             match std::fs::symlink_metadata(&to) {
                 Ok(metadata) if metadata.is_file() => {
@@ -291,20 +372,16 @@ impl Import<'_> {
     }
 }
 
-/// Whether a folder on the way to `inside` is a link to somewhere else.
-fn leads_out(into: &Path, inside: &Path) -> io::Result<bool> {
-    let root = match into.canonicalize() {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-        root => root?,
-    };
-    for folder in inside.ancestors().skip(1) {
-        match into.join(folder).canonicalize() {
-            Ok(there) => return Ok(!there.starts_with(&root)),
+/// A path with the links in as much of it as is there resolved.
+fn resolved(path: &Path) -> io::Result<PathBuf> {
+    for above in path.ancestors() {
+        match above.canonicalize() {
+            Ok(there) => return Ok(there.join(path.strip_prefix(above).expect("it is one of its ancestors"))),
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
             Err(error) => return Err(error),
         }
     }
-    Ok(false)
+    Ok(path.to_owned())
 }
 
 /// Puts a file in its place, whole and never over another; gives whether it was not there.
@@ -324,5 +401,131 @@ fn place(from: &Path, to: &Path, entry: &Entry) -> Result<bool, BundleError> {
             if hash(to)? == *entry { Ok(false) } else { Err(BundleError::Occupied(vec![to.to_owned()])) }
         }
         Err(error) => Err(error.error).at("write", to),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pipeline::plan::NodeName;
+    use crate::pipeline::store::fixture::{Sandbox, key};
+
+    /// A bundle of one result of its own store, `Forged` by each test in its way.
+    struct Forged {
+        sandbox: Sandbox,
+        contents: Contents,
+        /// Name and content of every entry.
+        entries: Vec<(String, Vec<u8>)>,
+    }
+
+    impl Forged {
+        fn new() -> Self {
+            let sandbox = Sandbox::new();
+            let manifest = sandbox.publish(1, &[("data", "one")]);
+            let record = Record {
+                name: NodeName { experiment: "e".into(), trial: String::new(), stage: "s".into() },
+                recipe: key(1),
+                key: key(1),
+                kind: "test".into(),
+                file: "e.toml".into(),
+            };
+            let contents = Contents {
+                format: FORMAT,
+                pipe: "0".into(),
+                store: Store::LAYOUT.into(),
+                rng_abi: 1,
+                experiments: vec!["e.toml".into()],
+                records: vec![record],
+                entries: BTreeMap::new(),
+            };
+            let mut forged = Self { sandbox, contents, entries: Vec::new() };
+            forged.add("files/e.toml", b"x");
+            forged.add(&format!("manifests/{}.json", key(1)), &manifest.portable());
+            forged.add(&format!("objects/{}/data", manifest.outputs[0].digest), b"one");
+            forged
+        }
+
+        fn add(&mut self, name: &str, content: &[u8]) {
+            let (size, digest) = (content.len() as u64, blake3::hash(content).into());
+            self.contents.entries.insert(name.into(), Entry { size, digest, executable: false });
+            self.entries.push((name.into(), content.into()));
+        }
+
+        /// Imports it into another store; `more` goes between the contents and the entries.
+        fn import(&self, more: &[u8], into: &str) -> Result<ImportReport, String> {
+            let mut tar = tar::Builder::new(Vec::new());
+            let append = |tar: &mut tar::Builder<Vec<u8>>, name: &str, content: &[u8]| {
+                let mut header = tar::Header::new_gnu();
+                header.set_size(content.len() as u64);
+                header.set_mode(0o644);
+                tar.append_data(&mut header, name, content).unwrap();
+            };
+            append(&mut tar, CONTENTS, &store::seal(&serde_json::to_vec(&self.contents).unwrap()));
+            tar.get_mut().extend(more);
+            for (name, content) in &self.entries {
+                append(&mut tar, name, content);
+            }
+            let place = self.sandbox.place.path();
+            let file = place.join("forged.tar");
+            std::fs::write(&file, tar.into_inner().unwrap()).unwrap();
+            let store = Store::open(&place.join("there/artifacts")).unwrap();
+            import(&file, &place.join(into), &store, &mut |_, _| (), &mut |_| ()).map_err(|error| error.to_string())
+        }
+    }
+
+    #[track_caller]
+    fn refused(outcome: Result<ImportReport, String>, words: &str) {
+        let error = outcome.unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
+
+    #[test]
+    fn names_of_any_honest_length_are_read_and_no_others() {
+        let mut forged = Forged::new();
+        let long = format!("files/{}", ["x".repeat(120), "y".repeat(120)].join("/"));
+        forged.add(&long, b"deep");
+        assert_eq!(forged.import(b"", "there").unwrap().files, 2);
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::GNULongName);
+        header.set_size(1 << 40);
+        header.set_cksum();
+        refused(forged.import(header.as_bytes(), "there"), "a name of 1099511627776 bytes");
+    }
+
+    #[test]
+    fn records_speak_of_what_is_brought() {
+        for harm in [0, 1] {
+            let mut forged = Forged::new();
+            let record = &mut forged.contents.records[0];
+            if harm == 0 {
+                record.key = key(2);
+            } else {
+                record.kind = "other".into();
+            }
+            refused(forged.import(b"", "there"), "of `e/s`, which is not in it");
+        }
+        let mut forged = Forged::new();
+        forged.contents.records[0].file = "../../x.toml".into();
+        refused(forged.import(b"", "there"), "names the file `../../x.toml`");
+    }
+
+    #[test]
+    fn nothing_is_written_into_the_store_but_by_the_store() {
+        let mut forged = Forged::new();
+        refused(forged.import(b"", "there/artifacts"), "into the store");
+        refused(forged.import(b"", "there/artifacts/deep/er"), "into the store");
+        forged.add("files/artifacts/manifests/00/x.json", b"x");
+        refused(forged.import(b"", "there"), "into the store");
+        forged.import(b"", "elsewhere").unwrap();
+    }
+
+    #[test]
+    fn what_no_disk_has_room_for_is_refused_before_it_is_read() {
+        let mut forged = Forged::new();
+        for name in ["files/one", "files/two"] {
+            forged.add(name, b"x");
+            forged.contents.entries.get_mut(name).unwrap().size = u64::MAX - 1;
+        }
+        refused(forged.import(b"", "there"), "has room for");
     }
 }

@@ -2,7 +2,7 @@
 //! those that run in the worker.
 //!
 //! Its order is its promise: lock, lease what it rests on, look again, verify what is used, run, look whether the user's files still are what the key
-//! says, publish. It knows no kind: what runs is a closure.
+//! says, prepare the result. It knows no kind: what runs is a closure.
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -20,7 +20,7 @@ use crate::pipeline::exec::numerics::numerics;
 use crate::pipeline::plan::NodeName;
 use crate::pipeline::stage::{ArtifactType, InputArtifact, Interrupted, Output, Resources, StageContext, StageEvent};
 use crate::pipeline::store::{
-    Attempts, Digest, DraftOutput, KeyLock, KeyParts, Lookup, Manifest, ManifestDraft, Owner, Reached, Store,
+    Attempts, Digest, DraftOutput, KeyLock, KeyParts, Lookup, Manifest, ManifestDraft, Owner, Prepared, Reached, Store,
     StoreError,
 };
 
@@ -93,11 +93,21 @@ pub struct RequestInput {
 
 /// What came of an attempt that went well.
 #[derive(Debug)]
-pub struct Attempted {
-    /// The result.
-    pub manifest: Manifest,
-    /// Whether the stage ran, or found the result that another process had made since it was looked for.
-    pub ran: bool,
+pub enum Attempted {
+    /// The stage ran. [`Store::commit_all`] makes it the result; until then the lock must be held.
+    Prepared(KeyLock, Box<Prepared>),
+    /// Another process has made the result since it was looked for.
+    Found(Box<Manifest>),
+}
+
+impl Attempted {
+    /// Commits what was prepared; gives whether the stage ran.
+    pub fn commit(self, store: &Store) -> Result<bool, StoreError> {
+        let Self::Prepared(lock, prepared) = self else { return Ok(false) };
+        store.commit_all(&[(&lock, &*prepared)]).into_iter().collect::<Result<(), StoreError>>()?;
+        store.drop_work(&lock);
+        Ok(true)
+    }
 }
 
 /// Why an attempt has no result.
@@ -131,7 +141,7 @@ pub enum AttemptError {
     Store(#[from] StoreError),
 }
 
-/// Runs a stage once and publishes its result, or takes the result that another process has made meanwhile. It does not wait
+/// Runs a stage once and prepares its result, or takes the result that another process has made meanwhile. It does not wait
 /// for a process that works on the key now: whoever waits should hold no share of the machine.
 ///
 /// A panic of `run` fails the stage with its message.
@@ -155,7 +165,7 @@ pub fn attempt(
     store.lease(&rests_on)?;
     if !request.again {
         match store.lookup(&request.key)? {
-            Lookup::Hit(manifest) => return Ok(Attempted { manifest: Arc::unwrap_or_clone(manifest), ran: false }),
+            Lookup::Hit(manifest) => return Ok(Attempted::Found(Box::new(Arc::unwrap_or_clone(manifest)))),
             Lookup::Miss => {}
             Lookup::Damaged { what } => {
                 store.quarantine(&lock, &what)?;
@@ -226,12 +236,14 @@ pub fn attempt(
                 numerics: attempts.numerics,
                 metrics,
             };
-            let published = store.publish(&lock, draft).map(|manifest| Attempted { manifest, ran: true });
-            published.map_err(|error| match error {
+            match store.prepare(&lock, draft) {
+                Ok(prepared) => Ok(Attempted::Prepared(lock, Box::new(prepared))),
                 // A stage that writes what cannot be stored has failed; the store is well.
-                StoreError::Unfit { .. } => AttemptError::Failed(fail(store, &lock, &out, &ended, error.into())),
-                error => AttemptError::Store(error),
-            })
+                Err(error @ StoreError::Unfit { .. }) => {
+                    Err(AttemptError::Failed(fail(store, &lock, &out, &ended, error.into())))
+                }
+                Err(error) => Err(AttemptError::Store(error)),
+            }
         }
         Err(error) if error.chain().any(<dyn std::error::Error>::is::<Interrupted>) => {
             store.save_attempts(&request.key, &ended)?;
@@ -520,7 +532,13 @@ mod tests {
     }
 
     fn go(sandbox: &Sandbox, request: &Request, run: Run<'_>) -> Result<Manifest, AttemptError> {
-        attempt(&sandbox.store, request, run, Arc::default(), quiet()).map(|attempted| attempted.manifest)
+        let attempted = attempt(&sandbox.store, request, run, Arc::default(), quiet())?;
+        let manifest = match &attempted {
+            Attempted::Prepared(_, prepared) => prepared.manifest().clone(),
+            Attempted::Found(manifest) => (**manifest).clone(),
+        };
+        attempted.commit(&sandbox.store)?;
+        Ok(manifest)
     }
 
     fn write(context: &StageContext, text: &str) -> anyhow::Result<()> {

@@ -16,6 +16,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
+use crate::pipeline::exec::committer::ToCommitter;
 use crate::pipeline::exec::device::Gpus;
 use crate::pipeline::exec::driver::alarms::Alarms;
 use crate::pipeline::exec::event::{Event, Outcome};
@@ -82,6 +83,8 @@ pub(super) fn run(
             as_planned: vec![false; count],
             keys: vec![None; count],
             running: HashMap::new(),
+            committer: None,
+            seconds: HashMap::new(),
             alarms: Alarms::default(),
             errors: HashMap::new(),
             stopping: false,
@@ -119,6 +122,10 @@ struct Driver<'scope, 'run> {
     as_planned: Vec<bool>,
     keys: Vec<Option<Digest>>,
     running: HashMap<usize, Live>,
+    /// Made when the first stage runs on a thread.
+    committer: Option<ToCommitter>,
+    /// For how long those ran whose results are being made durable.
+    seconds: HashMap<usize, f64>,
     alarms: Alarms,
     /// Why nodes failed last.
     errors: HashMap<usize, String>,
@@ -227,7 +234,8 @@ impl Driver<'_, '_> {
                 | Phase::Elsewhere
                 | Phase::Retrying
                 | Phase::Queued
-                | Phase::Running => {}
+                | Phase::Running
+                | Phase::Prepared => {}
             }
         }
         outcome

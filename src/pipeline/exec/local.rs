@@ -20,10 +20,11 @@ use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_pro
 
 use crate::pipeline::exec::ExecError;
 use crate::pipeline::exec::attempt::{AttemptError, Attempted, Request, attempt};
+use crate::pipeline::exec::committer::{Finished, ToCommitter};
 use crate::pipeline::exec::throttle::Throttle;
 use crate::pipeline::exec::worker::Message;
 use crate::pipeline::stage::{AnyStage, StageEvent};
-use crate::pipeline::store::{Manifest, Store};
+use crate::pipeline::store::{Manifest, Store, StoredResult};
 
 /// The lines of a dead worker's log that are shown.
 const LOG_LINES: usize = 12;
@@ -34,6 +35,8 @@ const LOG_BYTES: u64 = 4096;
 pub(super) enum News {
     /// It says something.
     Event(StageEvent),
+    /// Its outputs can be used. It ends when they are durable.
+    Prepared(Box<StoredResult>),
     /// It ended.
     Ended(Ending),
 }
@@ -42,10 +45,15 @@ pub(super) enum News {
 pub(super) enum Ending {
     /// The result is there.
     Done {
-        /// The manifest; a thread has it at hand.
+        /// The manifest, where it is at hand.
         manifest: Option<Box<Manifest>>,
         /// Whether the stage ran, or found what another process had made meanwhile.
         ran: bool,
+    },
+    /// It ran, and what it made was lost before it was durable.
+    Lost {
+        /// What is wrong.
+        what: String,
     },
     /// Its work is saved.
     Interrupted,
@@ -69,7 +77,7 @@ pub(super) enum Ending {
 
 impl Ending {
     /// A failure that another attempt may not repeat.
-    fn failed(problem: String) -> Self {
+    pub(super) fn failed(problem: String) -> Self {
         Self::Failed { problem, lasting: false }
     }
 }
@@ -104,7 +112,7 @@ impl Running {
 }
 
 /// Sends news to the driver. It listens until every stage has ended, so nobody is there to miss what cannot be sent.
-fn tell(driver: &ToDriver, node: usize, news: News) {
+pub(super) fn tell(driver: &ToDriver, node: usize, news: News) {
     if driver.send((node, news)).is_err() {
         tracing::debug!(node, "the driver does not listen any more");
     }
@@ -118,9 +126,10 @@ pub(super) fn start_thread<'scope>(
     request: Request,
     stage: Arc<dyn AnyStage>,
     driver: &ToDriver,
+    committer: &ToCommitter,
 ) -> std::io::Result<Running> {
     let interrupt = Arc::new(AtomicBool::new(false));
-    let (driver, asked) = (driver.clone(), Arc::clone(&interrupt));
+    let (driver, committer, asked) = (driver.clone(), committer.clone(), Arc::clone(&interrupt));
     std::thread::Builder::new().name(request.kind.clone()).spawn_scoped(scope, move || {
         let (mut throttle, teller) = (Throttle::default(), driver.clone());
         let events = Box::new(move |event: StageEvent| {
@@ -130,7 +139,11 @@ pub(super) fn start_thread<'scope>(
         });
         let ended = attempt(store, &request, &|context| stage.run(context), asked, events);
         let ending = match ended {
-            Ok(Attempted { manifest, ran }) => Ending::Done { manifest: Some(Box::new(manifest)), ran },
+            Ok(Attempted::Prepared(lock, prepared)) => {
+                tell(&driver, node, News::Prepared(Box::new(StoredResult::of(prepared.manifest()))));
+                return committer.hand_over(Finished { node, lock, prepared });
+            }
+            Ok(Attempted::Found(manifest)) => Ending::Done { manifest: Some(manifest), ran: false },
             Err(AttemptError::Interrupted) => Ending::Interrupted,
             Err(AttemptError::Elsewhere) => Ending::Elsewhere,
             Err(AttemptError::DamagedInput { reference, what, .. }) => Ending::Damaged { reference, what },

@@ -1,6 +1,7 @@
 //! Running a plan: a pure scheduler, backends that start stages, and one closed stream of events to everyone else.
 
 pub mod attempt;
+mod committer;
 pub mod device;
 mod driver;
 pub mod event;

@@ -3,11 +3,13 @@
 //!
 //! ```text
 //! pending -> finding -> ok | follows (same key here) | elsewhere (same key in another process) | queued -> running
-//! running -> ok | retrying -> queued | failed | interrupted      and, without having run: blocked | skipped | interrupted
+//! running -> prepared -> ok | retrying -> queued | failed | interrupted
+//! and, without having run: blocked | skipped | interrupted
 //! ```
-//! Only `running` holds a share of the machine. It never knows what a key is made of: whoever performs
+//! Only `running` holds a share of the machine. What rests on a node begins when it is prepared: nobody waits for a disk. It never knows what a key is made of: whoever performs
 //! [`Action::Find`] says which key a node has and whether its result is there.
 
+mod setbacks;
 mod words;
 
 pub use words::{Action, Input, Phase, Shape};
@@ -19,6 +21,9 @@ use crate::pipeline::store::Digest;
 
 /// How often a result is made again because a consumer found it damaged. More than this means a broken disk.
 pub const REBUILDS: u32 = 2;
+
+/// How many results may wait to be made durable before nothing new starts: each holds the lock of its key open.
+pub const MOST_PREPARED: usize = 256;
 
 /// How the run ends before everything is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +42,8 @@ struct Node {
     key: Option<Digest>,
     grant: Option<Grant>,
     rebuilds: u32,
+    /// Whether it proved damaged before it was durable, so that it is made again once it is.
+    spoiled: bool,
 }
 
 /// The state of a run.
@@ -59,9 +66,11 @@ pub struct Scheduler {
     /// Nodes whose keys are being worked out. Nothing behind them in rank starts meanwhile, or the next stage of one trial
     /// would always come too late to go before the first of another.
     finding: BTreeSet<(u32, usize)>,
-    /// Nodes in finding, elsewhere, retrying, queued or running: when there are none, the run is over.
+    /// Nodes in finding, elsewhere, retrying, queued, running or prepared: when there are none, the run is over.
     active: usize,
     running: BTreeSet<usize>,
+    /// Nodes whose results are being made durable.
+    prepared: BTreeSet<usize>,
 }
 
 impl Scheduler {
@@ -77,7 +86,7 @@ impl Scheduler {
             let phase = if shape.wanted { Phase::Pending } else { Phase::Unwanted };
             let missing = shape.inputs.len();
             let (consumers, key, grant) = (Vec::new(), None, None);
-            nodes.push(Node { shape, consumers, phase, missing, key, grant, rebuilds: 0 });
+            nodes.push(Node { shape, consumers, phase, missing, key, grant, rebuilds: 0, spoiled: false });
         }
         // What is found first starts first where there is room, so that nodes are found in the order of their ranks.
         let ranks: Vec<u32> = nodes.iter().map(|node| node.shape.rank).collect();
@@ -97,6 +106,7 @@ impl Scheduler {
             finding: BTreeSet::new(),
             active: 0,
             running: BTreeSet::new(),
+            prepared: BTreeSet::new(),
         }
     }
 
@@ -126,13 +136,16 @@ impl Scheduler {
             Input::Freed(node) => {
                 if self.nodes[node].phase == Phase::Elsewhere {
                     self.step_back(node, &mut actions);
-                    self.find_if_ready(node, &mut actions);
-                    // An input that was taken back while the node ran may have failed since.
-                    for producer in self.nodes[node].shape.inputs.clone() {
-                        self.close_behind(producer, &mut actions);
-                    }
+                    self.wait_again(node, &mut actions);
                 }
             }
+            Input::Prepared(node) => {
+                self.release(node);
+                self.running.remove(&node);
+                self.prepared.insert(node);
+                self.settle_ok(node, Phase::Prepared, &mut actions);
+            }
+            Input::Lost(node) => self.lost(node, &mut actions),
             Input::Done(node) => self.done(node, Phase::Done, &mut actions),
             Input::Taken(node) => self.done(node, Phase::Cached, &mut actions),
             Input::Failed { node, lasting } => self.failed(node, lasting, &mut actions),
@@ -146,7 +159,9 @@ impl Scheduler {
             Input::Interrupt => self.interrupt(&mut actions),
         }
         if self.ending.is_none() {
-            while let Some((node, grant)) = self.slots.start_next(self.finding.first().copied()) {
+            while self.prepared.len() < MOST_PREPARED
+                && let Some((node, grant)) = self.slots.start_next(self.finding.first().copied())
+            {
                 self.nodes[node].phase = Phase::Running;
                 self.nodes[node].grant = Some(grant);
                 self.running.insert(node);
@@ -231,6 +246,7 @@ impl Scheduler {
     fn leave_running(&mut self, node: usize) {
         self.release(node);
         self.running.remove(&node);
+        self.prepared.remove(&node);
         self.active -= 1;
     }
 
@@ -256,12 +272,19 @@ impl Scheduler {
         self.leave_running(node);
         // Forced once is enough: a rebuild after damage is decided by what the store has.
         self.nodes[node].shape.again = false;
+        if std::mem::take(&mut self.nodes[node].spoiled) {
+            return self.make_again(node, actions);
+        }
         let key = self.nodes[node].key.clone();
         let followers = self.take_followers(node);
         if let Some(key) = key {
             self.made.insert(key, node);
         }
-        self.settle_ok(node, phase, actions);
+        if self.nodes[node].phase == Phase::Prepared {
+            self.nodes[node].phase = phase;
+        } else {
+            self.settle_ok(node, phase, actions);
+        }
         for follower in followers {
             actions.push(Action::Share(follower, node));
             self.settle_ok(follower, Phase::Cached, actions);
@@ -279,47 +302,6 @@ impl Scheduler {
         followers
     }
 
-    fn failed(&mut self, node: usize, lasting: bool, actions: &mut Vec<Action>) {
-        // The end may have been called while its key was being worked out, or an input taken back.
-        if !matches!(self.nodes[node].phase, Phase::Finding | Phase::Running) {
-            return;
-        }
-        self.leave_running(node);
-        self.leave_finding(node);
-        let state = &mut self.nodes[node];
-        let may_retry = !lasting && self.ending.is_none() && state.shape.retries > 0;
-        let Some(key) = state.key.as_ref().filter(|_| may_retry) else {
-            return self.give_up(node, actions);
-        };
-        let retried = self.retried.entry(key.clone()).or_default();
-        if *retried >= state.shape.retries {
-            return self.give_up(node, actions);
-        }
-        *retried += 1;
-        state.phase = Phase::Retrying;
-        self.active += 1;
-        actions.push(Action::Retry(node, *retried));
-    }
-
-    fn give_up(&mut self, node: usize, actions: &mut Vec<Action>) {
-        let followers = self.take_followers(node);
-        self.nodes[node].phase = Phase::Failed;
-        self.failed += 1;
-        actions.push(Action::Fail(node));
-        if let Some(key) = self.nodes[node].key.clone() {
-            self.failures.insert(key, node);
-        }
-        for &follower in &followers {
-            self.nodes[follower].phase = Phase::Failed;
-            actions.push(Action::FailLike(follower, node));
-        }
-        let roots = std::iter::once(node).chain(followers);
-        self.close_consumers(roots.collect(), Phase::Blocked, actions);
-        if self.ending.is_none() && self.most_failures.is_some_and(|most| self.failed >= most) {
-            self.end(Ending::Failure, actions);
-        }
-    }
-
     fn interrupted(&mut self, node: usize) {
         self.leave_running(node);
         let followers = self.take_followers(node);
@@ -330,100 +312,6 @@ impl Scheduler {
         self.close_consumers(roots.collect(), Phase::Interrupted, &mut Vec::new());
     }
 
-    /// Settles everything that rests on `roots` and has not begun.
-    fn close_consumers(&mut self, roots: Vec<usize>, phase: Phase, actions: &mut Vec<Action>) {
-        let mut stack = roots;
-        while let Some(node) = stack.pop() {
-            for position in 0..self.nodes[node].consumers.len() {
-                let consumer = self.nodes[node].consumers[position];
-                // An input can be unmade by a rebuild that fails; what was started or finished before keeps its end.
-                let open = match self.nodes[consumer].phase {
-                    Phase::Pending => true,
-                    Phase::Skipped => phase == Phase::Blocked,
-                    _ => false,
-                };
-                if open {
-                    self.nodes[consumer].phase = phase;
-                    if phase == Phase::Blocked {
-                        actions.push(Action::Blocked(consumer));
-                    }
-                    stack.push(consumer);
-                }
-            }
-        }
-    }
-
-    fn damaged(&mut self, node: usize, producer: usize, actions: &mut Vec<Action>) {
-        self.leave_running(node);
-        if let Some(ending) = self.ending {
-            for follower in self.take_followers(node) {
-                self.close(follower, ending);
-            }
-            return self.close(node, ending);
-        }
-        if self.nodes[producer].phase.is_ok() {
-            if self.nodes[producer].rebuilds >= REBUILDS {
-                actions.push(Action::GiveUp(node));
-                return self.give_up(node, actions);
-            }
-            self.nodes[producer].rebuilds += 1;
-            self.unmake(producer, actions);
-        }
-        let followers = self.take_followers(node);
-        for waiting in followers.into_iter().chain([node]) {
-            self.nodes[waiting].phase = Phase::Pending;
-            self.find_if_ready(waiting, actions);
-        }
-        self.find_if_ready(producer, actions);
-        // The producer may have failed while this node was reading what it had made before.
-        self.close_behind(producer, actions);
-        // And one of the producer's own inputs, after the producer was done with it.
-        for input in self.nodes[producer].shape.inputs.clone() {
-            self.close_behind(input, actions);
-        }
-    }
-
-    /// Settles what rests on a node that has ended without a result.
-    fn close_behind(&mut self, producer: usize, actions: &mut Vec<Action>) {
-        if let Phase::Failed | Phase::Blocked | Phase::Interrupted = self.nodes[producer].phase {
-            let phase =
-                if self.nodes[producer].phase == Phase::Interrupted { Phase::Interrupted } else { Phase::Blocked };
-            self.close_consumers(vec![producer], phase, actions);
-        }
-    }
-
-    /// Takes back a result that proved damaged, and with it the keys of those that were about to use it.
-    fn unmake(&mut self, producer: usize, actions: &mut Vec<Action>) {
-        self.nodes[producer].phase = Phase::Pending;
-        if let Some(key) = self.nodes[producer].key.take() {
-            self.made.remove(&key);
-        }
-        for position in 0..self.nodes[producer].consumers.len() {
-            let consumer = self.nodes[producer].consumers[position];
-            self.nodes[consumer].missing += 1;
-            self.step_back(consumer, actions);
-        }
-    }
-
-    /// Returns a node that has a key but has not begun to `pending`; those that followed it look for themselves.
-    fn step_back(&mut self, node: usize, actions: &mut Vec<Action>) {
-        match self.nodes[node].phase {
-            Phase::Queued => self.leave_queue(node),
-            Phase::Finding => self.leave_finding(node),
-            Phase::Follows(_) | Phase::Elsewhere | Phase::Retrying => {}
-            _ => return,
-        }
-        if !matches!(self.nodes[node].phase, Phase::Follows(_)) {
-            self.active -= 1;
-        }
-        let followers = self.take_followers(node);
-        self.nodes[node].phase = Phase::Pending;
-        for follower in followers {
-            self.nodes[follower].phase = Phase::Pending;
-            self.find_if_ready(follower, actions);
-        }
-    }
-
     fn interrupt(&mut self, actions: &mut Vec<Action>) {
         if self.ending == Some(Ending::Interrupt) {
             return;
@@ -432,7 +320,7 @@ impl Scheduler {
         actions.extend(self.running.iter().map(|node| Action::Stop(*node)));
     }
 
-    /// From here on nothing starts: whatever is not running is closed, unless the node it follows is running. Where failures
+    /// From here on nothing starts: whatever has not begun is closed, unless the node it follows has. Where failures
     /// end the run, what waits for another attempt has failed; where the user does, the next run goes on with it.
     fn end(&mut self, ending: Ending, actions: &mut Vec<Action>) {
         self.ending = Some(ending);
@@ -448,7 +336,7 @@ impl Scheduler {
         for node in 0..self.nodes.len() {
             let phase = self.nodes[node].phase;
             if let Phase::Follows(leader) = phase
-                && self.running.contains(&leader)
+                && matches!(self.nodes[leader].phase, Phase::Running | Phase::Prepared)
             {
                 continue;
             }
@@ -600,6 +488,122 @@ mod tests {
         assert_eq!(scheduler.on(Input::Damaged { node: 1, producer: 0 }), [Action::GiveUp(1), Action::Fail(1)]);
         assert!(scheduler.is_finished());
         assert_eq!((scheduler.phase(0), scheduler.phase(1)), (Phase::Done, Phase::Failed));
+    }
+
+    #[test]
+    fn what_is_prepared_lets_its_consumers_begin_and_takes_no_share() {
+        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[0]), shape(&[])], limits(1), Some(1));
+        scheduler.on(Input::Begin);
+        scheduler.on(found(0, "a", false));
+        assert_eq!(scheduler.on(found(2, "a", false)), []);
+        assert_eq!(scheduler.on(Input::Prepared(0)), [Action::Find(1)]);
+        assert_eq!(scheduler.on(found(1, "b", false)), [Action::Start(1, ONE)]);
+        assert_eq!(scheduler.phase(2), Phase::Follows(0), "it is told of what is durable");
+        assert_eq!(scheduler.on(Input::Done(0)), [Action::Share(2, 0)]);
+        scheduler.on(Input::Prepared(1));
+        assert!(!scheduler.is_finished());
+        scheduler.on(Input::Done(1));
+        assert!(scheduler.is_finished());
+    }
+
+    #[test]
+    fn what_could_not_be_made_durable_fails_and_what_has_begun_goes_on() {
+        let shapes = vec![shape(&[]), shape(&[0]), Shape { rank: 1, ..shape(&[0]) }, shape(&[1])];
+        let mut scheduler = Scheduler::new(shapes, limits(1), None);
+        scheduler.on(Input::Begin);
+        scheduler.on(found(0, "a", false));
+        scheduler.on(Input::Prepared(0));
+        assert_eq!(scheduler.on(found(1, "b", false)), [Action::Start(1, ONE)]);
+        assert_eq!(scheduler.on(found(2, "c", false)), []);
+        assert_eq!(scheduler.on(failed(0)), [Action::Fail(0), Action::Blocked(2)]);
+        assert_eq!(scheduler.on(Input::Done(1)), [Action::Find(3)]);
+        scheduler.on(found(3, "d", true));
+        assert!(scheduler.is_finished());
+        assert_eq!([0, 1].map(|node| scheduler.phase(node)), [Phase::Failed, Phase::Done]);
+    }
+
+    #[test]
+    fn what_proves_damaged_before_it_is_durable_is_made_again_when_it_is() {
+        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[0])], LIMITS, None);
+        scheduler.on(Input::Begin);
+        scheduler.on(found(0, "a", false));
+        scheduler.on(Input::Prepared(0));
+        scheduler.on(found(1, "b", false));
+        assert_eq!(scheduler.on(Input::Damaged { node: 1, producer: 0 }), []);
+        assert_eq!(scheduler.on(Input::Done(0)), [Action::Find(0)]);
+        assert_eq!(scheduler.on(found(0, "a", false)), [Action::Start(0, ONE)]);
+        assert_eq!(scheduler.on(Input::Prepared(0)), [Action::Find(1)]);
+        scheduler.on(found(1, "b", false));
+        scheduler.on(Input::Done(1));
+        scheduler.on(Input::Done(0));
+        assert!(scheduler.is_finished());
+        assert_eq!([0, 1].map(|node| scheduler.phase(node)), [Phase::Done, Phase::Done]);
+    }
+
+    #[test]
+    fn damage_at_one_input_does_not_hide_that_another_has_failed() {
+        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[]), shape(&[0, 1])], LIMITS, None);
+        scheduler.on(Input::Begin);
+        scheduler.on(found(0, "a", true));
+        scheduler.on(found(1, "b", false));
+        scheduler.on(Input::Prepared(1));
+        scheduler.on(found(2, "c", false));
+        scheduler.on(failed(1));
+        assert_eq!(scheduler.on(Input::Damaged { node: 2, producer: 0 }), [Action::Blocked(2), Action::Find(0)]);
+        scheduler.on(found(0, "a", true));
+        assert!(scheduler.is_finished());
+        assert_eq!(scheduler.phase(2), Phase::Blocked);
+    }
+
+    #[test]
+    fn what_is_lost_before_it_is_durable_is_made_again_and_no_more_than_twice() {
+        for damaged in [false, true] {
+            let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[0])], LIMITS, None);
+            scheduler.on(Input::Begin);
+            for _ in 0..REBUILDS {
+                scheduler.on(found(0, "a", false));
+                scheduler.on(Input::Prepared(0));
+                scheduler.on(found(1, "b", false));
+                if damaged {
+                    assert_eq!(scheduler.on(Input::Damaged { node: 1, producer: 0 }), []);
+                    assert_eq!(scheduler.on(failed(0)), [Action::Find(0)]);
+                } else {
+                    assert_eq!(scheduler.on(Input::Lost(0)), [Action::Find(0)]);
+                    assert_eq!(scheduler.on(Input::Damaged { node: 1, producer: 0 }), []);
+                }
+            }
+            scheduler.on(found(0, "a", false));
+            scheduler.on(Input::Prepared(0));
+            assert_eq!(scheduler.on(Input::Lost(0))[..2], [Action::GiveUp(0), Action::Fail(0)]);
+        }
+    }
+
+    #[test]
+    fn nothing_starts_while_too_much_waits_for_the_disk() {
+        let mut scheduler = Scheduler::new(vec![shape(&[]); MOST_PREPARED + 2], limits(1), None);
+        scheduler.on(Input::Begin);
+        for node in 0..MOST_PREPARED + 2 {
+            scheduler.on(found(node, &node.to_string(), false));
+        }
+        for node in 0..MOST_PREPARED - 1 {
+            assert_eq!(scheduler.on(Input::Prepared(node)), [Action::Start(node + 1, ONE)]);
+        }
+        assert_eq!(scheduler.on(Input::Prepared(MOST_PREPARED - 1)), []);
+        assert_eq!(scheduler.on(Input::Done(7)), [Action::Start(MOST_PREPARED, ONE)]);
+    }
+
+    #[test]
+    fn an_interrupt_lets_what_is_prepared_become_durable() {
+        let mut scheduler = Scheduler::new(vec![shape(&[]), shape(&[0]), shape(&[])], LIMITS, None);
+        scheduler.on(Input::Begin);
+        scheduler.on(found(0, "a", false));
+        scheduler.on(found(2, "a", false));
+        scheduler.on(Input::Prepared(0));
+        assert_eq!(scheduler.on(Input::Interrupt), []);
+        assert_eq!((scheduler.phase(1), scheduler.is_finished()), (Phase::Interrupted, false));
+        assert_eq!(scheduler.on(Input::Done(0)), [Action::Share(2, 0)]);
+        assert!(scheduler.is_finished());
+        assert_eq!([0, 2].map(|node| scheduler.phase(node)), [Phase::Done, Phase::Cached]);
     }
 
     #[test]
@@ -830,6 +834,7 @@ mod tests {
         let mut stored: HashSet<String> = HashSet::new();
         let mut lost: HashSet<String> = HashSet::new();
         let mut running: Vec<(usize, Grant)> = Vec::new();
+        let mut prepared: Vec<usize> = Vec::new();
         let mut elsewhere: Vec<usize> = Vec::new();
         let mut retrying: Vec<usize> = Vec::new();
         let mut ran: HashMap<String, u32> = HashMap::new();
@@ -856,6 +861,10 @@ mod tests {
                             assert!(may_start, "nothing starts after the end was called");
                             assert!(running.iter().all(|(other, _)| *other != node), "a node runs once at a time");
                             assert!(running.iter().all(|(other, _)| keys[*other] != keys[node]), "so does a key");
+                            assert!(
+                                prepared.iter().all(|other| keys[*other] != keys[node]),
+                                "which is held to the end"
+                            );
                             if world.trouble && choose(4) == 0 {
                                 elsewhere.push(node);
                                 inbox.push_back(Input::Elsewhere(node));
@@ -895,7 +904,7 @@ mod tests {
                 }
             }
             if scheduler.is_finished() {
-                assert!(running.is_empty());
+                assert!(running.is_empty() && prepared.is_empty());
                 return (scheduler, ran);
             }
             steps += 1;
@@ -903,6 +912,19 @@ mod tests {
             if world.interrupt_after == Some(steps) {
                 (may_start, interrupted) = (false, true);
                 inbox.push_back(Input::Interrupt);
+                continue;
+            }
+            if !prepared.is_empty() && (running.is_empty() || choose(2) == 0) {
+                let node = prepared.remove(choose(prepared.len()));
+                inbox.push_back(if world.trouble && choose(6) == 0 {
+                    outputs[node] = None;
+                    if choose(2) == 0 { Input::Lost(node) } else { Input::Failed { node, lasting: choose(2) == 0 } }
+                } else {
+                    if !lost.contains(&keys[node]) {
+                        stored.insert(keys[node].clone());
+                    }
+                    Input::Done(node)
+                });
                 continue;
             }
             let outside = elsewhere.len() + retrying.len();
@@ -935,8 +957,14 @@ mod tests {
                 if *attempts <= failing {
                     inbox.push_back(Input::Failed { node, lasting });
                 } else {
-                    stored.insert(keys[node].clone());
+                    lost.remove(&keys[node]);
                     outputs[node] = Some(world.output(node, &keys[node]));
+                    if choose(2) == 0 {
+                        prepared.push(node);
+                        inbox.push_back(Input::Prepared(node));
+                        continue;
+                    }
+                    stored.insert(keys[node].clone());
                     let taken = world.trouble && choose(5) == 0;
                     inbox.push_back(if taken { Input::Taken(node) } else { Input::Done(node) });
                 }
@@ -972,7 +1000,8 @@ mod tests {
             let (scheduler, _) = simulate(&world);
             for (node, end) in ends.iter().enumerate() {
                 let phase = scheduler.phase(node);
-                prop_assert!(!phase.waits() && phase != Phase::Running, "{node} is left {phase:?}");
+                let ended = !phase.waits() && !matches!(phase, Phase::Running | Phase::Prepared);
+                prop_assert!(ended, "{node} is left {phase:?}");
                 prop_assert_eq!(phase == Phase::Unwanted, *end == Phase::Unwanted);
                 // Damage makes a stored result run again, which may fail where the naive answer took it from the store.
                 if phase.is_ok() {

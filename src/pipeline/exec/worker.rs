@@ -146,7 +146,8 @@ fn one_request(
         (program.set_threads)(context.resources.threads);
         runner(&request.params, context)
     };
-    attempt(&store, &request, &run, Arc::clone(interrupt), events).map(|attempted| attempted.ran)
+    let attempted = attempt(&store, &request, &run, Arc::clone(interrupt), events)?;
+    Ok(attempted.commit(&store)?)
 }
 
 /// The worker's side of the socket, shared by the stage's events and the ending.

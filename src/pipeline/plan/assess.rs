@@ -54,9 +54,10 @@ pub(super) fn assess(nodes: &mut [Node], store: Option<&Store>) -> Result<(), Pl
                 }
                 _ => match judge(node, &input, begun, key.is_some(), &made) {
                     (State::Run, reasons) if key.is_none() => {
-                        let may_return = last.any_earlier(&made, |manifest| {
+                        let is_it = |manifest: &Manifest| {
                             differences(node, &input, manifest).iter().all(Reason::rests_on_a_run)
-                        })?;
+                        };
+                        let may_return = last.any_earlier(&made, is_it)? || last.any_of(node, is_it)?;
                         (if may_return { State::Maybe } else { State::Run }, reasons)
                     }
                     judged => judged,
@@ -237,6 +238,19 @@ impl<'a> LastRuns<'a> {
                 Entry::Vacant(unknown) => unknown.insert(store.manifest_of(key)?),
             };
             if known.as_ref().is_some_and(|manifest| has(manifest)) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether the last run of any of its names has what is asked for: a node that stands in several experiments may become
+    /// what it was in another.
+    fn any_of(&mut self, node: &Node, has: impl Fn(&Manifest) -> bool) -> Result<bool, StoreError> {
+        for name in node.names.iter().take(LOOKED_BACK) {
+            if let LastRun::Made(manifest, _) = self.of(std::slice::from_ref(name), &node.recipe, None)?
+                && has(&manifest)
+            {
                 return Ok(true);
             }
         }

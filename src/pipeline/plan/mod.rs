@@ -30,7 +30,8 @@ use crate::pipeline::store::{Digest, KeyParts, Store, StoreError, StoredResult, 
 pub enum State {
     /// Its result is in the store.
     Cached,
-    /// It would run from the beginning.
+    /// It would run from the beginning. While an ancestor has to run first its key is not known, and it may turn out to be
+    /// what a stage of another name has made; that is told only when it is there.
     Run,
     /// It would go on from saved work.
     Resume,

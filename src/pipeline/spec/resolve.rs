@@ -60,6 +60,10 @@ pub(super) fn experiment(
         (assignments.map(|assignment| resolver.trial(root, assignment, &mut wanted, report)).collect(), None)
     };
     wanted.report(report);
+    let reporting = tuning.iter().flat_map(|tuning| &tuning.arms).flat_map(|arm| &arm.candidates);
+    let reporting = reporting.flat_map(|candidate| &candidate.reporting);
+    let reported: Vec<&Trial> = if tuning.is_some() { reporting.collect() } else { trials.iter().collect() };
+    report.extend(sweep.doubts.into_iter().filter_map(|doubt| doubt.settled(&reported)));
     match &tuning {
         Some(tuning) => {
             let candidates = tuning.arms.iter().filter_map(|arm| arm.candidates.first());
@@ -96,18 +100,21 @@ fn check_params(document: &Document, sweep: &Sweep, report: &mut Report) {
             collect_references(&entry.node, &mut read);
         }
     }
+    let label = |name: &str| format!("no `${{params.{name}}}` stands in any stage");
     let hint = |name: &str| did_you_mean(name, read.iter().copied().filter(|other| *other != name));
     let table = document.root.get("params").and_then(|entry| entry.node.table());
-    for name in &document.overlaid_params {
+    // Of one that is swept it is told at the sweep.
+    let is_swept = |name: &str| swept().any(|(path, _)| path[1] == name);
+    for name in document.overlaid_params.iter().filter(|name| !is_swept(name)) {
         if let Some(entry) = table.and_then(|table| table.get(name)).filter(|_| !read.contains(name.as_ref())) {
             let message = format!("nothing reads the parameter `{name}`");
-            report.add(Mistake::at(entry.key, message).hint(hint(name)));
+            report.add(Mistake::at(entry.key, message).label(label(name)).hint(hint(name)));
         }
     }
     for (path, key) in swept().filter(|(path, _)| !read.contains(path[1].as_str())) {
         let name = &path[1];
         let message = format!("nothing reads the swept parameter `{name}`, so its trials would all be the same");
-        report.add(Mistake::at(key, message).hint(hint(name)));
+        report.add(Mistake::at(key, message).label(label(name)).hint(hint(name)));
     }
 }
 
@@ -606,18 +613,18 @@ heavy = "much"
             error: nothing reads the parameter `sede`
              --> a.toml:3:1
             3 | sede = 2
-              | ^^^^
+              | ^^^^ no `${params.sede}` stands in any stage
             hint: did you mean `seed`?
 
             error: nothing reads the swept parameter `idle`, so its trials would all be the same
              --> a.toml:5:18
             5 | seeds = { path = "params.idle", values = [1] }
-              |                  ^^^^^^^^^^^^^
+              |                  ^^^^^^^^^^^^^ no `${params.idle}` stands in any stage
 
             error: nothing reads the parameter `rat`
              --> --set:1:1
             1 | params.rat=1
-              | ^^^^^^^^^^
+              | ^^^^^^^^^^ no `${params.rat}` stands in any stage
             hint: did you mean `rate`?
         "#);
         files.good("p.toml", &[]);

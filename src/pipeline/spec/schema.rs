@@ -44,7 +44,11 @@ impl Section {
     pub(super) fn shapes(self) -> &'static Shapes {
         static SHAPES: OnceLock<[Shapes; 3]> = OnceLock::new();
         let all = SHAPES.get_or_init(|| {
-            [Self::Description, Self::Sweep, Self::Table].map(|section| Shapes::compile(&section.schema(), &Map::new()))
+            let told = |section: Self| match section {
+                Self::Sweep => sweep::told_schema(),
+                other => other.schema(),
+            };
+            [Self::Description, Self::Sweep, Self::Table].map(|section| Shapes::compile(&told(section), &Map::new()))
         });
         &all[self as usize]
     }

@@ -11,6 +11,9 @@ use serde_json::{Map, Value as Json};
 
 use crate::pipeline::stage::{Kind, RunOptions};
 
+/// The keyword of a schema under which it says what people shall be told to write there.
+pub(super) const EXPECTED: &str = "x-expected";
+
 /// The number of a shape among its [`Shapes`].
 pub(super) type ShapeId = usize;
 
@@ -19,6 +22,8 @@ pub(super) type ShapeId = usize;
 pub(super) struct Shapes {
     all: Vec<Shape>,
     root: ShapeId,
+    /// What is told of some shapes instead of their types.
+    expected: HashMap<ShapeId, String>,
 }
 
 /// What a value may be.
@@ -132,14 +137,20 @@ impl Shapes {
 
     /// Compiles `schema`, whose references are to `definitions`.
     pub(super) fn compile(schema: &Json, definitions: &Map<String, Json>) -> Self {
-        let mut compiler = Compiler { definitions, all: Vec::new(), known: HashMap::new() };
+        let (known, expected) = (HashMap::new(), HashMap::new());
+        let mut compiler = Compiler { definitions, all: Vec::new(), known, expected };
         let root = compiler.shape(schema);
-        Self { all: compiler.all, root }
+        Self { all: compiler.all, root, expected: compiler.expected }
     }
 
     /// The shape of the whole.
     pub(super) fn root(&self) -> ShapeId {
         self.root
+    }
+
+    /// What is told of the shape number `id` instead of its type, where its schema says so in [`EXPECTED`].
+    pub(super) fn expected(&self, id: ShapeId) -> Option<&str> {
+        self.expected.get(&id).map(String::as_str)
     }
 
     /// The shape number `id`.
@@ -153,6 +164,7 @@ struct Compiler<'a> {
     all: Vec<Shape>,
     /// Definitions that are compiled or being compiled: a schema may refer to itself.
     known: HashMap<String, ShapeId>,
+    expected: HashMap<ShapeId, String>,
 }
 
 impl Compiler<'_> {
@@ -177,7 +189,11 @@ impl Compiler<'_> {
             return id;
         }
         let shape = self.form(object);
-        self.add(shape)
+        let id = self.add(shape);
+        if let Some(text) = object.get(EXPECTED).and_then(Json::as_str) {
+            self.expected.insert(id, text.to_owned());
+        }
+        id
     }
 
     fn form(&mut self, schema: &Map<String, Json>) -> Shape {

@@ -231,6 +231,36 @@ mod tests {
     }
 
     #[test]
+    fn what_one_arm_leaves_out_is_tuned_in_the_others() {
+        let grid = "grid = { \"stages.train.rewards.correct.weight\" = [0.5, 1.0], \"stages.train.steps\" = [5, 6] }";
+        let old = "grid = { \"params.rate\" = [0.1, 0.2], \"stages.train.steps\" = [5, 6] }";
+        let experiment = swept(&SWEEP.replace(old, grid)).good("a.toml", &[]);
+        let arms = experiment.tuning.unwrap().arms;
+        let candidates = |arm: usize| -> Vec<String> {
+            arms[arm].candidates.iter().map(|candidate| candidate.name.clone()).collect()
+        };
+        assert_eq!(arms[1].arm, "drop=correct");
+        assert_eq!(candidates(1), ["steps=5,weight=0.5", "steps=6,weight=0.5"], "its weight makes no difference there");
+        assert_eq!((candidates(0).len(), candidates(2).len()), (4, 4));
+        assert_eq!(experiment.trials.len(), (4 + 2 + 4) * 2);
+
+        // Where every arm leaves it out, tuning it was not meant.
+        let gone = "exclude = [{ drop = \"other\" }, { drop = \"none\" }]";
+        let nowhere = SWEEP.replace(old, grid).replace("exclude = [{ drop = \"other\", seed = 3 }]", gone);
+        let message = swept(
+            &nowhere
+                .replace("[table]\n", "")
+                .replace("baseline = { drop = \"none\" }\n", "")
+                .replace("metrics = [\"final.solved\"]\n", ""),
+        )
+        .bad("a.toml", &[]);
+        assert!(
+            message.contains("`score.solved` cannot tell `steps=5,weight=0.5` from `steps=5,weight=1.0`"),
+            "{message}"
+        );
+    }
+
+    #[test]
     fn an_arm_waits_for_its_last_run_and_the_goal_decides() {
         let mut experiment =
             swept(&SWEEP.replace("\"score.solved\"\n", "\"score.steps\"\ngoal = \"min\"\n")).good("a.toml", &[]);
@@ -357,11 +387,6 @@ mod tests {
             13 | metric = "score.solved"
                |          ^^^^^^^^^^^^^^ what they differ in does not lead to stage `score`
 
-            error: nothing sweeps `seed`, which is excluded
-             --> a.toml:9:30
-            9 | exclude = [{ drop = "other", seed = 3 }]
-              |                              ^^^^ expected one of `drop`, `params.seed`
-
             error: `params.seed` is swept twice
               --> a.toml:11:10
             11 | grid = { "params.seed" = [7, 8], "stages.train.stepz" = [1], "stages.train.steps" = [5, 6] }
@@ -388,6 +413,7 @@ mod tests {
               --> a.toml:11:1
             11 | seeds = [101, 102]
                | ^^^^^
+            hint: as `seeds = { path = "params.seed", values = [1, 2, 3] }` in `[sweep]`
         "#);
     }
 }

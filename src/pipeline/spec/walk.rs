@@ -92,9 +92,10 @@ impl<'a> Walk<'a> {
             (Shape::Array(array), Value::Array(items)) => self.array(array, items, node),
             (Shape::Table(fields), Value::Table(table)) => self.table(fields, table, node, key),
             (Shape::Tagged { tag, forms }, Value::Table(table)) => self.tagged(tag, forms, table, node, key),
-            (Shape::Choice(choices), _) => self.choice(choices, node, key),
+            (Shape::Choice(choices), _) => self.choice(shape, choices, node, key),
             (wanted, _) => {
-                self.mistyped(&shapes.describe(wanted), wanted, node);
+                let text = shapes.expected(shape).map_or_else(|| shapes.describe(wanted), str::to_owned);
+                self.mistyped(&text, wanted, node);
                 Json::Null
             }
         }
@@ -265,7 +266,8 @@ impl<'a> Walk<'a> {
                 self.missing(name, fields, node, key);
             }
         }
-        if table.len() < fields.least {
+        // Of a field that is missing it is told already.
+        if table.len() < fields.least && fields.required.iter().all(|name| table.contains_key(name.as_str())) {
             let message = format!("too few entries {}", self.within());
             let label = format!("expected at least {}, found {}", fields.least, table.len());
             self.found.mistakes.push(Mistake::at(key, message).label(label).about(self.path.join(".")));
@@ -328,13 +330,14 @@ impl<'a> Walk<'a> {
     }
 
     /// The alternative that fits, or the one that fits best.
-    fn choice(&mut self, choices: &[ShapeId], node: &'a Node, key: Span) -> Json {
+    fn choice(&mut self, shape: ShapeId, choices: &[ShapeId], node: &'a Node, key: Span) -> Json {
         let fitting: Vec<ShapeId> =
             choices.iter().copied().filter(|choice| self.shapes.get(*choice).takes(&node.value)).collect();
         if fitting.is_empty() {
             let wanted: Vec<String> =
                 choices.iter().map(|choice| self.shapes.describe(self.shapes.get(*choice))).collect();
-            self.mistyped(&wanted.join(" or "), &Shape::Any, node);
+            let text = self.shapes.expected(shape).map_or_else(|| wanted.join(" or "), str::to_owned);
+            self.mistyped(&text, &Shape::Any, node);
             return Json::Null;
         }
         let attempts = fitting.into_iter().map(|choice| {

@@ -85,9 +85,18 @@ pub enum AcceptError {
     /// There is a result already.
     #[error("is there already, under the settings as they are now")]
     HasResult,
+    /// There is a result already, which is not what was stored.
+    #[error("is there already, under the settings as they are now, and is damaged: {what}")]
+    HasDamaged {
+        /// What is wrong, naming the file.
+        what: String,
+    },
     /// A process works on the key.
     #[error("is being made by another process right now")]
     Busy,
+    /// There is no result of which an acceptance could be undone.
+    #[error("is not there, so there is nothing to take back")]
+    NoResult,
     /// There is nothing to undo.
     #[error("was not accepted but computed")]
     NotAccepted,
@@ -97,10 +106,15 @@ pub enum AcceptError {
 }
 
 impl Store {
-    /// Whether `draft` can be accepted; every byte of the old result is read. Gives the old result.
+    /// Whether `draft` can be accepted; every byte of the old result is read. Gives the old result, which stays until this
+    /// process ends.
     pub fn check_acceptance(&self, draft: &AcceptanceDraft) -> Result<Manifest, AcceptError> {
-        if !matches!(self.lookup(&draft.key)?, Lookup::Miss) {
-            return Err(AcceptError::HasResult);
+        // Before anything is looked at, and afterwards both count as used now.
+        self.lease(&[&draft.key, &draft.from])?;
+        match self.lookup(&draft.key)? {
+            Lookup::Miss => {}
+            Lookup::Hit(_) => return Err(AcceptError::HasResult),
+            Lookup::Damaged { what } => return Err(AcceptError::HasDamaged { what }),
         }
         let old = match self.manifest(&draft.from)? {
             None => return Err(AcceptError::Gone),
@@ -119,6 +133,8 @@ impl Store {
             };
             return Err(AcceptError::Outputs { old: words(&stored), new: words(&declared) });
         }
+        // Whatever becomes of the old result.
+        self.lease(&old.outputs.iter().map(|output| &output.digest).collect::<Vec<_>>())?;
         for output in &old.outputs {
             if let Err(what) = self.verify_object(output)? {
                 return Err(AcceptError::Damaged { what });
@@ -130,34 +146,89 @@ impl Store {
     /// Makes the result of `draft.from` that of `draft.key`, durably.
     pub fn accept(&self, draft: AcceptanceDraft) -> Result<Manifest, AcceptError> {
         let lock = self.try_lock(&draft.key)?.ok_or(AcceptError::Busy)?;
-        // From the look at the old objects to the new manifest nothing may be collected.
-        let hold = self.hold()?;
-        // And afterwards both count as used now.
-        hold.lease([&draft.key, &draft.from])?;
         let old = self.check_acceptance(&draft)?;
         let when = jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
         let AcceptanceDraft { key, recipe, parts, params, inputs, from, reason, by, differences, .. } = draft;
         let earlier = old.accepted.map(Box::new);
         let accepted = Some(Acceptance { from, reason, when, by, differences, earlier });
         let manifest = Manifest { key, recipe, parts, params, inputs, accepted, ..old };
-        self.commit(&lock, &manifest)?;
+        let mut unsynced = Vec::new();
+        for output in &manifest.outputs {
+            self.note_unsynced(&output.digest, &output.files, &mut unsynced)?;
+        }
+        self.commit(&lock, &manifest, &unsynced)?;
         Ok(manifest)
+    }
+
+    /// How the result of `key` was accepted, whatever became of its objects.
+    fn acceptance(&self, key: &Digest) -> Result<Acceptance, AcceptError> {
+        match self.manifest(key)? {
+            None => Err(AcceptError::NoResult),
+            Some(Err(what)) => Err(AcceptError::Damaged { what }),
+            Some(Ok(manifest)) => manifest.accepted.ok_or(AcceptError::NotAccepted),
+        }
     }
 
     /// Takes an acceptance back: the key has no result then. Gives what was taken back.
     pub fn undo_acceptance(&self, key: &Digest) -> Result<Acceptance, AcceptError> {
+        // Before the lock: it is nobody's business who works on what was not accepted.
+        self.acceptance(key)?;
         let _lock = self.try_lock(key)?.ok_or(AcceptError::Busy)?;
-        let manifest = match self.manifest(key)? {
-            None => return Err(AcceptError::Gone),
-            Some(Err(what)) => return Err(AcceptError::Damaged { what }),
-            Some(Ok(manifest)) => manifest,
-        };
-        let acceptance = manifest.accepted.ok_or(AcceptError::NotAccepted)?;
+        let acceptance = self.acceptance(key)?;
         let path = self.manifest_path(key);
         self.remove(&path)?;
         if let Some(shelf) = path.parent() {
             self.disk.sync(shelf).at("write", shelf)?;
         }
         Ok(acceptance)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::super::fixture::{Sandbox, key, parts};
+    use super::super::{GcPolicy, Lookup};
+    use super::*;
+    use crate::pipeline::stage::ArtifactType;
+
+    fn draft(from: usize, to: usize) -> AcceptanceDraft {
+        AcceptanceDraft {
+            key: key(to),
+            recipe: key(to),
+            parts: parts(to),
+            params: Value::Null,
+            inputs: [].into(),
+            outputs: vec![Output { name: "out".into(), artifact: ArtifactType::Files }],
+            from: key(from),
+            reason: "it is the same".into(),
+            by: "a test".into(),
+            differences: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_collection_goes_on_while_it_hashes_and_takes_nothing_of_it() {
+        let (sandbox, disk) = Sandbox::faulty();
+        sandbox.publish(1, &[("data", "one")]);
+        sandbox.publish(3, &[("data", "three")]);
+        let other = Store::open(sandbox.store.root()).unwrap();
+        let objects = sandbox.store.root().join("objects");
+        let collected = Arc::new(Mutex::new(Vec::new()));
+        let told = Arc::clone(&collected);
+        disk.meanwhile(move |operation, path| {
+            // The object's bytes are being read: what would stand still if the collector were kept away.
+            if operation == "open" && path.starts_with(&objects) {
+                let policy = GcPolicy { max_size: Some(0), ..GcPolicy::default() };
+                let plan = other.plan_gc(&policy, &|_, _| ()).unwrap();
+                assert!(other.collector_may_go(), "it is kept away");
+                told.lock().unwrap().push(other.collect_garbage(&plan, &mut |_, _| (), &mut || ()).unwrap().results);
+            }
+        });
+        sandbox.store.accept(draft(1, 2)).unwrap();
+        disk.undisturbed();
+        assert_eq!(*collected.lock().unwrap(), [1], "3 alone");
+        assert!(matches!(sandbox.store.lookup(&key(2)).unwrap(), Lookup::Hit(_)));
     }
 }

@@ -2,12 +2,14 @@
 //!
 //! ctime is in it because a program may set mtime back but not ctime. A file that was changed so shortly before it was
 //! hashed that a later change could bear the same times is not remembered (git's racy rule).
+//!
+//! Users' programs sync nothing. A power cut may leave a file with its new times and its old bytes, so what was hashed before
+//! the system has surely written it is believed only until the machine is started again.
 
 use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +21,9 @@ use super::{Digest, FileStat, StoreError, sealed};
 /// A change within this many nanoseconds before hashing may be followed by one with the same times. Two seconds is the
 /// coarsest clock of any file system in use.
 pub(super) const RACY: i128 = 2_000_000_000;
+
+/// Nanoseconds after which what was written lies on the disk unasked: well beyond what any kernel's writeback waits.
+const SETTLED: i128 = 600 * 1_000_000_000;
 
 /// Entries that are kept, at most; beyond, only those that this process has met.
 const MOST: usize = 200_000;
@@ -48,6 +53,12 @@ struct Known {
 #[derive(Serialize, Deserialize)]
 struct OnDisk {
     files: Vec<(FileStat, Digest)>,
+    /// Those that are believed until the machine is started again.
+    #[serde(default)]
+    fresh: Vec<(FileStat, Digest)>,
+    /// Since when it runs.
+    #[serde(default)]
+    boot: String,
 }
 
 impl StatCache {
@@ -65,7 +76,7 @@ impl StatCache {
             }
             let file = self.disk.open(path).at("read", path)?;
             let stat = file.stat().at("read", path)?;
-            let begun = now();
+            let begun = self.disk.now();
             let digest = match hash_content(&*file, stat.size()) {
                 Err(error) if error.kind() == ErrorKind::UnexpectedEof => continue,
                 digest => digest.at("read", path)?,
@@ -122,7 +133,11 @@ impl StatCache {
         all.extend(known.met.iter().map(|(stat, digest)| (*stat, digest.clone())));
         let mut files: Vec<_> = all.into_iter().collect();
         files.sort();
-        let body = serde_json::to_vec(&OnDisk { files }).expect("plain data has a JSON form");
+        // They have not changed since, and the machine still runs: what is old enough by now is on the disk.
+        let (settled, now) = (|stat: &FileStat, now| stat.4 + SETTLED < now, self.disk.now());
+        let (files, fresh) = files.into_iter().partition(|(stat, _)| settled(stat, now));
+        let body =
+            serde_json::to_vec(&OnDisk { files, fresh, boot: self.disk.boot() }).expect("plain data has a JSON form");
         self.disk.write_atomically(&self.path, &sealed::seal(&body), false)?;
         known.changed = false;
         Ok(())
@@ -132,7 +147,9 @@ impl StatCache {
     fn load(&self) -> HashMap<FileStat, Digest> {
         let body = self.disk.read(&self.path).ok().and_then(|bytes| sealed::open(&bytes));
         let on_disk = body.and_then(|body| serde_json::from_slice::<OnDisk>(&body).ok());
-        on_disk.map(|on_disk| on_disk.files.into_iter().collect()).unwrap_or_default()
+        let Some(OnDisk { files, fresh, boot }) = on_disk else { return HashMap::new() };
+        let is_same = !boot.is_empty() && boot == self.disk.boot();
+        files.into_iter().chain(fresh.into_iter().filter(|_| is_same)).collect()
     }
 }
 
@@ -144,14 +161,10 @@ impl Drop for StatCache {
     }
 }
 
-pub(super) fn now() -> i128 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i128::try_from(since.as_nanos()).expect("a clock this side of the year 10^22")
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::disk::Native;
+    use super::super::volatile::{Dice, Volatile};
     use super::*;
 
     fn cache(path: &Path, writable: bool) -> StatCache {
@@ -185,14 +198,40 @@ mod tests {
     }
 
     #[test]
+    fn what_was_fresh_is_forgotten_when_the_machine_starts_again() {
+        let disk = |volatile| -> Arc<dyn Disk> { Arc::new(volatile) };
+        let before = Volatile::new();
+        let (fresh, old) = (Path::new("/user/fresh"), Path::new("/user/old"));
+        before.put(old, b"one");
+        before.pass(SETTLED);
+        before.put(fresh, b"one");
+        before.pass(2 * RACY);
+        for name in ["/", "/user", "/user/fresh", "/user/old"] {
+            before.sync(Path::new(name)).unwrap();
+        }
+        let before = Arc::new(before);
+        let first = StatCache::new(before.clone(), "/stat.json".into(), true);
+        let stats = [fresh, old].map(|path| first.hash_file(path).unwrap().stat.identity);
+        first.save().unwrap();
+        let known = |disk: Arc<dyn Disk>| {
+            let cache = StatCache::new(disk, "/stat.json".into(), false);
+            stats.map(|stat| cache.find(&stat).is_some())
+        };
+        assert_eq!(known(disk(before.after_kill())), [true, true]);
+        before.sync(Path::new("/stat.json")).unwrap();
+        before.sync(Path::new("/")).unwrap();
+        assert_eq!(known(disk(before.after_cut(&mut Dice(0)))), [false, true]);
+    }
+
+    #[test]
     fn what_is_saved_is_found_by_the_next_process_and_damage_is_forgotten() {
         let place = tempfile::tempdir().unwrap();
         let path = place.path().join("stat.json");
         let (one, two) = ((1, 1, 1, 1, 1), (2, 2, 2, 2, 2));
         let first = cache(&path, true);
         let second = cache(&path, true);
-        first.remember(one, &digest("one"), now());
-        second.remember(two, &digest("two"), now());
+        first.remember(one, &digest("one"), Native.now());
+        second.remember(two, &digest("two"), Native.now());
         drop((first, second));
         let third = cache(&path, false);
         assert_eq!((third.find(&one), third.find(&two)), (Some(digest("one")), Some(digest("two"))));

@@ -3,12 +3,15 @@
 //! One small trait lets a test stand in for the disk, fail at any operation and lose what was not synced. It is made of
 //! system calls, not of intentions: what survives a power cut is decided above it, by the order of calls.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fmt;
 use std::fs::{File, Metadata, OpenOptions, Permissions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::FileStat;
 
@@ -115,14 +118,17 @@ pub(super) trait Disk: fmt::Debug + Send + Sync {
     /// Removes an empty folder.
     fn remove_folder(&self, path: &Path) -> io::Result<()>;
 
-    /// Removes a folder with everything in it; links are removed and not followed, this one too.
+    /// Removes a folder with everything in it; links are removed and not followed, this one too. What is in it may go meanwhile.
     fn remove_tree(&self, folder: &Path) -> io::Result<()> {
         if self.stat(folder)?.sort == Sort::Link {
             return self.remove_file(folder);
         }
         for entry in self.list(folder)? {
             let path = folder.join(&entry.name);
-            if entry.is_folder { self.remove_tree(&path)? } else { self.remove_file(&path)? }
+            match if entry.is_folder { self.remove_tree(&path) } else { self.remove_file(&path) } {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         }
         self.remove_folder(folder)
     }
@@ -136,10 +142,23 @@ pub(super) trait Disk: fmt::Debug + Send + Sync {
     /// Makes everything on the file system of `path` survive a power cut.
     fn sync_all(&self, path: &Path) -> io::Result<()>;
 
+    /// The time by which files are said to have changed, in nanoseconds since 1970.
+    fn now(&self) -> i128 {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        i128::try_from(since.as_nanos()).expect("a clock this side of the year 10^22")
+    }
+
+    /// A name of the time since the machine was last started; empty where it has none.
+    fn boot(&self) -> String {
+        std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+            .map(|name| name.trim().to_owned())
+            .unwrap_or_default()
+    }
+
     /// The file of a lock; made where it is not there, never emptied.
     fn open_lock(&self, path: &Path) -> io::Result<File>;
 
-    /// The file of a lock that is there.
+    /// The file of a lock that is there, to see whether anybody has it: also where nothing may be written.
     fn open_lock_there(&self, path: &Path) -> io::Result<File>;
 }
 
@@ -226,7 +245,13 @@ impl Disk for Native {
     }
 
     fn sync_all(&self, path: &Path) -> io::Result<()> {
-        Ok(rustix::fs::syncfs(File::open(path)?)?)
+        // By device, open from the first time on: a descriptor hears every error since it was opened, and a new one none that
+        // anybody has heard.
+        static OPENED: Mutex<BTreeMap<u64, File>> = Mutex::new(BTreeMap::new());
+        let folder = File::open(path)?;
+        let device = folder.metadata()?.dev();
+        let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(rustix::fs::syncfs(opened.entry(device).or_insert(folder))?)
     }
 
     fn open_lock(&self, path: &Path) -> io::Result<File> {
@@ -235,7 +260,7 @@ impl Disk for Native {
     }
 
     fn open_lock_there(&self, path: &Path) -> io::Result<File> {
-        OpenOptions::new().read(true).write(true).open(path)
+        File::open(path)
     }
 }
 

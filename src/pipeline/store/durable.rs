@@ -11,37 +11,17 @@ use super::error::At as _;
 impl dyn Disk + '_ {
     /// Replaces a file as a whole: readers see the old or the new one. `durable` survives a power cut as well.
     pub(super) fn write_atomically(&self, path: &Path, bytes: &[u8], durable: bool) -> Result<(), StoreError> {
-        if durable {
-            return self.write_durably_after(&[], path, bytes);
-        }
         let folder = path.parent().unwrap_or(Path::new("."));
-        let new = self.beside(folder, ".new-", &|new| self.create(new, bytes)).at("write", path)?;
-        self.put_in_place(&new, path)
-    }
-
-    /// Replaces a file as a whole, durably, and not before the names in these folders are durable.
-    ///
-    /// The file's bytes are synced first: on most file systems that syncs the names as well, and theirs then costs little.
-    pub(super) fn write_durably_after(&self, folders: &[PathBuf], path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
-        let folder = path.parent().unwrap_or(Path::new("."));
-        let written = |new: &Path| self.create(new, bytes).and_then(|()| self.sync(new));
+        let written = |new: &Path| {
+            self.create(new, bytes)?;
+            if durable { self.sync(new) } else { Ok(()) }
+        };
         let new = self.beside(folder, ".new-", &written).at("write", path)?;
-        for other in folders {
-            if let Err(error) = self.sync(other) {
-                let _ = self.remove_file(&new);
-                return Err(error).at("write", other);
-            }
-        }
-        self.put_in_place(&new, path)?;
-        self.sync(folder).at("write", folder)
-    }
-
-    fn put_in_place(&self, new: &Path, path: &Path) -> Result<(), StoreError> {
-        if let Err(error) = self.rename(new, path) {
-            let _ = self.remove_file(new);
+        if let Err(error) = self.rename(&new, path) {
+            let _ = self.remove_file(&new);
             return Err(error).at("write", path);
         }
-        Ok(())
+        if durable { self.sync(folder).at("write", folder) } else { Ok(()) }
     }
 
     /// Writes a file that counts as absent where a kill cuts it short: as a whole only where there is one already.
@@ -103,21 +83,27 @@ impl dyn Disk + '_ {
         }
     }
 
-    /// Removes a folder with everything in it, also what a program has made read-only. It may be gone already.
+    /// Removes a folder with everything in it, also what a program has made read-only. It may be gone already, or go meanwhile
+    /// because another process removes it as well.
     pub(super) fn clear(&self, folder: &Path) -> Result<(), StoreError> {
         match self.remove_tree(folder) {
             Err(error) if error.kind() == ErrorKind::PermissionDenied => {
-                let mut open = vec![folder.to_owned()];
-                while let Some(folder) = open.pop() {
-                    self.set_mode(&folder, 0o755).at("change the mode of", &folder)?;
-                    let entries = self.list(&folder).at("list", &folder)?;
-                    open.extend(entries.iter().filter(|entry| entry.is_folder).map(|entry| folder.join(&entry.name)));
-                }
-                self.remove_tree(folder).at("remove", folder)
+                self.open_tree(folder)?;
+                or_gone(self.remove_tree(folder)).at("remove", folder).map(drop)
             }
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            other => other.at("remove", folder),
+            other => or_gone(other).at("remove", folder).map(drop),
         }
+    }
+
+    /// Makes every folder of a tree one that may be written.
+    fn open_tree(&self, folder: &Path) -> Result<(), StoreError> {
+        let mut open = vec![folder.to_owned()];
+        while let Some(folder) = open.pop() {
+            or_gone(self.set_mode(&folder, 0o755)).at("change the mode of", &folder)?;
+            let entries = or_gone(self.list(&folder)).at("list", &folder)?.unwrap_or_default();
+            open.extend(entries.iter().filter(|entry| entry.is_folder).map(|entry| folder.join(&entry.name)));
+        }
+        Ok(())
     }
 
     /// Whether there is a folder, or a link to one.
@@ -131,10 +117,49 @@ impl dyn Disk + '_ {
     }
 }
 
+/// The answer, or none where what was asked of is not there.
+fn or_gone<T>(answer: std::io::Result<T>) -> std::io::Result<Option<T>> {
+    match answer {
+        Ok(answer) => Ok(Some(answer)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::super::disk::Native;
+    use super::super::faults::{Fault, Faulty};
     use super::*;
+
+    #[test]
+    fn what_another_process_clears_meanwhile_is_gone_as_wanted() {
+        let place = tempfile::tempdir().unwrap();
+        let tree = place.path().join("tree");
+        for number in 0.. {
+            std::fs::create_dir_all(tree.join("a/b")).unwrap();
+            std::fs::write(tree.join("a/b/c"), "x").unwrap();
+            std::fs::write(tree.join("d"), "x").unwrap();
+            let disk = Faulty::new(Arc::new(Native));
+            let (mut taken, other) = (0, tree.clone());
+            disk.meanwhile(move |_, _| {
+                if taken == number {
+                    std::fs::remove_dir_all(&other).unwrap();
+                }
+                taken += 1;
+            });
+            // The fourth operation: as for a folder that a program has made read-only.
+            disk.fail_at(4, Fault::Denied);
+            (&disk as &dyn Disk).clear(&tree).unwrap_or_else(|error| panic!("at {number}: {error}"));
+            assert!(!tree.exists(), "at {number}");
+            if disk.heal() <= number {
+                assert!(number > 12, "{number} operations");
+                break;
+            }
+        }
+    }
 
     #[test]
     fn a_name_that_a_killed_process_has_left_is_passed_over() {

@@ -51,6 +51,11 @@ impl StoreError {
         }
     }
 
+    /// Whether the disk is full.
+    pub(super) fn is_full(&self) -> bool {
+        self.io().is_some_and(is_full)
+    }
+
     /// Whether the failure tells that a stored file is gone or unreadable for good, as opposed to a passing want of
     /// descriptors, memory or rights: only then may a file count as damaged.
     pub(super) fn means_damage(&self) -> bool {
@@ -69,6 +74,11 @@ impl StoreError {
     pub(super) fn unfit(path: &Path, problem: impl Into<String>) -> Self {
         Self::Unfit { path: path.to_owned(), problem: problem.into() }
     }
+}
+
+/// Whether an error of the system says that the disk is full.
+pub(super) fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// What the user may do about an error of the system.

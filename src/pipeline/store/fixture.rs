@@ -43,6 +43,12 @@ impl Sandbox {
         (sandbox, disk)
     }
 
+    /// Another process's store in the same folder, which must be gone before the first one is.
+    pub(crate) fn beside(other: &Self) -> Self {
+        let place = tempfile::tempdir().unwrap();
+        Self { store: Store::open(other.store.root()).unwrap(), place, folders: AtomicUsize::new(1_000_000) }
+    }
+
     /// Opens the store as another process would.
     pub(crate) fn reopen(&mut self) {
         self.store = Store::open(&self.place.path().join("store")).unwrap();
@@ -91,19 +97,7 @@ impl Sandbox {
     /// The same with a folder.
     pub(crate) fn publish_folder(&self, number: usize, folder: &Path) -> Result<Manifest, StoreError> {
         let lock = self.store.lock(&key(number))?;
-        let output = DraftOutput { name: "out".into(), artifact: ArtifactType::Files, folder: folder.to_owned() };
-        let draft = ManifestDraft {
-            recipe: key(number),
-            parts: parts(number),
-            params: Value::Null,
-            inputs: [].into(),
-            outputs: vec![output],
-            seconds: 1.5,
-            attempts: 1,
-            numerics: [].into(),
-            metrics: [("solved".to_owned(), 0.1 + 0.2)].into(),
-        };
-        self.store.publish(&lock, draft)
+        self.store.publish(&lock, draft(number, folder))
     }
 }
 
@@ -111,6 +105,22 @@ impl Drop for Sandbox {
     fn drop(&mut self) {
         // Objects are read-only, so the temporary folder could not remove itself.
         <dyn super::disk::Disk>::clear(&super::disk::Native, self.place.path()).unwrap();
+    }
+}
+
+/// A stage of a number that has left its output `out` in a folder of the store's work.
+pub(crate) fn draft(number: usize, folder: &Path) -> ManifestDraft {
+    let output = DraftOutput { name: "out".into(), artifact: ArtifactType::Files, folder: folder.to_owned() };
+    ManifestDraft {
+        recipe: key(number),
+        parts: parts(number),
+        params: Value::Null,
+        inputs: [].into(),
+        outputs: vec![output],
+        seconds: 1.5,
+        attempts: 1,
+        numerics: [].into(),
+        metrics: [("solved".to_owned(), 0.1 + 0.2)].into(),
     }
 }
 

@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use super::cache::{RACY, now};
+use super::cache::RACY;
 use super::disk::Disk;
 use super::{Acceptance, Digest, FileStat, Lookup, Manifest, Store, StoreError};
 use crate::pipeline::stage::ArtifactType;
@@ -241,7 +241,7 @@ impl Store {
                 if let (Ok(before), Ok(after)) = (before, self.disk.stat(&path)) {
                     let stat = before.identity;
                     let is_known = self.index.with(key, |record| Some(record.stat == stat)) == Some(true);
-                    if stat == after.identity && stat.4 + RACY < now() && !is_known {
+                    if stat == after.identity && stat.4 + RACY < self.disk.now() && !is_known {
                         self.index.add(&manifest, stat);
                     }
                 }
@@ -384,7 +384,9 @@ mod tests {
         hit(&sandbox, 1);
         assert!(!is_indexed(&sandbox, 1), "its manifest changed too shortly ago");
         let stat = sandbox.store.disk.stat(&sandbox.store.manifest_path(&key(1))).unwrap().identity;
-        std::thread::sleep(std::time::Duration::from_nanos((stat.4 + RACY - now()).max(0) as u64 + 1_000_000));
+        std::thread::sleep(std::time::Duration::from_nanos(
+            (stat.4 + RACY - sandbox.store.disk.now()).max(0) as u64 + 1_000_000,
+        ));
         hit(&sandbox, 1);
         assert!(is_indexed(&sandbox, 1));
         let size = std::fs::metadata(index(&sandbox)).unwrap().len();

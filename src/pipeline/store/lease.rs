@@ -5,7 +5,7 @@
 //!                       results, one a line; it holds the file's lock while it lives
 //! leases/<digest>       what an ended process rested on, named by its keys; its last line says until when
 //! leases/used.json      the same of many processes, folded together by the collector
-//! locks/store           held shared, for moments, by whoever publishes or takes a lease; alone by the collector
+//! locks/store           held shared, for moments, by whoever takes a lease or pins; alone by the collector
 //! locks/door            passed on the way to `locks/store`: the collector shuts it, so that it need not wait for ever
 //! ```
 //!
@@ -13,6 +13,9 @@
 //! While it writes it holds `locks/store`, which the collector holds from reading the leases to the last removal that rests
 //! on them. So what a process finds after that stays until it ends, also where it ends by a kill: the kernel frees its locks,
 //! and what it had leased counts as used. Nobody ever waits for a run to end.
+//!
+//! Whoever finds results before it can lease them, as a plan does, leases them and looks again ([`Store::lease_found`]). Whoever
+//! only reads, as a verification, leases nothing and asks afterwards whether what it missed was there all the time.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{File, TryLockError};
@@ -38,12 +41,9 @@ const ENDED: &str = "@";
 /// How the name of a living process's lease begins.
 const LIVING: &str = "run-";
 
-/// While it lives, nothing is collected. It is held for moments: the collector waits for it.
+/// While it lives, nothing is collected. It is held for moments, in which nothing is hashed: the collector waits for it.
 #[derive(Debug)]
-pub struct Hold<'a> {
-    store: &'a Store,
-    _lock: FileLock,
-}
+pub(super) struct Hold(#[expect(dead_code, reason = "it is held, not read")] FileLock);
 
 /// The right to collect: nobody publishes or takes a lease while it lives.
 #[derive(Debug)]
@@ -54,7 +54,7 @@ pub(super) struct Alone {
 
 /// A lock of the kernel's on a whole file.
 #[derive(Debug)]
-struct FileLock(File);
+pub(super) struct FileLock(File);
 
 impl Drop for FileLock {
     fn drop(&mut self) {
@@ -76,32 +76,41 @@ struct Taken {
     keys: HashSet<Digest>,
 }
 
-impl Hold<'_> {
-    /// Writes down that this process rests on the results of `keys` until it ends.
-    pub fn lease<'k>(&self, keys: impl IntoIterator<Item = &'k Digest>) -> Result<(), StoreError> {
-        self.store.write_lease(keys)
-    }
-}
-
 impl Store {
     /// Keeps the collector away while the result lives. One thread must not hold two: the second would wait for a collector
     /// that waits for the first.
-    pub fn hold(&self) -> Result<Hold<'_>, StoreError> {
+    pub(super) fn hold(&self) -> Result<Hold, StoreError> {
         let door = self.lock_shared("door")?;
         let lock = self.lock_shared("store")?;
         drop(door);
-        Ok(Hold { store: self, _lock: lock })
+        Ok(Hold(lock))
     }
 
     /// Writes down that this process rests on the results of `keys`, which may be objects as well, until it ends. Look them up
-    /// after it, not before.
+    /// after it, or again: what is there then stays.
     pub fn lease(&self, keys: &[&Digest]) -> Result<(), StoreError> {
         let known = self.lease.0.lock().unwrap_or_else(PoisonError::into_inner);
         if known.as_ref().is_some_and(|taken| keys.iter().all(|key| taken.keys.contains(*key))) {
             return Ok(());
         }
         drop(known);
-        self.hold()?.lease(keys.iter().copied())
+        let _hold = self.hold()?;
+        self.write_lease(keys.iter().copied())
+    }
+
+    /// [`Store::lease`] for `keys` of which a look before has `found` the results of some: gives whether all of these are still
+    /// there, and so stay.
+    pub fn lease_found(&self, keys: &[&Digest], found: &[&Digest]) -> Result<bool, StoreError> {
+        self.lease(keys)?;
+        for path in found.iter().map(|key| self.manifest_path(key)) {
+            // A manifest goes before its objects, so it alone is asked.
+            match self.disk.stat(&path) {
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+                Err(error) => return Err(error).at("read", &path),
+            }
+        }
+        Ok(true)
     }
 
     /// The right to collect. `waiting` is called once if it does not come at once.
@@ -125,6 +134,18 @@ impl Store {
         };
         let door = lock("door")?;
         Ok(Alone { _store: lock("store")?, _door: door })
+    }
+
+    /// Whether [`Store::alone`] would come at once.
+    #[cfg(test)]
+    pub(super) fn collector_may_go(&self) -> bool {
+        ["door", "store"].iter().all(|name| self.lock_file_is_free(name))
+    }
+
+    /// Whether nobody has a file of `locks/`.
+    #[cfg(test)]
+    pub(super) fn lock_file_is_free(&self, name: &str) -> bool {
+        self.lock_named(name).unwrap().0.try_lock().is_ok()
     }
 
     /// The keys and objects that living processes rest on. Certain only for whoever is [`Store::alone`].
@@ -178,25 +199,40 @@ impl Store {
             if name == FOLDED {
                 continue;
             }
-            let living = name.starts_with(LIVING) && {
-                let file = match self.disk.open_lock_there(&path) {
-                    Ok(file) => file,
-                    // It has ended just now and bears its other name.
-                    Err(error) if error.kind() == ErrorKind::NotFound => continue,
-                    Err(error) => return Err(error).at("open the lock", &path),
-                };
-                match file.try_lock_shared() {
-                    Ok(()) => {
-                        drop(FileLock(file));
-                        false
-                    }
-                    Err(TryLockError::WouldBlock) => true,
-                    Err(TryLockError::Error(error)) => return Err(error).at("lock", &path),
-                }
-            };
-            found.push((path, living));
+            if !name.starts_with(LIVING) {
+                found.push((path, false));
+            } else if let Some(living) = self.is_held(&path)? {
+                found.push((path, living));
+            }
+            // Otherwise it has ended just now and bears its other name.
         }
         Ok(found)
+    }
+
+    /// Whether another works on `key`. Nothing is made where nobody ever did.
+    pub(super) fn is_locked(&self, key: &Digest) -> Result<bool, StoreError> {
+        Ok(self.is_held(&self.folder("locks").join(&key.0))?.unwrap_or(false))
+    }
+
+    /// Whether a process has a lock alone; none where there is no such file. It is asked through a lock that is shared, which
+    /// needs no right to write.
+    fn is_held(&self, path: &Path) -> Result<Option<bool>, StoreError> {
+        let file = match self.disk.open_lock_there(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).at("open the lock", path),
+        };
+        loop {
+            match file.try_lock_shared() {
+                Ok(()) => {
+                    drop(FileLock(file));
+                    return Ok(Some(false));
+                }
+                Err(TryLockError::WouldBlock) => return Ok(Some(true)),
+                Err(TryLockError::Error(error)) if error.kind() == ErrorKind::Interrupted => {}
+                Err(TryLockError::Error(error)) => return Err(error).at("lock", path),
+            }
+        }
     }
 
     /// The folded records. Damaged ones are an error: without them results look older than they are.
@@ -244,7 +280,9 @@ impl Store {
             *lease = Some(Taken { path, lock: FileLock(file), keys: HashSet::new() });
         }
         let taken = lease.as_mut().expect("it was taken just now");
-        let mut lines = String::with_capacity(new.len() * 65);
+        // A write that a full disk has cut short must not swallow what comes after it.
+        let mut lines = String::with_capacity(new.len() * 65 + 1);
+        lines.push('\n');
         for key in &new {
             lines.push_str(&key.0);
             lines.push('\n');
@@ -265,7 +303,7 @@ impl Store {
         for key in &keys {
             hasher.update(key.0.as_bytes());
         }
-        self.disk.append(&path, format!("{ENDED}{}\n", Timestamp::now()).as_bytes()).at("write", &path)?;
+        self.disk.append(&path, format!("\n{ENDED}{}\n", Timestamp::now()).as_bytes()).at("write", &path)?;
         // The same run again takes the place of the one before, so that runs which change nothing leave nothing.
         let ended = path.with_file_name(hasher.finalize().to_hex().as_str());
         self.disk.rename(&path, &ended).at("write", &ended)?;
@@ -295,10 +333,20 @@ impl Store {
         }
     }
 
-    fn lock_shared(&self, name: &str) -> Result<FileLock, StoreError> {
+    /// Waits until nobody has a file of `locks/` alone.
+    pub(super) fn lock_shared(&self, name: &str) -> Result<FileLock, StoreError> {
+        self.lock_by(name, File::lock_shared)
+    }
+
+    /// Waits until nobody has a file of `locks/`.
+    pub(super) fn lock_whole(&self, name: &str) -> Result<FileLock, StoreError> {
+        self.lock_by(name, File::lock)
+    }
+
+    fn lock_by(&self, name: &str, lock: fn(&File) -> std::io::Result<()>) -> Result<FileLock, StoreError> {
         let (file, path) = self.lock_named(name)?;
         loop {
-            match file.lock_shared() {
+            match lock(&file) {
                 Ok(()) => return Ok(FileLock(file)),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(error).at("lock", &path),
@@ -341,6 +389,38 @@ mod tests {
         sandbox.reopen();
         assert!(other.leased().unwrap().is_empty());
         assert_eq!(other.last_uses().unwrap().into_keys().collect::<HashSet<_>>(), leased);
+    }
+
+    #[test]
+    fn what_went_between_the_look_and_the_lease_is_told() {
+        let sandbox = Sandbox::new();
+        sandbox.publish(1, &[("data", "one")]);
+        sandbox.publish(2, &[("data", "two")]);
+        let other = Store::open(sandbox.store.root()).unwrap();
+        let everything = super::super::GcPolicy { max_size: Some(0), ..Default::default() };
+        let collect = |store: &Store| {
+            let plan = store.plan_gc(&everything, &|_, _| ()).unwrap();
+            store.collect_garbage(&plan, &mut |_, _| (), &mut || ()).unwrap().results
+        };
+        assert!(sandbox.store.lease_found(&[&key(1), &key(3)], &[&key(1)]).unwrap());
+        assert_eq!(collect(&other), 1);
+        assert!(!sandbox.store.lease_found(&[&key(1), &key(2)], &[&key(1), &key(2)]).unwrap(), "2 went");
+        assert!(sandbox.store.lease_found(&[&key(1), &key(2)], &[&key(1)]).unwrap());
+        sandbox.publish(2, &[("data", "two")]);
+        assert_eq!(collect(&other), 0);
+    }
+
+    #[test]
+    fn a_line_that_a_full_disk_has_cut_short_swallows_nothing() {
+        use super::super::faults::Fault;
+        let (sandbox, disk) = Sandbox::faulty();
+        sandbox.store.lease(&[&key(1)]).unwrap();
+        // The two locks are opened, then the lease is written.
+        disk.fail_at(2, Fault::ShortWrite);
+        assert!(sandbox.store.lease(&[&key(2)]).is_err());
+        disk.heal();
+        sandbox.store.lease(&[&key(3)]).unwrap();
+        assert_eq!(Store::open(sandbox.store.root()).unwrap().leased().unwrap(), [key(1), key(3)].into());
     }
 
     #[test]

@@ -64,12 +64,6 @@ impl Store {
         }
     }
 
-    /// Whether another works on `key`. Nothing is made where nobody ever did.
-    pub(super) fn is_locked(&self, key: &Digest) -> Result<bool, StoreError> {
-        let is_there = self.disk.is_there(&self.folder("locks").join(&key.0));
-        Ok(is_there && self.try_lock(key)?.is_none())
-    }
-
     fn lock_file(&self, key: &Digest) -> Result<File, StoreError> {
         let path = self.folder("locks").join(&key.0);
         self.disk.open_lock(&path).at("open the lock", &path)

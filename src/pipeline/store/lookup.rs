@@ -64,8 +64,9 @@ impl Store {
         let damaged = |problem: &str| Ok(Some(Err(format!("the manifest `{}` {problem}", path.display()))));
         let Some(body) = sealed::open(&bytes) else { return damaged("does not have the digest that it carries") };
         match serde_json::from_slice::<Manifest>(&body) {
-            Ok(manifest) if manifest.key == *key => Ok(Some(Ok(manifest))),
-            Ok(_) => damaged("is that of another key"),
+            Ok(manifest) if manifest.key != *key => damaged("is that of another key"),
+            Ok(manifest) if !manifest.key_is_right() => damaged("has a key that is not the hash of its parts"),
+            Ok(manifest) => Ok(Some(Ok(manifest))),
             // It is as it was written, so another program understands it.
             Err(error) => {
                 let problem = format!("was written by another version of this program: {error}; use that version");
@@ -132,7 +133,6 @@ impl Store {
         match self.manifest(key)? {
             None => return Ok(false),
             Some(Err(_)) => {}
-            Some(Ok(manifest)) if !manifest.key_is_right() => {}
             Some(Ok(manifest)) => {
                 for output in &manifest.outputs {
                     if self.verify_object(output)?.is_err() {
@@ -201,6 +201,8 @@ fn move_if_there(disk: &dyn Disk, from: &Path, to: &Path) -> Result<(), StoreErr
 
 #[cfg(test)]
 mod tests {
+    use super::super::Found;
+    use super::super::faults::Fault;
     use super::super::fixture::{Sandbox, key};
     use super::*;
 
@@ -351,8 +353,66 @@ mod tests {
             assert!(matches!(sandbox.store.lookup(&key(number)).unwrap(), Lookup::Miss), "{number}");
         }
         let asked = sandbox.store.verify(Some(&[key(1)]), &mut |_, _| ()).unwrap();
-        assert_eq!(keys(&asked.missing), [key(1)]);
-        assert_eq!(sandbox.store.repair(&asked).unwrap(), 0, "there is nothing to put aside");
+        assert!(asked.is_sound() && asked.manifests == 0, "what is put aside is no result any more");
+    }
+
+    #[test]
+    fn a_manifest_under_the_name_of_another_key_is_no_hit() {
+        let sandbox = Sandbox::new();
+        for number in [1, 2] {
+            sandbox.publish(number, &[("data", &number.to_string())]);
+        }
+        for (number, move_it) in [(2, false), (3, true)] {
+            let (from, to) = (sandbox.store.manifest_path(&key(1)), sandbox.store.manifest_path(&key(number)));
+            if move_it {
+                std::fs::rename(from, to).unwrap();
+            } else {
+                std::fs::copy(from, to).map(drop).unwrap();
+            }
+            assert!(damage(&sandbox, &key(number)).contains("is that of another key"), "{number}");
+            assert!(matches!(sandbox.store.find(&key(number)).unwrap(), Found::Damaged { .. }), "{number}");
+        }
+    }
+
+    /// A damaged object is put aside, and between any two operations of that another process does so and stores it anew.
+    #[test]
+    fn what_another_process_has_rebuilt_meanwhile_is_never_put_aside() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        for (number, of_a_result) in (0..).flat_map(|number| [(number, false), (number, true)]) {
+            let (sandbox, disk) = Sandbox::faulty();
+            let digest = sandbox.publish(1, &[("data", "one")]).outputs[0].digest.clone();
+            sandbox.publish(2, &[("data", "one")]);
+            flip_a_byte(&sandbox.opened(&digest).join("data"));
+            let other = Sandbox::beside(&sandbox);
+            let (mut taken, object, rebuilt) = (0, digest.clone(), Arc::new(AtomicBool::new(false)));
+            let rebuilds = Arc::clone(&rebuilt);
+            disk.meanwhile(move |_, _| {
+                // Where it would wait it comes later.
+                let is_free = other.store.lock_file_is_free(&format!("object-{object}"));
+                if taken >= number && is_free && other.store.verify_digest(&object).unwrap().is_err() {
+                    other.quarantine(2, "it is damaged");
+                    other.publish(2, &[("data", "one")]);
+                    rebuilds.store(true, Ordering::Relaxed);
+                }
+                taken += 1;
+            });
+            disk.fail_at(usize::MAX, Fault::Killed);
+            let lock = sandbox.store.lock(&key(1)).unwrap();
+            if of_a_result {
+                sandbox.store.quarantine(&lock, "it is damaged").unwrap();
+            } else {
+                sandbox.store.quarantine_object(&digest, "it is damaged").unwrap();
+            }
+            disk.undisturbed();
+            let rebuilt = rebuilt.load(Ordering::Relaxed);
+            let is_hit = matches!(sandbox.store.lookup(&key(2)).unwrap(), Lookup::Hit(_));
+            let is_there = sandbox.store.object(&digest).exists();
+            assert_eq!((is_hit, is_there), (rebuilt, rebuilt), "at {number}");
+            if disk.heal() <= number && of_a_result {
+                assert!(number > 20 && !rebuilt, "{number} operations");
+                break;
+            }
+        }
     }
 
     #[test]
@@ -364,6 +424,7 @@ mod tests {
         value["parts"]["version"] = 2.into();
         std::fs::write(&path, sealed::seal(&serde_json::to_vec(&value).unwrap())).unwrap();
         let report = sandbox.store.verify(None, &mut |_, _| ()).unwrap();
+        assert!(damage(&sandbox, &key(1)).contains("not the hash of its parts"));
         assert_eq!((report.damaged.len(), sandbox.store.repair(&report).unwrap()), (1, 1));
         assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Miss));
     }

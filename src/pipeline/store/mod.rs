@@ -11,6 +11,7 @@
 //! logs/<key>/                  log.txt, metrics.jsonl, tensorboard/: never part of a result
 //! runs/, tensorboard/          views by people's names, which can be rebuilt
 //! quarantine/                  what was found damaged
+//! trash/                       objects on their way out, whole
 //! cache/                       what spares hashing unchanged files and reading manifests again
 //! ```
 //!
@@ -21,6 +22,7 @@ mod accept;
 mod adopt;
 mod cache;
 pub(crate) mod canonical;
+mod commit;
 pub mod digest;
 mod disk;
 mod durable;
@@ -64,21 +66,36 @@ use error::At as _;
 pub use error::StoreError;
 pub use gc::{Garbage, GarbageKind, GcPlan, GcPolicy, GcReport, Gone, Kept, Removal, Tally};
 pub use index::{Found, StoredName, StoredResult};
-pub use lease::Hold;
 pub use lock::KeyLock;
 pub use lookup::Lookup;
 pub use pins::Pin;
-pub use publish::{DraftOutput, ManifestDraft};
+pub use publish::{DraftOutput, ManifestDraft, Prepared};
 pub use record::{RunRecord, TrialRecords};
 pub use verify::{Damage, Verification, VerifyReport};
 pub use work::{Attempts, Owner, Reached};
 
-/// The layout that this program reads and writes.
-const FORMAT: &str = "1";
+/// The layout that this program writes. Since `2` whoever uses a result leases it, so that a collection leaves it alone: a
+/// program that knows only `1` would not, and refuses.
+const FORMAT: &str = "2";
+
+/// The layout before, in which everything else is the same: it is read as it is, and becomes [`FORMAT`] when it is next written.
+const EARLIER: &str = "1";
 
 /// The folders of a store.
-const FOLDERS: [&str; 11] =
-    ["objects", "manifests", "locks", "leases", "pins", "work", "logs", "runs", "tensorboard", "quarantine", "cache"];
+const FOLDERS: [&str; 12] = [
+    "objects",
+    "manifests",
+    "locks",
+    "leases",
+    "pins",
+    "work",
+    "logs",
+    "runs",
+    "tensorboard",
+    "quarantine",
+    "cache",
+    "trash",
+];
 
 /// A BLAKE3 digest as 64 hexadecimal digits: of a folder object, a recipe or a key.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -193,6 +210,7 @@ pub type FileStat = (u64, u64, u64, i128, i128);
 pub struct Store {
     root: PathBuf,
     disk: Arc<dyn Disk>,
+    writable: bool,
     cache: Arc<cache::StatCache>,
     index: Arc<index::Index>,
     journals: Arc<record::Journals>,
@@ -214,21 +232,34 @@ impl Store {
         })?;
         // Asked outright, because a store that has every folder already would only refuse the first result.
         disk.check_writable(root).at("write to the store", root)?;
-        let is_new = !is_store(&*disk, root)?;
+        let format = format_of(&*disk, root)?;
         for folder in FOLDERS {
-            disk.ensure_folder(&root.join(folder), !is_new)?;
+            disk.ensure_folder(&root.join(folder), format.is_some())?;
         }
-        if is_new {
+        if format.is_none() {
             make_shelves(&*disk, root)?;
+        }
+        if format != Some(FORMAT) {
             // Last, because it says that everything else is there for good.
-            disk.write_atomically(&root.join("FORMAT"), format!("{FORMAT}\n").as_bytes(), true)?;
+            let written = disk.write_atomically(&root.join("FORMAT"), format!("{FORMAT}\n").as_bytes(), true);
+            match written {
+                // Where there is no room for it, there must be a way to make some: `pipe gc` opens the store too.
+                Err(error) if format.is_some() && error.is_full() => {
+                    tracing::warn!(%error, "the store keeps its old format for now");
+                }
+                written => written?,
+            }
         }
         Ok(Self::at(disk, root, true))
     }
 
     /// Opens the store at `root` for reading, where there is one. Nothing is ever written through it, caches included.
     pub fn open_existing(root: &Path) -> Result<Option<Self>, StoreError> {
-        let disk: Arc<dyn Disk> = Arc::new(Native);
+        Self::open_existing_on(Arc::new(Native), root)
+    }
+
+    /// [`Store::open_existing`] on another disk.
+    fn open_existing_on(disk: Arc<dyn Disk>, root: &Path) -> Result<Option<Self>, StoreError> {
         match disk.stat_target(root) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error).at("open the store", root),
@@ -238,7 +269,7 @@ impl Store {
             Ok(_) => {}
         }
         let root = std::path::absolute(root).at("find", root)?;
-        Ok(is_store(&*disk, &root)?.then(|| Self::at(disk, &root, false)))
+        Ok(format_of(&*disk, &root)?.map(|_| Self::at(disk, &root, false)))
     }
 
     fn at(disk: Arc<dyn Disk>, root: &Path, writable: bool) -> Self {
@@ -247,11 +278,17 @@ impl Store {
         Self {
             root: root.to_owned(),
             disk,
+            writable,
             cache: Arc::new(cache),
             index: Arc::new(index),
             journals: Arc::default(),
             lease: Arc::default(),
         }
+    }
+
+    /// Whether it was opened for writing.
+    pub fn is_writable(&self) -> bool {
+        self.writable
     }
 
     /// Its folder, absolute.
@@ -330,17 +367,19 @@ fn make_shelves(disk: &dyn Disk, root: &Path) -> Result<(), StoreError> {
         }
         disk.sync(&folder).at("write", &folder)?;
     }
-    disk.sync(root).at("write", root)
+    // Their own names are made durable with that of `FORMAT`.
+    Ok(())
 }
 
-/// Whether `root` is a store of this format; `false` where it is empty, or where a store was begun. Anything else is an
-/// error.
-fn is_store(disk: &dyn Disk, root: &Path) -> Result<bool, StoreError> {
+/// The format of the store at `root`, one that this program reads; `None` where it is empty, or where a store was begun.
+/// Anything else is an error.
+fn format_of(disk: &dyn Disk, root: &Path) -> Result<Option<&'static str>, StoreError> {
     let unusable = |problem: String| StoreError::Unusable { root: root.to_owned(), problem };
     match disk.read(&root.join("FORMAT")).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()) {
-        Ok(format) if format.trim() == FORMAT => Ok(true),
+        Ok(format) if format.trim() == FORMAT => Ok(Some(FORMAT)),
+        Ok(format) if format.trim() == EARLIER => Ok(Some(EARLIER)),
         Ok(format) => Err(unusable(format!(
-            "has format `{}`, and this program reads format `{FORMAT}`; use the program that made it or name another folder",
+            "has format `{}`, and this program reads formats `{EARLIER}` and `{FORMAT}`; use the program that made it or name another folder",
             format.trim().chars().take(20).collect::<String>()
         ))),
         Err(error) if error.kind() == ErrorKind::NotFound => {
@@ -355,7 +394,7 @@ fn is_store(disk: &dyn Disk, root: &Path) -> Result<bool, StoreError> {
                     )));
                 }
             }
-            Ok(false)
+            Ok(None)
         }
         Err(error) => Err(error).at("read", &root.join("FORMAT")),
     }
@@ -382,7 +421,34 @@ mod sealed {
 
 #[cfg(test)]
 mod tests {
+    use super::faults::Fault;
+    use super::fixture::{Sandbox, key};
     use super::*;
+
+    /// Every question is answered, and nothing is written, where nothing can be.
+    #[test]
+    fn a_store_that_cannot_be_written_can_be_read() {
+        let (mut sandbox, disk) = Sandbox::faulty();
+        for number in 1..=4 {
+            sandbox.publish(number, &[("data", &number.to_string())]);
+        }
+        sandbox.store.lease(&[&key(1)]).unwrap();
+        sandbox.reopen();
+        sandbox.store.lease(&[&key(2)]).unwrap();
+        std::fs::create_dir_all(sandbox.store.work(&key(9)).join("out-1")).unwrap();
+        let working = sandbox.store.lock(&key(9)).unwrap();
+        disk.fail_at(0, Fault::ReadOnly);
+        assert!(Store::open_on(disk.clone(), sandbox.store.root()).is_err());
+        let store = Store::open_existing_on(disk.clone(), sandbox.store.root()).unwrap().unwrap();
+        assert!(!store.is_writable());
+        assert!(matches!(store.find(&key(1)).unwrap(), Found::Hit(_)));
+        assert!(store.verify(None, &mut |_, _| ()).unwrap().is_sound());
+        let policy = GcPolicy { max_size: Some(0), ..GcPolicy::default() };
+        let plan = store.plan_gc(&policy, &|_, _| ()).unwrap();
+        assert_eq!((plan.results.len(), plan.kept[&Kept::InUse].count, plan.garbage.len()), (3, 1, 0));
+        drop(working);
+        assert_eq!(store.plan_gc(&policy, &|_, _| ()).unwrap().garbage.len(), 1, "nobody works there any more");
+    }
 
     #[test]
     fn a_store_is_made_once_and_found_again() {
@@ -393,7 +459,34 @@ mod tests {
         Store::open(&root).unwrap();
         Store::open(&root).unwrap();
         assert!(Store::open_existing(&root).unwrap().is_some());
-        assert_eq!(std::fs::read_to_string(root.join("FORMAT")).unwrap(), "1\n");
+        assert_eq!(std::fs::read_to_string(root.join("FORMAT")).unwrap(), "2\n");
+    }
+
+    #[test]
+    fn a_store_of_the_format_before_is_read_as_it_is_and_brought_up_to_date_when_written() {
+        let (sandbox, disk) = Sandbox::faulty();
+        sandbox.publish(1, &[("data", "one")]);
+        sandbox.store.end_lease().unwrap();
+        std::fs::remove_dir_all(sandbox.store.folder("leases")).unwrap();
+        let root = sandbox.store.root();
+        let format = || std::fs::read_to_string(root.join("FORMAT")).unwrap();
+        std::fs::write(root.join("FORMAT"), "1\n").unwrap();
+        for folder in ["pins", "trash"] {
+            std::fs::remove_dir(root.join(folder)).unwrap();
+        }
+        let reader = Store::open_existing(root).unwrap().unwrap();
+        assert!(matches!(reader.lookup(&key(1)).unwrap(), Lookup::Hit(_)));
+        assert_eq!((format().as_str(), root.join("leases").exists()), ("1\n", false), "looking changes nothing");
+        for folder in FOLDERS {
+            std::fs::create_dir_all(root.join(folder)).unwrap();
+        }
+        disk.fail_at(0, Fault::NoRoom);
+        Store::open_on(disk.clone(), root).unwrap();
+        assert_eq!(format(), "1\n", "a full disk can be opened to free it");
+        disk.heal();
+        Store::open_on(disk.clone(), root).unwrap().lease(&[&key(1)]).unwrap();
+        assert_eq!(format(), "2\n");
+        assert!(matches!(reader.lookup(&key(1)).unwrap(), Lookup::Hit(_)));
     }
 
     #[test]

@@ -44,10 +44,13 @@ impl Store {
     /// Pins a key that has a result, by its first digits (at least eight) or all, or a name that is recorded. `None` where
     /// there is nothing of that name.
     pub fn pin(&self, name: &str) -> Result<Option<Pin>, StoreError> {
-        let (name, keys) = match self.key_that_begins(name)? {
+        let (name, mut keys) = match self.key_that_begins(name)? {
             Some(key) => (key.0.clone(), BTreeSet::from([key])),
             None => (name.to_owned(), self.keys_named(name)?),
         };
+        // From the look to the pin nothing may be collected: what was found by a long search is looked at again.
+        let _hold = self.hold()?;
+        keys.retain(|key| self.disk.is_there(&self.manifest_path(key)));
         if keys.is_empty() {
             return Ok(None);
         }
@@ -128,7 +131,41 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
+    use super::super::faults::Fault;
+    use super::super::fixture::{Sandbox, key};
+    use super::super::{GcPolicy, Lookup};
     use super::*;
+
+    /// Between any two operations everything is collected that may be: what a pin then speaks of is there.
+    #[test]
+    fn what_is_pinned_is_there() {
+        let mut gone = 0;
+        for number in (0..).step_by(7) {
+            let (sandbox, disk) = Sandbox::faulty();
+            sandbox.publish(1, &[("data", "one")]);
+            let (mut taken, mut done, other) = (0, false, Store::open(sandbox.store.root()).unwrap());
+            disk.meanwhile(move |_, _| {
+                // Where it would wait it comes later.
+                if taken >= number && !done && other.collector_may_go() {
+                    done = true;
+                    let policy = GcPolicy { max_size: Some(0), ..GcPolicy::default() };
+                    let plan = other.plan_gc(&policy, &|_, _| ()).unwrap();
+                    other.collect_garbage(&plan, &mut |_, _| (), &mut || ()).unwrap();
+                }
+                taken += 1;
+            });
+            disk.fail_at(usize::MAX, Fault::Killed);
+            let pinned = sandbox.store.pin(&key(1).0).unwrap();
+            disk.undisturbed();
+            let is_there = matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Hit(_));
+            assert_eq!(pinned.is_some(), is_there, "at {number}");
+            gone += usize::from(!is_there);
+            if disk.heal() <= number {
+                assert!(gone > 10 && is_there, "{gone} times it went before");
+                break;
+            }
+        }
+    }
 
     #[test]
     fn a_name_covers_what_lies_below_it() {

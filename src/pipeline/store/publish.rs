@@ -1,5 +1,8 @@
-//! The commit protocol: data, sync, rename, sync of the folder; then the manifest in the same way. What lies there before
-//! the manifest's rename is garbage that does no harm; after it, the result is there for good.
+//! How a finished stage's outputs become objects: hashed, named by their content, read-only.
+//!
+//! An object that bears its name may be used by stages of this machine at once, since its bytes are what its name says. That
+//! it survives a power cut is another matter: until its folder has lost the mark with which it is put there, whoever lets a
+//! manifest speak of it syncs it first, also where another process has put it, see [`super::commit`].
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -10,11 +13,8 @@ use serde_json::Value;
 use super::digest::{Links, Listed, digest_folder_on, digest_listed, list};
 use super::disk::{Disk, Sort};
 use super::error::At as _;
-use super::{Digest, KeyLock, KeyParts, Manifest, Store, StoreError, StoredFile, StoredOutput, sealed};
+use super::{Digest, KeyLock, KeyParts, Manifest, Store, StoreError, StoredFile, StoredOutput};
 use crate::pipeline::stage::ArtifactType;
-
-/// Files of an object up to which each is synced by itself; beyond, the whole file system is synced once.
-const SYNC_EACH: usize = 16;
 
 /// A finished stage on its way to a [`Manifest`].
 #[derive(Clone, Debug)]
@@ -50,17 +50,63 @@ pub struct DraftOutput {
     pub folder: PathBuf,
 }
 
+/// The mode of an object's folder, and the mark in it until everything below is known to be durable: the sticky bit, which
+/// means nothing in a folder that nobody may write.
+pub(super) const SEALED: u32 = 0o555;
+const UNSYNCED: u32 = 0o1000;
+
+/// A finished stage whose outputs lie in their places. Nothing of it need be durable yet, and no manifest speaks of it.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    /// What will be written last.
+    pub(super) manifest: Manifest,
+    /// What must be durable before.
+    pub(super) unsynced: Vec<Unsynced>,
+}
+
+/// An object in its place that need not be durable yet.
+#[derive(Clone, Debug)]
+pub(super) struct Unsynced {
+    /// Its digest.
+    pub(super) digest: Digest,
+    /// Its files, its folders and the one in which its name stands.
+    pub(super) paths: Vec<PathBuf>,
+}
+
+impl Prepared {
+    /// The result that is about to be there.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+}
+
+/// A folder that is fit to be an object.
+struct Fit<'a> {
+    folder: &'a Path,
+    digest: Digest,
+    files: Vec<StoredFile>,
+}
+
 impl Store {
     /// Makes a draft the result of the lock's key, durably, in place of any earlier one; then drops the work folder.
     pub fn publish(&self, lock: &KeyLock, draft: ManifestDraft) -> Result<Manifest, StoreError> {
-        // From here to the manifest nothing may be collected: an object that is there already has no other owner yet.
-        let hold = self.hold()?;
-        let mut outputs = Vec::with_capacity(draft.outputs.len());
-        let mut shelves = Vec::with_capacity(draft.outputs.len());
-        for output in draft.outputs {
-            let (digest, files) = self.put(&output.folder)?;
-            shelves.push(self.shelf(&digest));
-            outputs.push(StoredOutput { name: output.name, artifact: output.artifact, digest, files });
+        let prepared = self.prepare(lock, draft)?;
+        let committed = self.commit_all(&[(lock, &prepared)]);
+        committed.into_iter().collect::<Result<(), StoreError>>()?;
+        self.drop_work(lock);
+        Ok(prepared.manifest)
+    }
+
+    /// Puts a draft's outputs in their places, where stages of this machine may use them. [`Store::commit_all`] makes them the
+    /// result of the key, whose lock must be held until then.
+    pub fn prepare(&self, lock: &KeyLock, draft: ManifestDraft) -> Result<Prepared, StoreError> {
+        let fit = draft.outputs.iter().map(|output| self.fit(&output.folder)).collect::<Result<Vec<_>, _>>()?;
+        // Before anyone looks whether they are there already: what lies there then is not collected.
+        self.lease(&fit.iter().map(|fit| &fit.digest).collect::<Vec<_>>())?;
+        let (mut outputs, mut unsynced) = (Vec::with_capacity(fit.len()), Vec::new());
+        for (draft, fit) in draft.outputs.iter().zip(fit) {
+            let (digest, files) = self.name(fit, &mut unsynced)?;
+            outputs.push(StoredOutput { name: draft.name.clone(), artifact: draft.artifact, digest, files });
         }
         let manifest = Manifest {
             key: lock.key().clone(),
@@ -76,26 +122,7 @@ impl Store {
             metrics: draft.metrics,
             accepted: None,
         };
-        self.commit_after(&shelves, lock, &manifest)?;
-        drop(hold);
-        self.drop_work(lock);
-        Ok(manifest)
-    }
-
-    /// Writes the manifest of the lock's key, durably: from here on the result is there. The caller holds the collector off
-    /// since it has looked at the objects.
-    pub(super) fn commit(&self, lock: &KeyLock, manifest: &Manifest) -> Result<(), StoreError> {
-        self.commit_after(&[], lock, manifest)
-    }
-
-    /// [`Store::commit`], once the names in these shelves of objects are durable.
-    fn commit_after(&self, shelves: &[PathBuf], lock: &KeyLock, manifest: &Manifest) -> Result<(), StoreError> {
-        let path = self.manifest_path(lock.key());
-        let body = serde_json::to_vec(manifest).expect("a manifest is plain data");
-        self.disk.ensure_folder(path.parent().expect("manifests lie in a folder"), true)?;
-        self.disk.write_durably_after(shelves, &path, &sealed::seal(&body))?;
-        self.index_published(manifest);
-        Ok(())
+        Ok(Prepared { manifest, unsynced })
     }
 
     /// Removes the work folder of a key whose result is there.
@@ -107,12 +134,35 @@ impl Store {
         }
     }
 
-    /// Makes a folder an object, durably.
-    pub(super) fn place(&self, folder: &Path) -> Result<(Digest, Vec<StoredFile>), StoreError> {
-        let (digest, files) = self.put(folder)?;
-        let shelf = self.shelf(&digest);
-        self.disk.sync(&shelf).at("write", &shelf)?;
-        Ok((digest, files))
+    /// Makes a folder an object, which joins `unsynced` where it need not be durable. The caller holds the collector off.
+    pub(super) fn place(
+        &self,
+        folder: &Path,
+        unsynced: &mut Vec<Unsynced>,
+    ) -> Result<(Digest, Vec<StoredFile>), StoreError> {
+        self.name(self.fit(folder)?, unsynced)
+    }
+
+    /// An object that lies in its place already joins `unsynced` unless its folder has the mode of one that is durable: a kill
+    /// may have come between its name and its mark.
+    pub(super) fn note_unsynced(
+        &self,
+        digest: &Digest,
+        files: &[StoredFile],
+        unsynced: &mut Vec<Unsynced>,
+    ) -> Result<(), StoreError> {
+        let object = self.object(digest);
+        if self.disk.stat(&object).at("read", &object)?.mode != SEALED {
+            unsynced.push(self.unsynced(digest, files));
+        }
+        Ok(())
+    }
+
+    fn unsynced(&self, digest: &Digest, files: &[StoredFile]) -> Unsynced {
+        let object = self.object(digest);
+        let folders = folders_of(&object, files);
+        let paths = files.iter().map(|file| object.join(&file.path)).chain(folders);
+        Unsynced { digest: digest.clone(), paths: paths.chain([self.shelf(digest)]).collect() }
     }
 
     /// The folder of objects in which that of a digest lies.
@@ -120,11 +170,8 @@ impl Store {
         self.object(digest).parent().expect("objects lie in a folder").to_owned()
     }
 
-    /// Makes a folder an object, whose content is durable then and whose name is once its shelf is synced.
-    ///
-    /// The content comes before the name, so that whoever finds an object there may rely on it. It could not be synced later:
-    /// a disk that fails to tells it once, and to one process.
-    fn put(&self, folder: &Path) -> Result<(Digest, Vec<StoredFile>), StoreError> {
+    /// Makes a folder fit to be an object, and hashes it.
+    fn fit<'a>(&self, folder: &'a Path) -> Result<Fit<'a>, StoreError> {
         let disk = &*self.disk;
         let mut fit = Vec::new();
         make_fit(disk, folder, "", &mut fit)?;
@@ -133,17 +180,23 @@ impl Store {
         }
         fit.sort_by(|a, b| a.relative.cmp(&b.relative));
         let (digest, files) = digest_listed(disk, &fit)?;
+        Ok(Fit { folder, digest, files })
+    }
+
+    /// Gives a folder the name of its content, or finds it where it lies already.
+    fn name(&self, fit: Fit<'_>, unsynced: &mut Vec<Unsynced>) -> Result<(Digest, Vec<StoredFile>), StoreError> {
+        let (disk, Fit { folder, digest, files }) = (&*self.disk, fit);
         let object = self.object(&digest);
         let shelf = self.shelf(&digest);
         if !disk.is_folder(&shelf) {
             disk.ensure_folder(&shelf, true)?;
         }
-        let mut synced = false;
         loop {
             if disk.is_there(&object) {
                 match digest_folder_on(disk, &object) {
                     Ok((found, files)) if found == digest => {
                         disk.clear(folder)?;
+                        self.note_unsynced(&digest, &files, unsynced)?;
                         return Ok((digest, files));
                     }
                     Err(error) if !error.means_damage() => return Err(error),
@@ -151,10 +204,6 @@ impl Store {
                         self.quarantine_object(&digest, "it was found damaged when the same content was stored again")?;
                     }
                 }
-            }
-            if !synced {
-                sync_content(disk, folder, &files)?;
-                synced = true;
             }
             match disk.rename(folder, &object) {
                 Ok(()) => break,
@@ -165,9 +214,11 @@ impl Store {
         }
         for folder in folders_of(&object, &files) {
             // Only now, because a folder that may not be written cannot change its parent.
-            disk.set_mode(&folder, 0o555).at("change the mode of", &folder)?;
+            let mode = if folder == object { SEALED | UNSYNCED } else { SEALED };
+            disk.set_mode(&folder, mode).at("change the mode of", &folder)?;
         }
         unchanged(disk, &object, &files)?;
+        unsynced.push(self.unsynced(&digest, &files));
         Ok((digest, files))
     }
 }
@@ -205,18 +256,6 @@ fn make_fit(disk: &dyn Disk, folder: &Path, prefix: &str, fit: &mut Vec<Listed>)
         fit.push(Listed { relative, path, stat });
     }
     Ok(fit.len() > before)
-}
-
-/// Makes every file and folder of an object survive a power cut.
-fn sync_content(disk: &dyn Disk, folder: &Path, files: &[StoredFile]) -> Result<(), StoreError> {
-    if files.len() > SYNC_EACH {
-        return disk.sync_all(folder).at("write", folder);
-    }
-    let files_and_folders = files.iter().map(|file| folder.join(&file.path)).chain(folders_of(folder, files));
-    for path in files_and_folders {
-        disk.sync(&path).at("write", &path)?;
-    }
-    Ok(())
 }
 
 /// The folder and every folder below it that holds a file.
@@ -361,7 +400,7 @@ mod tests {
     #[test]
     fn many_files_are_stored_like_few() {
         let sandbox = Sandbox::new();
-        let names: Vec<String> = (0..SYNC_EACH * 2).map(|number| format!("{number}/file")).collect();
+        let names: Vec<String> = (0..32).map(|number| format!("{number}/file")).collect();
         let files: Vec<(&str, &str)> = names.iter().map(|name| (name.as_str(), name.as_str())).collect();
         let manifest = sandbox.publish(1, &files);
         assert_eq!(manifest.outputs[0].files.len(), names.len());

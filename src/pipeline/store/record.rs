@@ -21,6 +21,9 @@ use crate::pipeline::plan::NodeName;
 /// The file of a trial.
 const JOURNAL: &str = "stages.jsonl";
 
+/// The lock in `locks/` that is held, for a moment, shared by whoever adds to a journal and alone by whoever writes one anew.
+const JOURNALS: &str = "journals";
+
 /// A journal of this many lines per stage, and no fewer than [`FEW`] in all, is written anew.
 const CROWDED: usize = 32;
 
@@ -167,6 +170,8 @@ impl Store {
         let folder = self.trial_folder(&name.experiment, &name.trial);
         let path = folder.join(JOURNAL);
         if journal.old.is_empty() && journal.lines < FEW.max(CROWDED * journal.stages.len()) {
+            // Nobody writes the file anew, so that what is added stays.
+            let _together = self.lock_shared(JOURNALS)?;
             let line = OnDisk::line(name, record);
             let mut appended = self.disk.append(&path, line.as_bytes());
             if appended.as_ref().is_err_and(|error| error.kind() == ErrorKind::NotFound) {
@@ -177,14 +182,16 @@ impl Store {
             journal.take(&name.stage, record.clone());
             journal.lines += 1;
         } else {
-            // What another run adds in this moment may be lost, as by a kill just before it.
-            let mut whole = Journal { old: Vec::new(), ..journal.clone() };
+            let _alone = self.lock_whole(JOURNALS)?;
+            // Another run may have added to it, or done the same, since it was read.
+            let mut whole = self.read_journal(&name.experiment, &name.trial)?;
             whole.take(&name.stage, record.clone());
             whole.lines = whole.stages.len();
             self.disk.write_atomically(&path, whole.lines(&name.experiment, &name.trial).as_bytes(), false)?;
-            for old in std::mem::replace(journal, whole).old {
-                self.disk.remove_file(&old).at("remove", &old)?;
+            for old in std::mem::take(&mut whole.old) {
+                self.remove(&old)?;
             }
+            *journal = whole;
         }
         // Whoever asks next looks at the file again.
         journal.stat = None;
@@ -381,6 +388,8 @@ fn entries(disk: &dyn Disk, folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::faults::Fault;
+    use super::super::fixture::Sandbox;
     use super::*;
 
     fn name(trial: &str, stage: &str) -> NodeName {
@@ -466,6 +475,42 @@ mod tests {
         let stages = Store::open(place.path()).unwrap().recorded_trial("maze", "").unwrap();
         assert_eq!(keys(&stages["sft"]), ["2", "1", "0"]);
         assert_eq!(keys(&stages["grpo"]), ["g", "0"]);
+    }
+
+    #[test]
+    fn two_runs_that_take_old_records_over_at_once_lose_nothing() {
+        for number in 0.. {
+            let (sandbox, disk) = Sandbox::faulty();
+            let (one, two) = (sandbox.store.clone(), Store::open(sandbox.store.root()).unwrap());
+            let folder = sandbox.store.root().join("runs/maze/_");
+            std::fs::create_dir_all(&folder).unwrap();
+            for stage in ["sft", "grpo"] {
+                let old = OnDisk { name: name("", stage), record: record("0") };
+                std::fs::write(folder.join(format!("{stage}.json")), serde_json::to_vec_pretty(&old).unwrap()).unwrap();
+            }
+            for store in [&one, &two] {
+                assert_eq!(store.recorded_trial("maze", "").unwrap().len(), 2);
+            }
+            let (mut taken, other) = (0, two.clone());
+            disk.meanwhile(move |_, _| {
+                // Where it would wait it comes later.
+                if taken >= number && other.lock_file_is_free(JOURNALS) {
+                    other.record(&name("", "grpo"), &record("g")).unwrap();
+                }
+                taken += 1;
+            });
+            disk.fail_at(usize::MAX, Fault::Killed);
+            one.record(&name("", "sft"), &record("s")).unwrap();
+            disk.undisturbed();
+            two.record(&name("", "grpo"), &record("g")).unwrap();
+            let stages = Store::open(sandbox.store.root()).unwrap().recorded_trial("maze", "").unwrap();
+            assert_eq!((keys(&stages["sft"]), keys(&stages["grpo"])), (vec!["s", "0"], vec!["g", "0"]), "at {number}");
+            assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "at {number}");
+            if disk.heal() <= number {
+                assert!(number >= 8, "{number} operations");
+                break;
+            }
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Reading every byte of the store again, and saying what is damaged, missing or left over.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -13,7 +14,7 @@ use rayon::iter::{
 use serde::{Deserialize, Serialize};
 
 use super::error::At as _;
-use super::{Digest, Manifest, Store, StoreError, digest, sealed};
+use super::{Digest, FileStat, Manifest, Store, StoreError, digest, sealed};
 
 /// Something of a result that is not what was stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,6 +68,9 @@ struct State {
     bytes: u64,
 }
 
+/// A manifest, and the stat of its file from before it was read.
+type Read = (Manifest, FileStat);
+
 /// What a verification found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VerifyReport {
@@ -82,7 +86,7 @@ pub struct VerifyReport {
     pub interrupted: bool,
     /// Results whose manifest or content is not what was stored.
     pub damaged: Vec<Damage>,
-    /// Results of which an object is not there, and asked-for keys without a result.
+    /// Results of which an object is not there.
     pub missing: Vec<Damage>,
     /// Objects of no result, left by a kill or by results that were replaced: harmless. Looked for among all keys only.
     pub orphans: Vec<PathBuf>,
@@ -98,7 +102,8 @@ impl VerifyReport {
 impl Store {
     /// Hashes every object of the results of `keys`, or of all; `progress` is told bytes done and bytes in all.
     ///
-    /// Nothing is changed; see [`Store::repair`].
+    /// Nothing is changed; see [`Store::repair`]. A collection may go on beside it: what it takes, or what is made anew, is no
+    /// longer verified, and an asked-for key without a result is passed over.
     pub fn verify(
         &self,
         keys: Option<&[Digest]>,
@@ -114,6 +119,8 @@ impl Store {
         progress: &mut (dyn FnMut(u64, u64) + Send),
     ) -> Result<VerifyReport, StoreError> {
         let mut report = VerifyReport::default();
+        // Before the manifests, which are written after them.
+        let objects = if verification.keys.is_none() { self.shelved("objects", "")? } else { Vec::new() };
         let all;
         let keys = if let Some(keys) = verification.keys {
             keys
@@ -121,44 +128,29 @@ impl Store {
             all = self.keys()?;
             &all
         };
-        let mut manifests: Vec<Manifest> = Vec::new();
+        let mut manifests: Vec<Read> = Vec::new();
         for key in keys {
-            match self.manifest(key)? {
-                Some(Ok(manifest)) if !manifest.key_is_right() => {
-                    let what = format!(
-                        "the manifest `{}` has a key that is not the hash of its parts",
-                        self.manifest_path(key).display()
-                    );
-                    report.damaged.push(Damage { key: key.clone(), what });
-                }
+            match self.manifest_with_stat(key)? {
                 Some(Ok(manifest)) => manifests.push(manifest),
                 Some(Err(what)) => report.damaged.push(Damage { key: key.clone(), what }),
-                None => {
-                    report.missing.push(Damage { key: key.clone(), what: format!("there is no result of `{key}`") });
-                }
+                None => continue,
             }
             report.manifests += 1;
         }
         // Results share objects: each is read once.
         let mut sizes: BTreeMap<&Digest, u64> = BTreeMap::new();
-        for output in manifests.iter().flat_map(|manifest| &manifest.outputs) {
+        for output in manifests.iter().flat_map(|(manifest, _)| &manifest.outputs) {
             sizes.insert(&output.digest, output.files.iter().map(|file| file.size).sum());
         }
         let bad = self.hash_objects(&sizes, verification, &mut report, progress)?;
         for manifest in &manifests {
-            self.blame(manifest, &bad, &mut report);
+            self.blame(manifest, &bad, &mut report)?;
         }
         if verification.keys.is_none() {
-            let objects = self.shelved(&self.folder("objects"))?;
-            report.orphans = objects.into_iter().filter(|path| !sizes.contains_key(&Digest(file_name(path)))).collect();
+            let orphans = objects.into_iter().filter(|(digest, _)| !sizes.contains_key(digest));
+            report.orphans = orphans.map(|(_, path)| path).collect();
         } else if !bad.is_empty() {
-            // What is damaged may be part of results that nobody asked about.
-            let asked: BTreeSet<&Digest> = keys.iter().collect();
-            for key in self.keys()?.iter().filter(|key| !asked.contains(*key)) {
-                if let Some(Ok(manifest)) = self.manifest(key)? {
-                    self.blame(&manifest, &bad, &mut report);
-                }
-            }
+            self.blame_others(keys, &bad, &mut report)?;
         }
         Ok(report)
     }
@@ -197,7 +189,9 @@ impl Store {
             let (state, progress) = &mut *shared;
             match verified {
                 Ok(()) => {
-                    state.hashed.insert((*digest).clone(), Sound { when: Timestamp::now(), stats: stats? });
+                    // They cannot be had where it came while it was looked for: then the next one hashes it again.
+                    let stats = stats.unwrap_or_else(|_| Digest(String::new()));
+                    state.hashed.insert((*digest).clone(), Sound { when: Timestamp::now(), stats });
                 }
                 Err(what) => {
                     state.bad.insert((*digest).clone(), what);
@@ -220,14 +214,66 @@ impl Store {
         Ok(state.bad)
     }
 
+    /// The manifest of `key` as [`Store::manifest`] gives it, with the stat of its file from before it was read.
+    fn manifest_with_stat(&self, key: &Digest) -> Result<Option<Result<Read, String>>, StoreError> {
+        let path = self.manifest_path(key);
+        let stat = match self.disk.stat(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            stat => stat.at("read", &path)?.identity,
+        };
+        Ok(self.manifest(key)?.map(|manifest| manifest.map(|manifest| (manifest, stat))))
+    }
+
+    /// Adds the results that nobody asked about and that share what is damaged.
+    fn blame_others(
+        &self,
+        asked: &[Digest],
+        bad: &BTreeMap<Digest, String>,
+        report: &mut VerifyReport,
+    ) -> Result<(), StoreError> {
+        let asked: BTreeSet<&Digest> = asked.iter().collect();
+        let mut others = Vec::new();
+        for key in self.keys()?.iter().filter(|key| !asked.contains(*key)) {
+            let manifest = self.manifest_with_stat(key)?.and_then(Result::ok);
+            let shares = |manifest: &Manifest| manifest.outputs.iter().any(|output| bad.contains_key(&output.digest));
+            others.extend(manifest.filter(|(manifest, _)| shares(manifest)));
+        }
+        // They may have been made after it was hashed, and it with them.
+        let mut still_bad = BTreeMap::new();
+        for output in others.iter().flat_map(|(manifest, _)| &manifest.outputs) {
+            if bad.contains_key(&output.digest)
+                && !still_bad.contains_key(&output.digest)
+                && let Err(what) = self.verify_object(output)?
+            {
+                still_bad.insert(output.digest.clone(), what);
+            }
+        }
+        others.iter().try_for_each(|manifest| self.blame(manifest, &still_bad, report))
+    }
+
     /// Adds what is wrong with a result whose objects are among the bad ones.
-    fn blame(&self, manifest: &Manifest, bad: &BTreeMap<Digest, String>, report: &mut VerifyReport) {
+    ///
+    /// As long as its manifest lies there no object of it can be collected, so one that is bad is damaged. Where the manifest is
+    /// no longer the one that was read before they were hashed, the result was collected or made anew, and nothing is said.
+    fn blame(
+        &self,
+        (manifest, stat): &Read,
+        bad: &BTreeMap<Digest, String>,
+        report: &mut VerifyReport,
+    ) -> Result<(), StoreError> {
+        let path = self.manifest_path(&manifest.key);
+        match self.disk.stat(&path) {
+            Ok(now) if now.identity == *stat => {}
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error).at("read", &path),
+            _ => return Ok(()),
+        }
         for output in &manifest.outputs {
             let Some(what) = bad.get(&output.digest) else { continue };
             let there = self.disk.is_folder(&self.object(&output.digest));
             let list = if there { &mut report.damaged } else { &mut report.missing };
             list.push(Damage { key: manifest.key.clone(), what: what.clone() });
         }
+        Ok(())
     }
 
     /// What of these objects an interrupted verification has hashed not long ago, and what has not changed since; nothing
@@ -266,33 +312,79 @@ impl Store {
 
     /// Every key that has a manifest, sorted.
     pub fn keys(&self) -> Result<Vec<Digest>, StoreError> {
-        let manifests = self.shelved(&self.folder("manifests"))?;
-        let name = |path: &PathBuf| file_name(path).strip_suffix(".json").map(|name| Digest(name.to_owned()));
-        Ok(manifests.iter().filter_map(name).collect())
+        Ok(self.shelved("manifests", ".json")?.into_iter().map(|(key, _)| key).collect())
     }
 
-    /// The entries of the subfolders of `folder`, sorted, without what a kill left half written.
-    pub(super) fn shelved(&self, folder: &Path) -> Result<Vec<PathBuf>, StoreError> {
+    /// What lies on the shelves of a folder under a digest and `ending`, sorted. What bears another name is not the store's: what
+    /// a kill left half written, what a file manager or a person has put there.
+    pub(super) fn shelved(&self, folder: &str, ending: &str) -> Result<Vec<(Digest, PathBuf)>, StoreError> {
+        let folder = self.folder(folder);
         let mut found = Vec::new();
-        for shelf in self.disk.list(folder).at("list", folder)? {
+        for shelf in self.disk.list(&folder).at("list", &folder)?.into_iter().filter(|shelf| shelf.is_folder) {
             let shelf = folder.join(&shelf.name);
-            let entries = self.disk.list(&shelf).at("list", &shelf)?;
-            let shown = entries.iter().filter(|entry| !entry.name.as_encoded_bytes().starts_with(b"."));
-            found.extend(shown.map(|entry| shelf.join(&entry.name)));
+            for entry in self.disk.list(&shelf).at("list", &shelf)? {
+                let digest = entry.name.to_str().and_then(|name| name.strip_suffix(ending));
+                let digest = digest.map(|digest| Digest(digest.to_owned())).filter(Digest::is_whole);
+                found.extend(digest.map(|digest| (digest, shelf.join(&entry.name))));
+            }
         }
         found.sort();
         Ok(found)
     }
 }
 
-fn file_name(path: &Path) -> String {
-    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::fixture::Sandbox;
+    use super::super::GcPolicy;
+    use super::super::fixture::{Sandbox, key};
     use super::*;
+
+    /// The first time that an object is read, every result is collected, or all but the one that is asked for.
+    #[test]
+    fn what_is_collected_meanwhile_is_neither_missing_nor_damaged() {
+        for asked in [None, Some([key(1)])] {
+            let (sandbox, disk) = Sandbox::faulty();
+            for number in 1..=4 {
+                sandbox.publish(number, &[("data", &number.to_string())]);
+            }
+            sandbox.publish(5, &[("data", "1")]);
+            sandbox.store.end_lease().unwrap();
+            let (other, mut done) = (Store::open(sandbox.store.root()).unwrap(), false);
+            let objects = sandbox.store.root().join("objects");
+            disk.meanwhile(move |operation, path| {
+                if operation == "open" && path.starts_with(&objects) && !std::mem::replace(&mut done, true) {
+                    let policy = GcPolicy { max_size: Some(0), ..GcPolicy::default() };
+                    let plan = other.plan_gc(&policy, &|_, _| ()).unwrap();
+                    assert_eq!(other.collect_garbage(&plan, &mut |_, _| (), &mut || ()).unwrap().objects, 4);
+                }
+            });
+            let report = sandbox.store.verify(asked.as_ref().map(|keys| &keys[..]), &mut |_, _| ()).unwrap();
+            disk.undisturbed();
+            assert!(report.is_sound(), "{report:?}");
+            let gone = sandbox.store.verify(Some(&[key(1)]), &mut |_, _| ()).unwrap();
+            assert!(gone.is_sound() && gone.manifests == 0, "{gone:?}");
+        }
+    }
+
+    #[test]
+    fn what_lies_among_the_shelves_and_is_not_the_stores_is_left_alone() {
+        let sandbox = Sandbox::new();
+        let store = &sandbox.store;
+        sandbox.publish(1, &[("data", "one")]);
+        store.end_lease().unwrap();
+        for folder in ["objects", "manifests"] {
+            for path in ["notes.txt", ".DS_Store", "00/notes.txt", "00/notes.json"] {
+                std::fs::write(store.root().join(folder).join(path), "x").unwrap();
+            }
+            std::fs::create_dir_all(store.root().join(folder).join("00/mine/deep")).unwrap();
+        }
+        let report = store.verify(None, &mut |_, _| ()).unwrap();
+        assert!(report.is_sound() && report.manifests == 1 && report.orphans.is_empty(), "{report:?}");
+        let plan = store.plan_gc(&GcPolicy { max_size: Some(0), ..GcPolicy::default() }, &|_, _| ()).unwrap();
+        assert_eq!((plan.results.len(), plan.garbage.len(), plan.unreadable), (1, 0, 0));
+        assert_eq!(store.collect_garbage(&plan, &mut |_, _| (), &mut || ()).unwrap().objects, 1);
+        assert!(store.root().join("objects/00/mine/deep").exists());
+    }
 
     #[test]
     fn what_has_changed_or_gone_since_the_interruption_is_looked_at_again() {

@@ -3,24 +3,24 @@
 //! Every file has content that was synced and content that was not; every change of a folder is in a journal until a sync
 //! makes it last. A cut keeps what was synced. Of the rest it keeps any part: each change of a name or a mode, or none;
 //! of each file nothing, the old bytes, a torn beginning, zeros of the right length, or the new bytes. No file system in
-//! use is that bad, and none promises to be better.
+//! use is that bad, and none promises to be better. Its clock is the coarsest there is, and the number of a file that is gone
+//! is that of the next one that comes.
 
 mod dice;
 mod opened;
+mod operations;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd as _;
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
 
-use super::disk::{Content, Disk, Entry, Sort, Stat};
+use super::disk::{Disk, Sort, Stat};
 pub(super) use dice::Dice;
-use opened::Opened;
 
 type Names = BTreeMap<OsString, u64>;
 
@@ -46,6 +46,8 @@ struct Inode {
     synced_mode: u32,
     modified: i128,
     changed: i128,
+    /// The number that a stat shows, which another file had before it.
+    shown: u64,
 }
 
 /// Names set or taken away together, as by one system call.
@@ -60,9 +62,16 @@ struct State {
     inodes: BTreeMap<u64, Inode>,
     journal: Vec<Change>,
     next: u64,
-    /// Nanoseconds since 1970; it moves with every operation and never comes near to now.
+    /// Nanoseconds since 1970; it moves with every operation.
     clock: i128,
+    /// The numbers that stats show.
+    shown: BTreeSet<u64>,
+    /// How often the machine was started.
+    boots: usize,
 }
+
+/// Nanoseconds between two times that a file may bear.
+const COARSE: i128 = 2_000_000_000;
 
 /// See the module.
 #[derive(Debug)]
@@ -78,9 +87,10 @@ impl Volatile {
     /// A disk with nothing on it.
     pub(super) fn new() -> Self {
         let body = Body::Folder { names: Names::new(), synced: Names::new() };
-        let root = Inode { body, mode: 0o755, synced_mode: 0o755, modified: 0, changed: 0 };
+        let root = Inode { body, mode: 0o755, synced_mode: 0o755, modified: 0, changed: 0, shown: ROOT };
         let inodes = [(ROOT, root)].into();
-        Self::of(State { inodes, journal: Vec::new(), next: ROOT + 1, clock: 1_000_000_000 })
+        let (next, clock, shown) = (ROOT + 1, 1_000_000_000, [ROOT].into());
+        Self::of(State { inodes, journal: Vec::new(), next, clock, shown, boots: 1 })
     }
 
     fn of(state: State) -> Self {
@@ -89,14 +99,23 @@ impl Volatile {
 
     /// The same disk after every process was killed: nothing is lost.
     pub(super) fn after_kill(&self) -> Self {
-        Self::of(self.state.lock().unwrap().clone())
+        let disk = Self::of(self.state.lock().unwrap().clone());
+        disk.pass(5 * COARSE);
+        disk
     }
 
     /// What a power cut leaves, by the dice.
     pub(super) fn after_cut(&self, dice: &mut Dice) -> Self {
         let mut state = self.state.lock().unwrap().clone();
         state.cut(dice);
-        Self::of(state)
+        let disk = Self::of(state);
+        disk.pass(5 * COARSE);
+        disk
+    }
+
+    /// Lets time pass, in nanoseconds.
+    pub(super) fn pass(&self, time: i128) {
+        self.state.lock().unwrap().clock += time;
     }
 
     /// Writes a file as a stage does, which syncs nothing.
@@ -115,7 +134,15 @@ impl Volatile {
 impl State {
     fn tick(&mut self) -> i128 {
         self.clock += 1_000;
-        self.clock
+        self.clock - self.clock % COARSE
+    }
+
+    /// The smallest number that no file shows.
+    fn free_number(&mut self) -> u64 {
+        let free =
+            (ROOT..=self.next).find(|number| !self.shown.contains(number)).expect("fewer are shown than there were");
+        self.shown.insert(free);
+        free
     }
 
     fn inode(&self, number: u64) -> &Inode {
@@ -177,7 +204,8 @@ impl State {
         }
         let (number, now) = (self.next, self.tick());
         self.next += 1;
-        self.inodes.insert(number, Inode { body, mode, synced_mode: mode, modified: now, changed: now });
+        let shown = self.free_number();
+        self.inodes.insert(number, Inode { body, mode, synced_mode: mode, modified: now, changed: now, shown });
         self.change(vec![(folder, name, Some(number))]);
         Ok(number)
     }
@@ -185,15 +213,22 @@ impl State {
     /// Changes names at once for whoever looks, and in the journal for a cut.
     fn change(&mut self, names: Vec<(u64, OsString, Option<u64>)>) {
         let now = self.tick();
+        let mut gone = Vec::new();
         for (folder, name, number) in &names {
             let inode = self.inode_mut(*folder);
             inode.modified = now;
             inode.changed = now;
             let Body::Folder { names, .. } = &mut inode.body else { panic!("changes are those of folders") };
-            match number {
+            let before = match number {
                 Some(number) => names.insert(name.clone(), *number),
                 None => names.remove(name),
             };
+            gone.extend(before);
+        }
+        // Those that have got another name stay.
+        for number in gone.into_iter().filter(|gone| !names.iter().any(|(_, _, number)| *number == Some(*gone))) {
+            let shown = self.inode(number).shown;
+            self.shown.remove(&shown);
         }
         self.journal.push(Change { names, synced: false });
     }
@@ -223,7 +258,7 @@ impl State {
             Body::Folder { .. } => (Sort::Folder, 0),
             Body::Link(_) => (Sort::Link, 0),
         };
-        Stat { sort, mode: inode.mode, links: 1, identity: (7, number, size, inode.modified, inode.changed) }
+        Stat { sort, mode: inode.mode, links: 1, identity: (7, inode.shown, size, inode.modified, inode.changed) }
     }
 
     fn sync(&mut self, number: u64) {
@@ -303,7 +338,7 @@ impl State {
 
     /// A move of which another one was lost may leave two names; the later one is the file's.
     fn keep_one_name_each(&mut self) {
-        let mut seen = std::collections::BTreeSet::new();
+        let mut seen = BTreeSet::new();
         let mut open = vec![ROOT];
         while let Some(folder) = open.pop() {
             let Body::Folder { names, synced } = &mut self.inode_mut(folder).body else { continue };
@@ -312,6 +347,16 @@ impl State {
             open.extend(names.values().copied());
         }
         self.inodes.retain(|number, _| *number == ROOT || seen.contains(number));
+        self.boots += 1;
+        self.shown.clear();
+        let numbers: Vec<u64> = self.inodes.keys().copied().collect();
+        // Of two that had one number after each other, the later one keeps it.
+        for number in numbers.into_iter().rev() {
+            let shown = self.inode(number).shown;
+            if !self.shown.insert(shown) {
+                self.inode_mut(number).shown = self.free_number();
+            }
+        }
     }
 }
 
@@ -320,169 +365,6 @@ fn name_of(component: Component<'_>) -> Option<OsString> {
         Component::Normal(name) => Some(name.to_owned()),
         Component::ParentDir => Some("..".into()),
         _ => None,
-    }
-}
-
-impl Disk for Volatile {
-    fn stat(&self, path: &Path) -> io::Result<Stat> {
-        let state = self.state.lock().unwrap();
-        Ok(state.stat(state.find(path, false)?))
-    }
-
-    fn stat_target(&self, path: &Path) -> io::Result<Stat> {
-        let state = self.state.lock().unwrap();
-        Ok(state.stat(state.find(path, true)?))
-    }
-
-    fn list(&self, folder: &Path) -> io::Result<Vec<Entry>> {
-        let state = self.state.lock().unwrap();
-        let entry = |(name, number): (&OsString, &u64)| Entry {
-            name: name.clone(),
-            is_folder: matches!(state.inode(*number).body, Body::Folder { .. }),
-        };
-        Ok(state.names(state.find(folder, true)?)?.iter().map(entry).collect())
-    }
-
-    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
-        Ok(self.state.lock().unwrap().bytes(path)?.1.to_vec())
-    }
-
-    fn open(&self, path: &Path) -> io::Result<Box<dyn Content>> {
-        let state = self.state.lock().unwrap();
-        let (number, bytes) = state.bytes(path)?;
-        Ok(Box::new(Opened { stat: state.stat(number), bytes }))
-    }
-
-    fn read_link(&self, path: &Path) -> io::Result<PathBuf> {
-        let state = self.state.lock().unwrap();
-        match &state.inode(state.find(path, false)?).body {
-            Body::Link(target) => Ok(target.clone()),
-            _ => Err(Errno::INVAL.into()),
-        }
-    }
-
-    fn check_writable(&self, folder: &Path) -> io::Result<()> {
-        self.stat_target(folder).map(drop)
-    }
-
-    fn create(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        let body = Body::File { bytes: Arc::new(bytes.to_vec()), synced: None };
-        self.state.lock().unwrap().add(path, body, 0o644).map(drop)
-    }
-
-    fn append(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        let mut state = self.state.lock().unwrap();
-        match state.bytes(path) {
-            Ok((number, old)) => state.write(number, [old.as_slice(), bytes].concat()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let body = Body::File { bytes: Arc::new(bytes.to_vec()), synced: None };
-                state.add(path, body, 0o644).map(drop)
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    fn copy(&self, from: &Path, to: &Path) -> io::Result<()> {
-        let bytes = self.read(from)?;
-        self.create(to, &bytes)
-    }
-
-    fn create_folder(&self, path: &Path) -> io::Result<()> {
-        let body = Body::Folder { names: Names::new(), synced: Names::new() };
-        self.state.lock().unwrap().add(path, body, 0o755).map(drop)
-    }
-
-    fn link(&self, target: &Path, path: &Path) -> io::Result<()> {
-        self.state.lock().unwrap().add(path, Body::Link(target.to_owned()), 0o777).map(drop)
-    }
-
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        let mut state = self.state.lock().unwrap();
-        let (old, new) = (state.place(from)?, state.place(to)?);
-        let number = *state.names(old.0)?.get(&old.1).ok_or(Errno::NOENT)?;
-        let is_folder = matches!(state.inode(number).body, Body::Folder { .. });
-        if is_folder && to.starts_with(from) && from != to {
-            return Err(Errno::INVAL.into());
-        }
-        if from != to && from.starts_with(to) {
-            return Err(Errno::NOTEMPTY.into());
-        }
-        if let Some(replaced) = state.names(new.0)?.get(&new.1) {
-            match (is_folder, &state.inode(*replaced).body) {
-                _ if *replaced == number => return Ok(()),
-                (true, Body::Folder { names, .. }) if !names.is_empty() => return Err(Errno::NOTEMPTY.into()),
-                (true, Body::Folder { .. }) => {}
-                (true, _) => return Err(Errno::NOTDIR.into()),
-                (false, Body::Folder { .. }) => return Err(Errno::ISDIR.into()),
-                (false, _) => {}
-            }
-        }
-        state.change(vec![(old.0, old.1, None), (new.0, new.1, Some(number))]);
-        Ok(())
-    }
-
-    fn remove_file(&self, path: &Path) -> io::Result<()> {
-        let mut state = self.state.lock().unwrap();
-        let (folder, name) = state.place(path)?;
-        let number = *state.names(folder)?.get(&name).ok_or(Errno::NOENT)?;
-        if matches!(state.inode(number).body, Body::Folder { .. }) {
-            return Err(Errno::ISDIR.into());
-        }
-        state.change(vec![(folder, name, None)]);
-        Ok(())
-    }
-
-    fn remove_folder(&self, path: &Path) -> io::Result<()> {
-        let mut state = self.state.lock().unwrap();
-        let (folder, name) = state.place(path)?;
-        let number = *state.names(folder)?.get(&name).ok_or(Errno::NOENT)?;
-        if !state.names(number)?.is_empty() {
-            return Err(Errno::NOTEMPTY.into());
-        }
-        state.change(vec![(folder, name, None)]);
-        Ok(())
-    }
-
-    fn set_mode(&self, path: &Path, mode: u32) -> io::Result<()> {
-        let mut state = self.state.lock().unwrap();
-        let (number, now) = (state.find(path, true)?, state.tick());
-        let inode = state.inode_mut(number);
-        (inode.mode, inode.changed) = (mode, now);
-        Ok(())
-    }
-
-    fn sync(&self, path: &Path) -> io::Result<()> {
-        let mut state = self.state.lock().unwrap();
-        let number = state.find(path, true)?;
-        state.sync(number);
-        Ok(())
-    }
-
-    fn sync_all(&self, path: &Path) -> io::Result<()> {
-        let mut state = self.state.lock().unwrap();
-        state.find(path, true)?;
-        state.sync_all();
-        Ok(())
-    }
-
-    fn open_lock(&self, path: &Path) -> io::Result<File> {
-        let mut state = self.state.lock().unwrap();
-        let number = match state.find(path, true) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                state.add(path, Body::File { bytes: Arc::default(), synced: None }, 0o644)?
-            }
-            found => found?,
-        };
-        let mut locks = self.locks.lock().unwrap();
-        let new = || rustix::fs::memfd_create("lock", rustix::fs::MemfdFlags::CLOEXEC).unwrap().into();
-        let file = locks.entry(number).or_insert_with(new);
-        // Opened anew, because a lock is that of an open file and not of its copies.
-        File::options().read(true).write(true).open(format!("/proc/self/fd/{}", file.as_raw_fd()))
-    }
-
-    fn open_lock_there(&self, path: &Path) -> io::Result<File> {
-        self.stat(path)?;
-        self.open_lock(path)
     }
 }
 
@@ -558,6 +440,23 @@ mod tests {
     }
 
     #[test]
+    fn numbers_come_again_and_times_are_coarse() {
+        let model = Volatile::new();
+        let (one, two) = (Path::new("/f/one"), Path::new("/f/two"));
+        model.create_folder(Path::new("/f")).unwrap();
+        model.create(one, b"1").unwrap();
+        let before = model.stat(one).unwrap();
+        model.create(two, b"2").unwrap();
+        assert_ne!(model.stat(two).unwrap().identity.1, before.identity.1);
+        model.rename(two, one).unwrap();
+        model.create(two, b"3").unwrap();
+        assert_eq!(model.stat(two).unwrap().identity, before.identity, "nothing tells it from the first");
+        model.pass(COARSE);
+        model.put(two, b"4");
+        assert_ne!(model.stat(two).unwrap().identity, before.identity);
+    }
+
+    #[test]
     fn a_cut_keeps_what_was_synced_and_any_part_of_the_rest() {
         let model = Volatile::new();
         let path = Path::new;
@@ -570,7 +469,7 @@ mod tests {
         model.create(path("/f/new"), b"new").unwrap();
         model.sync(path("/f/new")).unwrap();
         model.rename(path("/f/new"), path("/moved")).unwrap();
-        let (mut contents, mut places) = (std::collections::BTreeSet::new(), std::collections::BTreeSet::new());
+        let (mut contents, mut places) = (BTreeSet::new(), BTreeSet::new());
         for seed in 0..200 {
             let left = model.after_cut(&mut Dice(seed));
             contents.insert(left.read(path("/f/kept")).unwrap());

@@ -5,10 +5,10 @@ use std::time::Instant;
 use super::alarms::Alarm;
 use super::{Driver, Live, made_of};
 use crate::pipeline::exec::event::Event;
-use crate::pipeline::exec::local;
 use crate::pipeline::exec::request;
 use crate::pipeline::exec::scheduler::Input;
 use crate::pipeline::exec::slots::Grant;
+use crate::pipeline::exec::{committer, local};
 use crate::pipeline::plan::State;
 use crate::pipeline::spec::parse_duration;
 use crate::pipeline::stage::Place;
@@ -65,9 +65,15 @@ impl Driver<'_, '_> {
         (self.events)(&Event::Running { node, name: planned.name().clone(), kind, key: key.clone() });
         let running = match planned.spec.kind.place {
             Place::InProcess => {
+                let no_thread = |error: std::io::Error| format!("cannot start a thread: {error}");
+                let committer = match self.committer.take() {
+                    Some(committer) => committer,
+                    None => committer::start(self.scope, self.store, &self.sender).map_err(no_thread)?,
+                };
+                let committer = self.committer.insert(committer);
                 let stage = planned.spec.stage.clone();
-                local::start_thread(self.scope, self.store, node, request, stage, &self.sender)
-                    .map_err(|error| format!("cannot start a thread: {error}"))?
+                local::start_thread(self.scope, self.store, node, request, stage, &self.sender, committer)
+                    .map_err(no_thread)?
             }
             Place::Worker => {
                 let program = match self.worker.take() {

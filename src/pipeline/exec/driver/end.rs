@@ -12,15 +12,23 @@ impl Driver<'_, '_> {
     pub(super) fn hear(&mut self, node: usize, news: News) {
         let ending = match news {
             News::Event(event) => return (self.events)(&Event::Stage { node, event }),
+            News::Prepared(stored) => return self.prepared(node, &stored),
             News::Ended(ending) => ending,
         };
         self.alarms.cancel(node);
         let live = self.running.remove(&node);
-        let seconds = live.as_ref().map_or(0.0, |live| live.began.elapsed().as_secs_f64());
+        let prepared = self.seconds.remove(&node);
+        let seconds = prepared.or(live.as_ref().map(|live| live.began.elapsed().as_secs_f64())).unwrap_or_default();
         let input = match ending {
             Ending::Done { manifest, ran } => {
                 let ended = self.done(node, manifest, ran.then_some(seconds));
                 ended.unwrap_or_else(|problem| self.failed(node, problem, false))
+            }
+            Ending::Lost { what } => {
+                let text = format!("the result of `{}` was lost: {what}", shown(&self.plan.nodes[node]));
+                (self.events)(&Event::Warning { text });
+                self.errors.insert(node, what);
+                Input::Lost(node)
             }
             Ending::Elsewhere => Input::Elsewhere(node),
             Ending::Interrupted if live.is_some_and(|live| live.timed_out) => {
@@ -41,6 +49,17 @@ impl Driver<'_, '_> {
             Ending::Damaged { reference, what } => self.damaged(node, &reference, &what),
         };
         self.inbox.push_back(input);
+    }
+
+    /// Takes in what a node has made, which others may use and which is not durable yet.
+    fn prepared(&mut self, node: usize, stored: &StoredResult) {
+        self.alarms.cancel(node);
+        if let Some(live) = self.running.remove(&node) {
+            self.seconds.insert(node, live.began.elapsed().as_secs_f64());
+        }
+        self.made[node] = Some(made_of(stored));
+        self.as_planned[node] = false;
+        self.inbox.push_back(Input::Prepared(node));
     }
 
     /// Takes in a node's result, for which it ran so many seconds, if it did.

@@ -38,8 +38,12 @@ pub enum Input {
     Elsewhere(usize),
     /// The other process let go of the node's key.
     Freed(usize),
-    /// A running node published its result.
+    /// A running node has ended well and its outputs can be used; they are being made durable.
+    Prepared(usize),
+    /// A node published its result.
     Done(usize),
+    /// What a prepared node had made was lost before it was durable.
+    Lost(usize),
     /// A running node found the result that another process had made meanwhile.
     Taken(usize),
     /// A node failed.
@@ -81,7 +85,7 @@ pub enum Action {
     Fail(usize),
     /// The node fails because the other node (of the same key) did.
     FailLike(usize, usize),
-    /// The node is about to fail because its input was rebuilt too often.
+    /// The node is about to fail because its result, or its input, was rebuilt too often.
     GiveUp(usize),
     /// The node failed and is tried again for the second number's time: after a while, answer with [`Input::Due`].
     Retry(usize, u32),
@@ -110,6 +114,8 @@ pub enum Phase {
     Queued,
     /// It runs.
     Running,
+    /// It has run; its outputs can be used, and are being made durable.
+    Prepared,
     /// Its result was there.
     Cached,
     /// It has run.

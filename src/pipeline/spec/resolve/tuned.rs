@@ -1,6 +1,7 @@
 //! The trials of a tuned experiment: those that tune, cut down to what leads to the metric, and those of every candidate
 //! that may be reported, so that a mistake in any of them is told before the first tuning run.
 
+use std::collections::hash_map::Entry as Slot;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
@@ -25,14 +26,22 @@ impl Resolver<'_> {
         let metric = wanted.add(&tune.metric, "sweep.tune", report);
         let stage = metric.split('.').next().unwrap_or_default();
         let mistake = |message: String| Mistake::at(tune.metric.span, message);
+        let cannot_tell = |one: &str, other: &str| {
+            let label = format!("what they differ in does not lead to stage `{stage}`");
+            mistake(format!("`{metric}` cannot tell `{one}` from `{other}`")).label(label).about("same")
+        };
         let mut trials = Vec::new();
         let mut arms = Vec::new();
+        // By arm, the candidates that are another under a second name there.
+        let mut doubles: Vec<HashMap<String, String>> = Vec::new();
         for Candidates { arm, all } in candidates {
             // By the stages that lead to the metric: the same ones measure the same.
-            let mut known: HashMap<Vec<*const ()>, String> = HashMap::new();
+            let mut known: HashMap<Stages, (String, Vec<Stages>)> = HashMap::new();
+            let mut double = HashMap::new();
             let mut candidates = Vec::new();
             for candidate in all {
-                let mut names = Vec::new();
+                let mut tuning = Vec::new();
+                let mut is_whole = true;
                 for assignment in candidate.tuning {
                     let mut trial = self.trial(root, assignment, wanted, report);
                     let needed = self.needed_by(stage);
@@ -50,28 +59,42 @@ impl Resolver<'_> {
                         report.add(mistake("the split `test` selects nothing".to_owned()).hint(hint).about("test"));
                     }
                     // Where a stage is wrong, what is left of it tells nothing.
-                    if names.is_empty() && !needed.is_empty() && trial.stages.len() == needed.len() {
-                        let stages = trial.stages.values().map(|spec| Arc::as_ptr(&spec.stage).cast()).collect();
-                        if let Some(same) = known.insert(stages, candidate.name.clone()) {
-                            let message = format!("`{metric}` cannot tell `{same}` from `{}`", candidate.name);
-                            let label = format!("what they differ in does not lead to stage `{stage}`");
-                            report.add(mistake(message).label(label).about("same"));
-                        }
-                    }
-                    names.push(trial.name.clone());
-                    trials.push(trial);
+                    is_whole &= !needed.is_empty() && trial.stages.len() == needed.len();
+                    tuning.push(trial);
                 }
                 let reporting = candidate.reporting.into_iter();
+                let reporting: Vec<Trial> =
+                    reporting.map(|assignment| self.trial(root, assignment, wanted, report)).collect();
+                if let Some(first) = tuning.first().filter(|_| is_whole) {
+                    let reported: Vec<Stages> = reporting.iter().map(stages).collect();
+                    match known.entry(stages(first)) {
+                        Slot::Vacant(new) => drop(new.insert((candidate.name.clone(), reported))),
+                        // The arm has nothing of what they differ in.
+                        Slot::Occupied(same) if same.get().1 == reported => {
+                            double.insert(candidate.name, same.get().0.clone());
+                            continue;
+                        }
+                        Slot::Occupied(same) => report.add(cannot_tell(&same.get().0, &candidate.name)),
+                    }
+                }
                 candidates.push(Candidate {
                     name: candidate.name,
                     assignment: candidate.values,
-                    tuning: names,
-                    reporting: reporting.map(|assignment| self.trial(root, assignment, wanted, report)).collect(),
+                    tuning: tuning.iter().map(|trial| trial.name.clone()).collect(),
+                    reporting,
                 });
+                trials.extend(tuning);
             }
             arms.push(TunedArm { arm, candidates });
+            doubles.push(double);
         }
-        (trials, Tuning { metric, goal: tune.goal, arms, choices: Vec::new() })
+        // What an arm leaves out may be tuned in the others; what is nowhere told apart was not meant.
+        let is_everywhere = |one: &String, other: &String| {
+            doubles.iter().all(|double| double.get(one).unwrap_or(one) == double.get(other).unwrap_or(other))
+        };
+        let idle = doubles.first().into_iter().flatten().filter(|(other, one)| is_everywhere(one, other)).min();
+        report.extend(idle.map(|(other, one)| cannot_tell(one, other)));
+        (trials, Tuning { metric: metric.clone(), goal: tune.goal, arms, choices: Vec::new() })
     }
 
     /// The stage `name` of the current trial and all that it needs; nothing where there is no such stage.
@@ -86,4 +109,11 @@ impl Resolver<'_> {
         }
         needed
     }
+}
+
+/// The stages of a trial. One that is the same in two trials was checked once, and stands at one place in memory.
+type Stages = Vec<*const ()>;
+
+fn stages(trial: &Trial) -> Stages {
+    trial.stages.values().map(|spec| Arc::as_ptr(&spec.stage).cast()).collect()
 }

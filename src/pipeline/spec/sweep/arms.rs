@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::pipeline::spec::diagnostic::{Mistake, Report, did_you_mean, expected};
 use crate::pipeline::spec::source::Span;
+use crate::pipeline::spec::sweep::doubt::Doubt;
 use crate::pipeline::spec::sweep::{Axis, Column, Leaf, Point, Source, leaves, path};
 use crate::pipeline::spec::tree::{Node, Value};
 
@@ -13,10 +14,10 @@ use crate::pipeline::spec::tree::{Node, Value};
 const NONE: &str = "none";
 
 /// The axes of `arm`, `drop_one` and `add_one`.
-pub(super) fn read(sweep: &Node, root: &Node, report: &mut Report) -> Vec<Axis> {
+pub(super) fn read(sweep: &Node, root: &Node, doubts: &mut Vec<Doubt>, report: &mut Report) -> Vec<Axis> {
     let mut axes = Vec::new();
     if let Some(entry) = sweep.get("arm") {
-        let points = arms(entry.node.array().unwrap_or_default(), entry.key, root, report);
+        let points = arms(entry.node.array().unwrap_or_default(), entry.key, root, doubts, report);
         axes.extend(axis("arm", Source::Arm, entry.key, points));
     }
     let mut varied: Option<(Vec<String>, Span)> = None;
@@ -104,7 +105,7 @@ fn added(option: &Node, segments: &[String], names: &[&str], key: Span, report: 
 }
 
 /// The points of `[[sweep.arm]]`: the document as it is, and each named set laid over it.
-fn arms(tables: &[Node], key: Span, root: &Node, report: &mut Report) -> Vec<Point> {
+fn arms(tables: &[Node], key: Span, root: &Node, doubts: &mut Vec<Doubt>, report: &mut Report) -> Vec<Point> {
     let mut points = vec![named(NONE, key, Vec::new())];
     let mut known: BTreeMap<String, Span> = BTreeMap::new();
     // What an arm makes of the document, to find two that make the same.
@@ -148,10 +149,10 @@ fn arms(tables: &[Node], key: Span, root: &Node, report: &mut Report) -> Vec<Poi
                 Mistake::at(name.span, format!("the arms `{same}` and `{text}` are the same"))
                     .also(known[same], "the other stands")
             };
-            report.add(mistake);
-            continue;
+            doubts.push(Doubt::new(text, same, mistake));
+        } else {
+            made.push((text.to_owned(), laid));
         }
-        made.push((text.to_owned(), laid));
         points.push(Point { values: vec![name.clone()], overlays: vec![overlay], sets });
     }
     points

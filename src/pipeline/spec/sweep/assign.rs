@@ -58,7 +58,11 @@ impl Sweep {
         let is_idle = |(_, idle): &(_, bool)| *idle;
         report.extend(self.exclusions.iter().zip(idle).filter(is_idle).map(|(exclusion, _)| exclusion.is_idle()));
         if kept.is_empty() {
-            report.extend(self.key.map(|key| Mistake::at(key, "`exclude` leaves nothing of the sweep")));
+            report.extend(
+                self.key.map(|key| {
+                    Mistake::at(key, "`exclude` leaves nothing of the sweep").label("every trial is excluded")
+                }),
+            );
         }
         kept
     }

@@ -152,13 +152,13 @@ mod tests {
             error: unknown parameter `sead` in a swept path
              --> a.toml:3:18
             3 | seeds = { path = "params.sead", values = [1] }
-              |                  ^^^^^^^^^^^^^
+              |                  ^^^^^^^^^^^^^ expected one of `rate`, `seed`
             hint: did you mean `seed`?
 
             error: unknown stage `trian` in a swept path
              --> a.toml:5:1
             5 | "stages.trian.steps" = [1]
-              | ^^^^^^^^^^^^^^^^^^^^
+              | ^^^^^^^^^^^^^^^^^^^^ expected one of `data`, `score`, `train`
             hint: did you mean `train`?
 
             error: unknown field `stps` in stage `train`
@@ -176,7 +176,7 @@ mod tests {
             error: `stages.train` is not the path of a value
              --> a.toml:8:1
             8 | "stages.train" = [1]
-              | ^^^^^^^^^^^^^^
+              | ^^^^^^^^^^^^^^ expected a field of the stage behind it
 
             error: `stages.train.run.cpus` cannot be swept
              --> a.toml:9:1
@@ -214,6 +214,30 @@ mod tests {
              --> a.toml:2:2
             2 | [sweep]
               |  ^^^^^ expected at least 1, found 0
+        "#);
+    }
+
+    #[test]
+    fn paths_whose_beginning_was_left_out_are_recognised_and_one_swept_twice_is_told_once() {
+        let sweep = "[sweep.grid]\nrate = [0.1]\n\"train.steps\" = [1]\n\"params.seed\" = [1, 2]\n[[sweep.zip]]\n\"params.seed\" = [1, 2]\n";
+        insta::assert_snapshot!(swept(sweep).bad("a.toml", &[]), @r#"
+            error: `rate` cannot be swept
+             --> a.toml:3:1
+            3 | rate = [0.1]
+              | ^^^^ a swept path begins with `params.` or `stages.`
+            hint: did you mean `params.rate`?
+
+            error: `train.steps` cannot be swept
+             --> a.toml:4:1
+            4 | "train.steps" = [1]
+              | ^^^^^^^^^^^^^ a swept path begins with `params.` or `stages.`
+            hint: did you mean `stages.train.steps`?
+
+            error: `params.seed` is swept twice
+             --> a.toml:7:1
+            7 | "params.seed" = [1, 2]
+              | ^^^^^^^^^^^^^
+            note: it is swept first at a.toml:5:1
         "#);
     }
 

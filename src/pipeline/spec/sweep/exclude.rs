@@ -140,7 +140,7 @@ mod tests {
             error: `exclude` leaves nothing of the sweep
              --> a.toml:2:2
             2 | [sweep]
-              |  ^^^^^
+              |  ^^^^^ every trial is excluded
         "#);
     }
 }

@@ -14,22 +14,24 @@
 mod arms;
 mod assign;
 mod axes;
+mod doubt;
 mod exclude;
 mod path;
 mod schema;
 mod tune;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use serde_json::Value as Json;
 
 use crate::pipeline::spec::diagnostic::{Mistake, Report};
 use crate::pipeline::spec::source::Span;
 pub(super) use crate::pipeline::spec::sweep::assign::Assignment;
+use crate::pipeline::spec::sweep::doubt::Doubt;
 use crate::pipeline::spec::sweep::exclude::Exclusion;
 pub(super) use crate::pipeline::spec::sweep::exclude::{find, not_swept};
 pub(super) use crate::pipeline::spec::sweep::path::leaves;
-pub(super) use crate::pipeline::spec::sweep::schema::schema;
+pub(super) use crate::pipeline::spec::sweep::schema::{schema, told_schema};
 pub(super) use crate::pipeline::spec::sweep::tune::{Candidates, Tune};
 use crate::pipeline::spec::tree::{Node, Value};
 
@@ -43,6 +45,8 @@ pub(super) struct Sweep {
     pub(super) max_failures: Option<usize>,
     /// What is chosen for each arm first.
     pub(super) tune: Option<Tune>,
+    /// Arms that look as if they were the same.
+    pub(super) doubts: Vec<Doubt>,
     /// Where it is written.
     key: Option<Span>,
 }
@@ -122,10 +126,11 @@ impl Sweep {
     pub(super) fn read(root: &Node, report: &mut Report) -> Self {
         let Some(entry) = root.get("sweep") else { return Self::default() };
         let mut axes = axes::read(&entry.node, root, report);
-        axes.extend(arms::read(&entry.node, root, report));
+        let mut doubts = Vec::new();
+        axes.extend(arms::read(&entry.node, root, &mut doubts, report));
         let tune = entry.node.get("tune");
         axes.extend(tune.map(|tune| tune::axes(&tune.node, root, report)).unwrap_or_default());
-        check_overlap(&axes, report);
+        check_overlap(&mut axes, report);
         label(&mut axes);
         axes.sort_by(|a, b| (a.is_seed(), &a.columns[0].name).cmp(&(b.is_seed(), &b.columns[0].name)));
         let (tuned, axes): (Vec<Axis>, _) = axes.into_iter().partition(|axis| axis.source == Source::Tune);
@@ -135,7 +140,7 @@ impl Sweep {
             _ => None,
         };
         let tune = tune.and_then(|tune| Tune::read(tune, tuned, &axes, report));
-        Self { axes, exclusions, max_failures, tune, key: Some(entry.key) }
+        Self { axes, exclusions, max_failures, tune, doubts, key: Some(entry.key) }
     }
 
     /// Every path that something sets, with its place.
@@ -149,13 +154,16 @@ impl Sweep {
     }
 }
 
-/// No path may be set twice: one value would silently win.
-fn check_overlap(axes: &[Axis], report: &mut Report) {
+/// No path may be set twice: one value would silently win. An axis whose path is another's goes, since of its trials nothing
+/// more can be said.
+fn check_overlap(axes: &mut Vec<Axis>, report: &mut Report) {
     let mut known: HashMap<&[String], Span> = HashMap::new();
+    let mut doubled = HashSet::new();
     for column in axes.iter().flat_map(|axis| &axis.columns).filter(|column| !column.segments.is_empty()) {
         if let Some(first) = known.get(&*column.segments) {
             let mistake = Mistake::at(column.key, format!("`{}` is swept twice", column.name));
             report.add(mistake.also(*first, "it is swept first"));
+            doubled.insert(column.key);
             continue;
         }
         let is_around = |path: &[String]| path.starts_with(&column.segments) || column.segments.starts_with(path);
@@ -177,6 +185,7 @@ fn check_overlap(axes: &[Axis], report: &mut Report) {
             report.add(Mistake::at(leaf.key, message).also(*swept, "it is swept"));
         }
     }
+    axes.retain(|axis| !axis.columns.iter().any(|column| doubled.contains(&column.key)));
 }
 
 /// Gives every column the shortest name that is its own.

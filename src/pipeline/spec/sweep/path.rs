@@ -1,10 +1,13 @@
 //! Swept paths: how tables spell them, and whether they lead somewhere.
 
-use crate::pipeline::spec::diagnostic::{Mistake, Report, did_you_mean};
+use crate::pipeline::spec::diagnostic::{Mistake, Report, did_you_mean, expected};
 use crate::pipeline::spec::parse::parse_path;
 use crate::pipeline::spec::source::Span;
 use crate::pipeline::spec::sweep::Leaf;
 use crate::pipeline::spec::tree::{Entry, Node, Value};
+
+/// What is told of a path that begins otherwise.
+const BEGIN: &str = "a swept path begins with `params.` or `stages.`";
 
 /// Every path below `table` with its value: `"stages.sft.steps" = 1` and `stages.sft.steps = 1` are the same path.
 pub(in crate::pipeline::spec) fn leaves(table: &Node) -> Vec<(Vec<String>, Span, &Node)> {
@@ -30,6 +33,11 @@ fn collect<'a>(table: &'a Node, above: &mut Vec<String>, found: &mut Vec<(Vec<St
 pub(super) fn check(segments: &[String], key: Span, root: &Node, report: &mut Report) -> bool {
     let path = segments.join(".");
     let refuse = |message: String| Mistake::at(key, message);
+    if let Some(whole) = whole(segments, root) {
+        let mistake = refuse(format!("`{path}` cannot be swept")).label(BEGIN);
+        report.add(mistake.hint(format!("did you mean `{whole}`?")));
+        return false;
+    }
     if !check_begin(segments, key, report) {
         return false;
     }
@@ -37,17 +45,33 @@ pub(super) fn check(segments: &[String], key: Span, root: &Node, report: &mut Re
     let table = root.get(top).and_then(|entry| entry.node.table());
     if !table.is_some_and(|table| table.contains_key(name)) {
         let what = if top == "params" { "parameter" } else { "stage" };
-        let names = table.into_iter().flatten().map(|(name, _)| name.as_ref());
-        let mistake = refuse(format!("unknown {what} `{name}` in a swept path")).hint(did_you_mean(name, names));
+        let names = || table.into_iter().flatten().map(|(name, _)| name.as_ref());
+        let mistake = refuse(format!("unknown {what} `{name}` in a swept path")).label(expected(names()));
+        let mistake = mistake.hint(did_you_mean(name, names()));
         report.add(if top == "stages" { mistake.absent_stage() } else { mistake });
         return false;
     }
     let depth = segments.len();
     if (top == "params" && depth != 2) || (top == "stages" && depth < 3) {
-        report.add(refuse(format!("`{path}` is not the path of a value")));
+        let label =
+            if top == "params" { "a parameter has no fields" } else { "expected a field of the stage behind it" };
+        report.add(refuse(format!("`{path}` is not the path of a value")).label(label));
         return false;
     }
     true
+}
+
+/// The whole path of one that names a parameter or a field of a stage without saying so: `rate`, `sft.steps`.
+fn whole(segments: &[String], root: &Node) -> Option<String> {
+    let first = segments.first()?;
+    let has = |top: &str| root.get(top).is_some_and(|entry| entry.node.get(first).is_some());
+    let top = match segments.len() {
+        _ if matches!(first.as_str(), "params" | "stages") => return None,
+        1 if has("params") => "params",
+        2.. if has("stages") => "stages",
+        _ => return None,
+    };
+    Some(format!("{top}.{}", segments.join(".")))
 }
 
 /// Whether a path begins with what may be swept at all.
@@ -55,7 +79,7 @@ pub(super) fn check_begin(segments: &[String], key: Span, report: &mut Report) -
     let message = format!("`{}` cannot be swept", segments.join("."));
     let top = segments.first().map_or("", String::as_str);
     if segments.len() < 2 || !matches!(top, "params" | "stages") {
-        let mistake = Mistake::at(key, message).label("a swept path begins with `params.` or `stages.`");
+        let mistake = Mistake::at(key, message).label(BEGIN);
         let meant = did_you_mean(top, ["params", "stages"]).filter(|_| !matches!(top, "params" | "stages"));
         report.add(mistake.hint(meant));
         return false;

@@ -2,6 +2,32 @@
 
 use serde_json::{Value as Json, json};
 
+use crate::pipeline::spec::shape::EXPECTED;
+
+/// What people are told to write, by the place in the schema: the word "array" helps nobody to a sweep.
+const TOLD: &[(&str, &str)] = &[
+    ("/properties/seeds", "a table such as `{ path = \"params.seed\", values = [1, 2, 3] }`"),
+    ("/properties/grid", "a table of paths with their values"),
+    ("/properties/grid/additionalProperties", "a list of values"),
+    ("/properties/zip", "tables that begin with `[[sweep.zip]]`"),
+    ("/properties/zip/items/additionalProperties", "a list of values"),
+    ("/properties/arm", "tables that begin with `[[sweep.arm]]`"),
+    ("/properties/exclude", "a list of tables such as `[{ beta = 0.0, seed = 3 }]`"),
+    ("/properties/tune/properties/grid/additionalProperties", "a list of values"),
+    ("/properties/tune/properties/seeds", "a list of seeds"),
+];
+
+/// [`schema`] as files are walked against it.
+pub(in crate::pipeline::spec) fn told_schema() -> Json {
+    let mut schema = schema();
+    for (place, text) in TOLD {
+        if let Some(place) = schema.pointer_mut(place) {
+            place[EXPECTED] = Json::from(*text);
+        }
+    }
+    schema
+}
+
 /// What `[sweep]` may say.
 pub(in crate::pipeline::spec) fn schema() -> Json {
     let lists = json!({"anyOf": [{"type": "array", "minItems": 1}, {"type": "object"}]});
@@ -110,4 +136,62 @@ pub(in crate::pipeline::spec) fn schema() -> Json {
             }
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pipeline::spec::testing::swept;
+
+    #[test]
+    fn what_is_told_stands_at_places_that_there_are() {
+        let schema = schema();
+        assert!(TOLD.iter().all(|(place, _)| schema.pointer(place).is_some()));
+    }
+
+    #[test]
+    fn wrong_types_say_what_to_write() {
+        let mut told = Vec::new();
+        for sweep in [
+            "[sweep]\nseeds = [1, 2]\n",
+            "[sweep.grid]\n\"params.rate\" = \"0.1:0.3\"\n",
+            "[sweep.zip]\n\"params.rate\" = [0.1, 0.2]\n",
+            "[sweep.arm]\nname = \"a\"\nparams.rate = 0.1\n",
+            "[[sweep.arm]]\nparams.rate = 0.1\n",
+            "[sweep]\nexclude = { rate = 0.1 }\n[sweep.grid]\n\"params.rate\" = [0.1, 0.2]\n",
+        ] {
+            told.push(swept(sweep).bad("a.toml", &[]));
+        }
+        insta::assert_snapshot!(told.join("\n"), @r#"
+            error: wrong type of `seeds` in `sweep`
+             --> a.toml:3:9
+            3 | seeds = [1, 2]
+              |         ^^^^^^ expected a table such as `{ path = "params.seed", values = [1, 2, 3] }`, found an array
+
+            error: wrong type of `grid.params.rate` in `sweep`
+             --> a.toml:3:17
+            3 | "params.rate" = "0.1:0.3"
+              |                 ^^^^^^^^^ expected a list of values, found a string
+
+            error: wrong type of `zip` in `sweep`
+             --> a.toml:2:1
+            2 | [sweep.zip]
+              | ^^^^^^^^^^^ expected tables that begin with `[[sweep.zip]]`, found a table
+
+            error: wrong type of `arm` in `sweep`
+             --> a.toml:2:1
+            2 | [sweep.arm]
+              | ^^^^^^^^^^^ expected tables that begin with `[[sweep.arm]]`, found a table
+
+            error: missing field `name` in `arm[0]` of `sweep`
+             --> a.toml:2:1
+            2 | [[sweep.arm]]
+              | ^^^^^^^^^^^^^ expected `name`, a string
+
+            error: wrong type of `exclude` in `sweep`
+             --> a.toml:3:11
+            3 | exclude = { rate = 0.1 }
+              |           ^^^^^^^^^^^^^^ expected a list of tables such as `[{ beta = 0.0, seed = 3 }]`, found a table
+        "#);
+    }
 }

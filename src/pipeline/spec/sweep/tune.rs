@@ -70,7 +70,8 @@ impl Tune {
         }
         let Some(reporting) = axes.iter().find(|axis| axis.is_seed()) else {
             let message = "`sweep.tune` needs `sweep.seeds`: tuning and reporting differ in their seeds";
-            report.add(Mistake::at(seeds.key, message).about("seeds"));
+            let hint = "as `seeds = { path = \"params.seed\", values = [1, 2, 3] }` in `[sweep]`".to_owned();
+            report.add(Mistake::at(seeds.key, message).about("seeds").hint(hint));
             return None;
         };
         let mut is_good = true;

@@ -30,7 +30,7 @@ impl Store {
         let mut found = Found { store: self, now, garbage: Vec::new() };
         let keys: HashSet<&Digest> = survey.results.iter().map(|one| &one.key).collect();
         let named: BTreeSet<&Digest> = survey.results.iter().flat_map(|one| one.objects.keys()).collect();
-        for (digest, path) in self.objects_there()? {
+        for (digest, path) in self.shelved("objects", "")? {
             if !named.contains(&digest) {
                 found.add(GarbageKind::Object, path, None)?;
             }
@@ -96,15 +96,6 @@ impl Store {
         let Ok(stat) = self.disk.stat(path) else { return false };
         let since = now.as_nanosecond() - stat.identity.3;
         u128::try_from(since).is_ok_and(|since| since > age.as_nanos())
-    }
-
-    /// Every object by its digest.
-    pub(super) fn objects_there(&self) -> Result<Vec<(Digest, PathBuf)>, StoreError> {
-        let mut objects = Vec::new();
-        for (_, shelf) in self.names(&self.folder("objects"))? {
-            objects.extend(self.names(&shelf)?.into_iter().map(|(name, path)| (Digest(name), path)));
-        }
-        Ok(objects)
     }
 
     /// The names in a folder that are not hidden, with their paths, sorted; none where it is not there.

@@ -6,13 +6,14 @@
 //! |-------------------------------------------------------|--------------|
 //! | a result that a run has found and will read hours later | the run leased its key before it looked (`lease.rs`); leases are read again just before each removal |
 //! | an input of a stage that computes now, also in a worker that has outlived its driver | the attempt leases its inputs, results and objects, in its own process before it verifies them |
-//! | an object that a publisher found there already, before its own manifest names it | publishing holds `locks/store` from the first look to the manifest; an object goes only while the collector has that lock alone, after every manifest that is there *then* has been read |
+//! | an object that a publisher found there already, before its own manifest names it | whoever publishes, accepts or imports leases the object before it looks whether it is there; an object goes only while the collector has `locks/store` alone, after every lease and every manifest that is there *then* has been read |
 //! | a result that is made again under the same key         | its manifest goes only under the key's own lock, which the maker holds; keys that are locked are left |
 //! | a reader who comes between two removals                | the manifest goes first, durably, so what a kill leaves is objects of no result: garbage for the next collection |
 //! | a folder that is half removed                          | it is renamed into `trash/` first, whole, and taken apart there |
 //!
 //! The collector has the store alone for some thousand renames at a time and lets others in between, so nobody waits for
-//! longer than a moment, and a run of a week stops no collection.
+//! longer than a moment, and a run of a week stops no collection. Whoever takes a lease has the store's lock shared for as
+//! long as that takes, and hashes nothing meanwhile.
 //!
 //! A plan is only a proposal: between it and the removal hours may pass in front of a question. So everything is asked again
 //! on removal, and what is leased, pinned, used, locked or named by a new manifest since then stays.

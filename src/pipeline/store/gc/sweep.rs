@@ -9,7 +9,7 @@ use jiff::Timestamp;
 
 use super::survey::References;
 use super::{Garbage, GarbageKind, GcPlan, GcReport, Removal};
-use crate::pipeline::store::error::At as _;
+use crate::pipeline::store::error::{At as _, is_full};
 use crate::pipeline::store::{Digest, IMPORT_MARK, Store, StoreError};
 
 /// Manifests that go while the collector has the store alone, before others get their turn.
@@ -57,7 +57,11 @@ impl Store {
         }
         let alone = self.alone(waiting)?;
         let kept: HashSet<Digest> = self.keys()?.into_iter().collect();
-        self.fold_leases(&alone, &kept)?;
+        match self.fold_leases(&alone, &kept) {
+            // The record of uses stays as it lies, in many files.
+            Err(error) if error.is_full() => tracing::debug!(%error, "leases are not folded"),
+            folded => folded?,
+        }
         Ok(sweep.report)
     }
 }
@@ -100,7 +104,6 @@ impl Sweep<'_> {
     fn objects(&mut self, waiting: &mut dyn FnMut()) -> Result<(), StoreError> {
         let store = self.store;
         let trash = store.folder("trash");
-        store.disk.ensure_folder(&trash, false)?;
         let mut references = References::default();
         // Most manifests are read before anybody has to wait.
         references.refresh(store)?;
@@ -108,10 +111,10 @@ impl Sweep<'_> {
             let alone = store.alone(waiting)?;
             let mut named = references.refresh(store)?;
             named.extend(store.leased()?);
-            let unnamed = store.objects_there()?.into_iter().filter(|(digest, _)| !named.contains(digest));
+            let unnamed = store.shelved("objects", "")?.into_iter().filter(|(digest, _)| !named.contains(digest));
             let some: Vec<PathBuf> = unnamed.map(|(_, path)| path).take(OBJECTS).collect();
             for path in &some {
-                self.trash.extend(store.rename_away(path, &trash)?);
+                self.trash.extend(store.rename_away(path, &trash, &mut self.report.freed)?);
                 self.report.objects += 1;
             }
             drop(alone);
@@ -199,14 +202,20 @@ impl Store {
         }
     }
 
-    /// Moves an object into `trash`, whole; gives where it lies now.
-    fn rename_away(&self, path: &Path, trash: &Path) -> Result<Option<PathBuf>, StoreError> {
+    /// Moves an object into `trash`, whole; gives where it lies now. On a full disk it goes at once, and `freed` grows.
+    fn rename_away(&self, path: &Path, trash: &Path, freed: &mut u64) -> Result<Option<PathBuf>, StoreError> {
         // A folder that may not be written cannot change its parent.
         let _ = self.disk.set_mode(path, 0o755);
         let moved = self.disk.beside(trash, "object-", &|to| self.disk.rename(path, to));
         match moved {
             Ok(to) => Ok(Some(to)),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            // There is not even room for a name. Cut short, this leaves an object of no result that whoever stores the same
+            // content finds damaged and replaces.
+            Err(error) if is_full(&error) => {
+                *freed += self.tree_bytes(path)?;
+                self.disk.clear(path).map(|()| None)
+            }
             Err(error) => Err(error).at("remove", path),
         }
     }
@@ -218,7 +227,7 @@ mod tests {
     use std::time::Duration;
 
     use crate::pipeline::plan::NodeName;
-    use crate::pipeline::store::faults::FAULTS;
+    use crate::pipeline::store::faults::{FAULTS, Fault};
     use crate::pipeline::store::fixture::{Sandbox, key};
     use crate::pipeline::store::{GcPlan, GcPolicy, GcReport, Lookup, RunRecord, Store};
 
@@ -262,6 +271,7 @@ mod tests {
         sandbox.publish(1, &[("data", "one")]);
         sandbox.publish(2, &[("data", "one")]);
         sandbox.publish(3, &[("data", "three")]);
+        sandbox.store.end_lease().unwrap();
         std::fs::create_dir_all(sandbox.store.logs(&key(3))).unwrap();
         std::fs::write(sandbox.store.logs(&key(3)).join("log.txt"), "said").unwrap();
         sandbox.store.pin(&key(2).0).unwrap().unwrap();
@@ -280,6 +290,7 @@ mod tests {
         let store = &sandbox.store;
         let manifest = sandbox.publish(1, &[("data", "one")]);
         sandbox.publish(2, &[("data", "two")]);
+        store.end_lease().unwrap();
         std::fs::remove_file(store.manifest_path(&key(2))).unwrap();
         let write = |path: std::path::PathBuf| {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -316,6 +327,7 @@ mod tests {
     fn an_object_that_a_process_reads_outlives_its_result() {
         let sandbox = Sandbox::new();
         let manifest = sandbox.publish(1, &[("data", "one")]);
+        sandbox.store.end_lease().unwrap();
         let object = &manifest.outputs[0].digest;
         let reader = Store::open(sandbox.store.root()).unwrap();
         reader.lease(&[&key(1), object]).unwrap();
@@ -348,6 +360,24 @@ mod tests {
         std::fs::create_dir(works[1].join("failed")).unwrap();
         store.collect_garbage(&old, &mut |_, _| (), &mut || ()).unwrap();
         assert_eq!(works.map(|work| work.exists()), [true, true, false]);
+    }
+
+    #[test]
+    fn a_full_disk_can_be_freed() {
+        let (mut sandbox, disk) = Sandbox::faulty();
+        for number in 1..=3 {
+            sandbox.publish(number, &[("data", &number.to_string())]);
+            sandbox.store.lease(&[&key(number)]).unwrap();
+            sandbox.store = Store::open_on(disk.clone(), sandbox.store.root()).unwrap();
+        }
+        disk.fail_at(0, Fault::NoRoom);
+        let report = collect(&sandbox.store, &everything());
+        assert_eq!((report.results, report.objects, report.freed), (3, 3, 3));
+        assert_eq!(count(&sandbox.store, "objects") + count(&sandbox.store, "trash"), 0);
+        disk.heal();
+        assert_eq!(count(&sandbox.store, "leases"), 3);
+        collect(&sandbox.store, &GcPolicy::default());
+        assert_eq!(count(&sandbox.store, "leases"), 1, "folded when there is room");
     }
 
     #[test]

@@ -1,0 +1,104 @@
+//! The committer: one thread that makes results durable, so that no stage waits for a disk.
+//!
+//! Whatever has ended while it was busy is committed together the next time. It holds the keys' locks meanwhile.
+
+use std::io::ErrorKind;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::Scope;
+
+use crate::pipeline::exec::local::{Ending, News, ToDriver, tell};
+use crate::pipeline::store::{Attempts, KeyLock, Prepared, Store};
+
+/// How many results are committed together at most: those that wait for the first should not wait for long.
+const BATCH: usize = 256;
+
+/// A node that has ended well.
+pub(super) struct Finished {
+    /// The node.
+    pub(super) node: usize,
+    /// The lock of its key.
+    pub(super) lock: KeyLock,
+    /// Its result.
+    pub(super) prepared: Box<Prepared>,
+}
+
+/// The way to the committer. It ends when the last of these is dropped.
+#[derive(Clone)]
+pub(super) struct ToCommitter {
+    committer: Sender<Finished>,
+    driver: ToDriver,
+}
+
+impl ToCommitter {
+    /// Has a result made durable; the driver hears what came of it.
+    pub(super) fn hand_over(&self, finished: Finished) {
+        if let Err(lost) = self.committer.send(finished) {
+            let problem = "the thread that makes results durable has died".to_owned();
+            tell(&self.driver, lost.0.node, News::Ended(Ending::failed(problem)));
+        }
+    }
+}
+
+/// Starts the committer.
+pub(super) fn start<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    store: &'scope Store,
+    driver: &ToDriver,
+) -> std::io::Result<ToCommitter> {
+    let (sender, receiver) = channel();
+    let ours = driver.clone();
+    std::thread::Builder::new().name("committer".to_owned()).spawn_scoped(scope, move || {
+        while let Some(batch) = next(&receiver) {
+            commit(store, batch, &ours);
+        }
+    })?;
+    Ok(ToCommitter { committer: sender, driver: driver.clone() })
+}
+
+/// Waits for a result and takes what else is there; `None` where nobody is left to send any.
+fn next(receiver: &Receiver<Finished>) -> Option<Vec<Finished>> {
+    let mut batch = vec![receiver.recv().ok()?];
+    batch.extend(receiver.try_iter().take(BATCH - 1));
+    Some(batch)
+}
+
+fn commit(store: &Store, batch: Vec<Finished>, driver: &ToDriver) {
+    let references: Vec<_> = batch.iter().map(|finished| (&finished.lock, &*finished.prepared)).collect();
+    // Whatever happens here, the driver waits for an answer.
+    let committed = catch_unwind(AssertUnwindSafe(|| store.commit_all(&references)));
+    let mut committed = committed.unwrap_or_default().into_iter();
+    for Finished { node, lock, prepared } in batch {
+        match committed.next() {
+            Some(Ok(())) => {
+                let manifest = Some(Box::new(prepared.manifest().clone()));
+                tell(driver, node, News::Ended(Ending::Done { manifest, ran: true }));
+                store.drop_work(&lock);
+            }
+            // Somebody found an output damaged and put it aside.
+            Some(Err(error)) if error.io().is_some_and(|cause| cause.kind() == ErrorKind::NotFound) => {
+                note(store, &lock, &prepared, &error.to_string());
+                tell(driver, node, News::Ended(Ending::Lost { what: error.to_string() }));
+            }
+            other => {
+                let problem = other.map_or_else(
+                    || "the thread that makes results durable panicked".to_owned(),
+                    |failed| failed.err().map_or_else(String::new, |error| error.to_string()),
+                );
+                note(store, &lock, &prepared, &problem);
+                tell(driver, node, News::Ended(Ending::failed(problem)));
+            }
+        }
+    }
+}
+
+/// Writes down why a stage that has run has no result.
+fn note(store: &Store, lock: &KeyLock, prepared: &Prepared, problem: &str) {
+    let attempts = store.attempts(lock.key()).ok().flatten().unwrap_or_default();
+    let (seconds, error) = (prepared.manifest().seconds, problem.lines().next().map(str::to_owned));
+    let ended = Attempts { seconds, error, owner: None, ..attempts };
+    let noted = store.append_log(lock.key(), &format!("failed: {problem}"));
+    if let Err(error) = noted.and_then(|()| store.save_attempts(lock.key(), &ended)) {
+        tracing::warn!(%error, "the reason of a failure is not written down");
+    }
+}
