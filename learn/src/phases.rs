@@ -28,6 +28,18 @@ use crate::memory;
 use crate::model::ModelConfig;
 use crate::native;
 
+/// The beginnings of the names of metrics that say what a step cost: clocks decide them, and a stop within a step takes its
+/// counts away.
+pub const COSTS: &[&str] = &[
+    "seconds/",
+    "tokens_per_second",
+    "mfu",
+    "decode_bandwidth_share",
+    "shared_prompt_share",
+    "padding_share",
+    "peak_memory_bytes",
+];
+
 thread_local! {
     static SPENT: RefCell<BTreeMap<&'static str, f64>> = const { RefCell::new(BTreeMap::new()) };
     static WITHIN: Cell<bool> = const { Cell::new(false) };

@@ -194,12 +194,14 @@ impl<'a> Job<'a> {
         self.events.lock().unwrap().len()
     }
 
-    /// The lines of `metrics.jsonl` without what a clock decides.
+    /// The lines of `metrics.jsonl` without what it cost.
     pub(super) fn metrics(&self) -> Vec<Value> {
         let text = std::fs::read_to_string(self.logs().join("metrics.jsonl")).unwrap();
         let mut lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         for line in &mut lines {
-            line.as_object_mut().unwrap().retain(|name, _| !name.starts_with("tokens_per_second"));
+            line.as_object_mut()
+                .unwrap()
+                .retain(|name, _| !crate::phases::COSTS.iter().any(|cost| name.starts_with(cost)));
         }
         lines
     }

@@ -87,6 +87,21 @@ inline void tile(int64_t k, const T* a, int64_t ai, int64_t aj, const T* b, int6
     for (int j = 0; j < N; j++) store(c + i * ldc + j * W<T>, s[i][j]);
 }
 
+// The same of a single row: four runs of sums, because one would wait for itself.
+template <class T, int N>
+inline void line(int64_t k, const T* a, int64_t aj, const T* b, int64_t ldb, T* c, bool add) {
+  V<T> s[4][N];
+  for (int r = 0; r < 4; r++)
+    for (int j = 0; j < N; j++) s[r][j] = add && r == 0 ? load(c + j * W<T>) : V<T>{};
+  int64_t l = 0;
+  for (; l + 4 <= k; l += 4)
+    for (int r = 0; r < 4; r++)
+      for (int j = 0; j < N; j++) s[r][j] += splat(a[(l + r) * aj]) * load(b + (l + r) * ldb + j * W<T>);
+  for (; l < k; l++)
+    for (int j = 0; j < N; j++) s[0][j] += splat(a[l * aj]) * load(b + l * ldb + j * W<T>);
+  for (int j = 0; j < N; j++) store(c + j * W<T>, (s[0][j] + s[1][j]) + (s[2][j] + s[3][j]));
+}
+
 template <class T, int M, int N>
 inline void rows_of(int64_t m, int64_t k, const T* a, int64_t ai, int64_t aj, const T* b, int64_t ldb, T* c, int64_t ldc,
                     bool add) {
@@ -95,7 +110,7 @@ inline void rows_of(int64_t m, int64_t k, const T* a, int64_t ai, int64_t aj, co
   if constexpr (M > 4) {
     for (; i + 4 <= m; i += 4) tile<T, 4, N>(k, a + i * ai, ai, aj, b, ldb, c + i * ldc, ldc, add);
   }
-  for (; i < m; i++) tile<T, 1, N>(k, a + i * ai, ai, aj, b, ldb, c + i * ldc, ldc, add);
+  for (; i < m; i++) line<T, N>(k, a + i * ai, aj, b, ldb, c + i * ldc, add);
 }
 
 // c [m, n] (+)= a [m, k] b [k, n]; n is a multiple of the vector.
