@@ -44,8 +44,12 @@ fn compile(lib: &Path) {
         let mut kernels = build();
         kernels.file("src/native/kernels.cpp").define("PIPE_ISA", *name);
         // One instruction for a product and a sum, but no other liberty: the same source gives the same bits.
-        for flag in ["-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi"].iter().chain(*flags) {
+        for flag in ["-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi"].iter().chain(*flags) {
             kernels.flag(flag);
+        }
+        // libtorch brings the runtime of gcc's threads. Built by another compiler the kernels take one thread and give the same.
+        if kernels.get_compiler().is_like_gnu() {
+            kernels.flag("-fopenmp");
         }
         // One source thrice: each has a folder for its object.
         let folder = Path::new(&std::env::var("OUT_DIR").expect("cargo names a folder")).join(name);

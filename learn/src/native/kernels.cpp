@@ -8,9 +8,25 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
 
 namespace {
+// Templates of the standard library over types of this file alone: one that several instruction sets share would be linked once,
+// and with instructions that the processor may not have.
+template <class T>
+struct Local : std::allocator<T> {
+  template <class U>
+  struct rebind {
+    typedef Local<U> other;
+  };
+};
+template <class T>
+using Vector = std::vector<T, Local<T>>;
+struct Range {
+  int64_t first, second;
+};
+
 
 constexpr int64_t BYTES = 64;
 constexpr int64_t QUERIES = 16;   // queries of one tile of scores
@@ -161,10 +177,10 @@ template <class T>
 void rms_norm_backward(const T* x, const T* weight, const T* scale, const T* dy, const T* through, int64_t rows,
                        int64_t width, T* dx, T* dw, int threads) {
   int64_t runs = (rows + PARTIAL - 1) / PARTIAL;
-  std::vector<T> partial((size_t)(runs * width), 0);
+  Vector<T> partial((size_t)(runs * width), 0);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<T> weighted((size_t)width);
+    Vector<T> weighted((size_t)width);
     T* g = weighted.data();
 #pragma omp for schedule(static)
     for (int64_t run = 0; run < runs; run++) {
@@ -259,13 +275,13 @@ template <class T> void transpose(const T* from, int64_t rows, int64_t width, in
 
 // One head of one segment, gathered.
 template <class T> struct Gathered {
-  std::vector<T> k, kt, v, vt, dk, dv;  // [L, D], [D, L], padded
+  Vector<T> k, kt, v, vt, dk, dv;  // [L, D], [D, L], padded
   int64_t length = 0, columns = 0;
 };
 
 template <class T> struct Scratch {
   Gathered<T> root, child;
-  std::vector<T> q, dout, dq, scores, dscores, o, delta;
+  Vector<T> q, dout, dq, scores, dscores, o, delta;
 };
 
 template <class T> struct Problem {
@@ -305,7 +321,7 @@ void gather(const Problem<T>& p, int64_t segment, int64_t head, Gathered<T>& to,
 // Scores of `count` queries from `begin` on, over the parent's columns and then the segment's own; gives the width.
 template <class T>
 int64_t score(const T* q, int64_t d, int64_t dp, int64_t begin, int64_t count, const Gathered<T>* parent,
-              const Gathered<T>& own, std::vector<T>& scores, int64_t* before) {
+              const Gathered<T>& own, Vector<T>& scores, int64_t* before) {
   int64_t base = parent ? parent->columns : 0, seen = padded<T>(begin + count), width = base + seen;
   *before = base;
   scores.resize((size_t)(QUERIES * width));
@@ -342,7 +358,7 @@ template <class T> inline T softmax(T* row, int64_t width, T* lse) {
 }
 
 template <class T>
-void gather_queries(const Problem<T>& p, int64_t segment, int64_t head, std::vector<T>& q) {
+void gather_queries(const Problem<T>& p, int64_t segment, int64_t head, Vector<T>& q) {
   int64_t d = p.heads.width, dp = padded<T>(d), length = p.length(segment);
   q.assign((size_t)(length * dp), 0);
   T scale = (T)(1 / std::sqrt((double)d));
@@ -436,8 +452,8 @@ template <class T> void scatter(const Problem<T>& p, int64_t segment, int64_t he
 }
 
 // A root with its children is one task a key head, so that no two threads add to one gradient.
-std::vector<std::pair<int64_t, int64_t>> trees(const Segments& segments) {
-  std::vector<std::pair<int64_t, int64_t>> made;
+Vector<Range> trees(const Segments& segments) {
+  Vector<Range> made;
   for (int64_t s = 0; s < segments.count; s++) {
     if (segments.rows[3 * s + 2] < 0) made.push_back({s, s + 1});
     else made.back().second = s + 1;
@@ -523,7 +539,7 @@ void decode(const T* qkv, Heads heads, DecodeRows rows, const T* cosine, const T
   int64_t d = heads.width, dp = padded<T>(d), half = d / 2, each = heads.queries / heads.shared;
   int64_t stride = (heads.queries + 2 * heads.shared) * d, used = rows.used, seen = padded<T>(used + 1);
   // Rows of one prompt stand together and read its keys once.
-  std::vector<std::pair<int64_t, int64_t>> runs;
+  Vector<Range> runs;
   for (int64_t r = 0; r < rows.count; r++) {
     if (!runs.empty() && rows.group[runs.back().first] == rows.group[r]) runs.back().second = r + 1;
     else runs.push_back({r, r + 1});
@@ -533,7 +549,7 @@ void decode(const T* qkv, Heads heads, DecodeRows rows, const T* cosine, const T
   int64_t tasks = (int64_t)runs.size() * heads.shared;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<T> q, scores, o;
+    Vector<T> q, scores, o;
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; task++) {
       auto [from, to] = runs[(size_t)(task / heads.shared)];
