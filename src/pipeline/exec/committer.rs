@@ -6,12 +6,16 @@ use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::Scope;
+use std::time::{Duration, Instant};
 
 use crate::pipeline::exec::local::{Ending, News, ToDriver, tell};
 use crate::pipeline::store::{Attempts, KeyLock, Prepared, Store};
 
 /// How many results are committed together at most: those that wait for the first should not wait for long.
 const BATCH: usize = 256;
+
+/// For how long a result waits for others where one follows upon the other.
+const GATHER: Duration = Duration::from_millis(5);
 
 /// A node that has ended well.
 pub(super) struct Finished {
@@ -49,17 +53,29 @@ pub(super) fn start<'scope>(
     let (sender, receiver) = channel();
     let ours = driver.clone();
     std::thread::Builder::new().name("committer".to_owned()).spawn_scoped(scope, move || {
-        while let Some(batch) = next(&receiver) {
+        let mut ended = None;
+        while let Some(batch) = next(&receiver, ended) {
             commit(store, batch, &ours);
+            ended = Some(Instant::now());
         }
     })?;
     Ok(ToCommitter { committer: sender, driver: driver.clone() })
 }
 
-/// Waits for a result and takes what else is there; `None` where nobody is left to send any.
-fn next(receiver: &Receiver<Finished>) -> Option<Vec<Finished>> {
+/// Waits for a result and takes what else is there; `None` where nobody is left to send any. Results that follow upon each
+/// other, as seen by when the last batch `ended`, gather for a while: a sync holds up whoever writes to the disk meanwhile.
+fn next(receiver: &Receiver<Finished>, ended: Option<Instant>) -> Option<Vec<Finished>> {
     let mut batch = vec![receiver.recv().ok()?];
-    batch.extend(receiver.try_iter().take(BATCH - 1));
+    if ended.is_some_and(|ended| ended.elapsed() < 4 * GATHER) {
+        let until = Instant::now() + GATHER;
+        while batch.len() < BATCH
+            && let Ok(finished) = receiver.recv_timeout(until.saturating_duration_since(Instant::now()))
+        {
+            batch.push(finished);
+        }
+    }
+    let room = BATCH - batch.len();
+    batch.extend(receiver.try_iter().take(room));
     Some(batch)
 }
 
