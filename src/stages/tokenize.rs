@@ -175,8 +175,9 @@ impl Stage for Tokenize {
                 let range = first..(first + CHUNK).min(split.instances.len());
                 let encode =
                     |row| encode(split, row).with_context(|| format!("row `{}` of the data set", split.instances[row]));
-                let encoded: anyhow::Result<Vec<Encoded>> =
-                    pool.install(|| range.clone().into_par_iter().map(encode).collect());
+                // Of several rows that fail the first is told, not the quickest.
+                let encoded: Vec<_> = pool.install(|| range.clone().into_par_iter().map(encode).collect());
+                let encoded: anyhow::Result<Vec<Encoded>> = encoded.into_iter().collect();
                 let encoded = encoded.map_err(interrupted)?;
                 done += range.len() as u64;
                 let kept = encoded.into_iter().filter(|row| rows.keep(row, self.max_length, &split.name)).collect();
