@@ -207,7 +207,9 @@ fn forecast(
     let prompt = rows.iter().map(|&row| prompts.tokens.prompt_ids(row).len() as u64).max().unwrap_or(0);
     let room = (config.max_position_embeddings as u64).saturating_sub(prompt);
     let written = limit.saturating_mul(prompts.task.max_turns() as u64).min(room);
-    let tokens = micro.div_ceil(group) * prompt + micro * written;
+    // A batch may begin and end in the middle of a group.
+    let prompts_of_batch = ((micro + group.saturating_sub(2)) / group + 1).min(micro);
+    let tokens = prompts_of_batch * prompt + micro * written;
     let shape = Shape { rows: micro, length: prompt + written, tokens, targets: micro * written };
     let forecast = Forecast::training(model, params.validate.is_some(), memory::POLICY, std::iter::once(shape))
         .beside(model, reference);

@@ -6,6 +6,7 @@
 //! pass one token at a time for generation, `kv_cache` that without kernels of ours, `lora` adapters beside frozen weights,
 //! `new_tokens` the audit of rows that a training should have moved. It knows nothing of losses, tasks or text.
 
+mod companions;
 pub mod config;
 pub mod decoding;
 pub mod folder;
@@ -18,6 +19,7 @@ pub mod rope;
 pub mod transformer;
 pub mod weights;
 
+pub use companions::save_companions;
 pub use config::ModelConfig;
 pub use layout::Layout;
-pub use transformer::{BASE, Transformer, save_companions};
+pub use transformer::{BASE, Transformer};
