@@ -16,6 +16,7 @@ use anyhow::{Context as _, anyhow};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::pipeline::exec::left::{holds_file, read_metrics};
 use crate::pipeline::exec::numerics::numerics;
 use crate::pipeline::plan::NodeName;
 use crate::pipeline::stage::{ArtifactType, InputArtifact, Interrupted, Output, Resources, StageContext, StageEvent};
@@ -437,36 +438,6 @@ fn finish(request: &Request, out: &Path, context: &mut StageContext) -> anyhow::
         context.note(format!("`metrics.json` of the output `{}` shows no metrics: {error:#}", first.name));
         BTreeMap::new()
     }))
-}
-
-fn holds_file(folder: &Path) -> std::io::Result<bool> {
-    let entries = match std::fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
-        Err(error) => return Err(error),
-    };
-    for entry in entries {
-        let entry = entry?;
-        if !entry.file_type()?.is_dir() || holds_file(&entry.path())? {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
-/// The finite numbers of an output's `metrics.json`: of its table `metrics`, or of the whole file where it has none.
-fn read_metrics(folder: &Path) -> anyhow::Result<BTreeMap<String, f64>> {
-    let text = match std::fs::read(folder.join("metrics.json")) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
-        Err(error) => return Err(error.into()),
-    };
-    let value: Value = serde_json::from_slice(&text)?;
-    let fields = value.get("metrics").unwrap_or(&value).as_object().context("it is no table of numbers")?;
-    let number = |(name, value): (&String, &Value)| {
-        value.as_f64().filter(|number| number.is_finite()).map(|number| (name.clone(), number))
-    };
-    Ok(fields.iter().filter_map(number).collect())
 }
 
 fn draft_outputs(request: &Request, out: &Path) -> Vec<DraftOutput> {

@@ -5,6 +5,7 @@ mod committer;
 pub mod device;
 mod driver;
 pub mod event;
+mod left;
 mod local;
 pub mod machine;
 mod numerics;
