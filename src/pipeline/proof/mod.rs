@@ -199,7 +199,18 @@ impl Case {
     /// What the store has of each tuple before a run.
     fn look(&self, expected: &Expected) -> HashMap<String, Had> {
         let lines = expected.stages.values().map(|computed| (computed.tuple.line(), &computed.outputs));
-        lines.map(|(line, outputs)| (line.clone(), self.had(&line, outputs))).collect()
+        let prepared = self.left_prepared();
+        let had = |line: &str, outputs: &[probe::Content]| match self.had(line, outputs) {
+            Had::Nothing if prepared => Had::MaybePrepared,
+            had => had,
+        };
+        lines.map(|(line, outputs)| (line.clone(), had(&line, outputs))).collect()
+    }
+
+    /// Whether killed runs have left anything prepared, which the next takes where it needs it.
+    fn left_prepared(&self) -> bool {
+        let works = std::fs::read_dir(self.place.join("store/work")).into_iter().flatten().flatten();
+        works.into_iter().any(|work| work.path().join("prepared.json").exists())
     }
 
     fn had(&self, line: &str, outputs: &[probe::Content]) -> Had {
@@ -263,6 +274,7 @@ impl Case {
                 Had::Whole => (0, 0),
                 // Another stage of this run may have made the same object again before this one was looked at.
                 Had::Broken(objects) if objects.is_subset(&made) => (0, 1),
+                Had::MaybePrepared => (0, 1),
                 Had::Broken(_) | Had::Nothing => (1, 1),
             };
             hold!(
@@ -390,6 +402,8 @@ impl Case {
 enum Had {
     Whole,
     Broken(BTreeSet<Digest>),
+    /// Nothing, but a run was killed before it had committed all that it had prepared.
+    MaybePrepared,
     Nothing,
 }
 
@@ -423,7 +437,7 @@ fn check_plan(
             State::Run | State::Resume => {
                 // A node of which only the recipe is known may turn out to be what another one has made or was before.
                 let may_meet = node.key.is_none() && before[&line] == Had::Whole;
-                let may_be_remade = matches!(before[&line], Had::Broken(_));
+                let may_be_remade = matches!(before[&line], Had::Broken(_) | Had::MaybePrepared);
                 hold!(
                     has_ran || may_meet || may_be_remade,
                     "`{}` should run ({:?}) and did not",
