@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -158,6 +158,9 @@ fn a_collection_beside_runs_takes_nothing_from_them_and_a_killed_one_leaves_whol
     sandbox.write("slow.toml", &text.replace("BEGAN", sandbox.path("began").to_str().unwrap()));
     let run = sandbox.start(&["run", "--json", "slow.toml"]);
     wait_for("the slow stage", || sandbox.path("began").exists());
+    // The slow stage may begin before the result that it reads is durable.
+    let is_manifest = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "json");
+    wait_for("its input's result", || files(&sandbox.path("artifacts/manifests")).iter().any(is_manifest));
     let report = sandbox.json(&["gc", "--max-size", "0", "--yes", "--json"]);
     assert_eq!(report["kept"]["in_use"]["count"], 1, "{report}");
     for _ in 0..20 {

@@ -96,16 +96,19 @@ fn commit(store: &Store, batch: Vec<Finished>, driver: &ToDriver) {
                 note(store, &lock, &prepared, &error.to_string());
                 tell(driver, node, News::Ended(Ending::Lost { what: error.to_string() }));
             }
-            other => {
-                let problem = other.map_or_else(
-                    || "the thread that makes results durable panicked".to_owned(),
-                    |failed| failed.err().map_or_else(String::new, |error| error.to_string()),
-                );
-                note(store, &lock, &prepared, &problem);
-                tell(driver, node, News::Ended(Ending::failed(problem)));
+            Some(Err(error)) => fail(store, driver, node, &lock, &prepared, &error.to_string()),
+            None => {
+                let problem = "the thread that makes results durable panicked";
+                fail(store, driver, node, &lock, &prepared, problem);
             }
         }
     }
+}
+
+/// Writes down and tells that a stage that has run has no result.
+fn fail(store: &Store, driver: &ToDriver, node: usize, lock: &KeyLock, prepared: &Prepared, problem: &str) {
+    note(store, lock, prepared, problem);
+    tell(driver, node, News::Ended(Ending::failed(problem.to_owned())));
 }
 
 /// Writes down why a stage that has run has no result.

@@ -192,25 +192,27 @@ impl Case {
             .map(|(_, computed)| computed.tuple.line())
             .collect();
         self.check_minimal(expected, &wanted, &before, &again, &came)?;
-        check_plan(&plan, expected, &wanted, &before, &again, &came)?;
+        self.check_plan(&plan, expected, &wanted, &before, &again, &came)?;
         self.check_bytes(expected, &wanted)
     }
 
     /// What the store has of each tuple before a run.
-    fn look(&self, expected: &Expected) -> HashMap<String, Had> {
+    fn look(&self, expected: &Expected) -> Before {
         let lines = expected.stages.values().map(|computed| (computed.tuple.line(), &computed.outputs));
-        let prepared = self.left_prepared();
-        let had = |line: &str, outputs: &[probe::Content]| match self.had(line, outputs) {
-            Had::Nothing if prepared => Had::MaybePrepared,
-            had => had,
-        };
-        lines.map(|(line, outputs)| (line.clone(), had(&line, outputs))).collect()
+        let stages = lines.map(|(line, outputs)| (line.clone(), self.had(&line, outputs))).collect();
+        Before { stages, prepared: self.left_prepared() }
     }
 
-    /// Whether killed runs have left anything prepared, which the next takes where it needs it.
-    fn left_prepared(&self) -> bool {
+    /// The keys for which killed runs have left a result prepared, which the next run takes where it is whole.
+    fn left_prepared(&self) -> HashSet<Digest> {
         let works = std::fs::read_dir(self.place.join("store/work")).into_iter().flatten().flatten();
-        works.into_iter().any(|work| work.path().join("prepared.json").exists())
+        let prepared = works.filter(|work| work.path().join("prepared.json").exists());
+        prepared.map(|work| Digest(work.file_name().into_string().unwrap())).collect()
+    }
+
+    /// Whether a killed run had left a result of this tuple prepared. Its key may be known only after the run.
+    fn was_prepared(&self, line: &str, before: &Before) -> bool {
+        self.keys.get(line).is_some_and(|key| before.prepared.contains(key))
     }
 
     fn had(&self, line: &str, outputs: &[probe::Content]) -> Had {
@@ -260,7 +262,7 @@ impl Case {
         &self,
         expected: &Expected,
         wanted: &BTreeSet<(String, String)>,
-        before: &HashMap<String, Had>,
+        before: &Before,
         again: &BTreeSet<String>,
         came: &Came,
     ) -> Result<(), Wrong> {
@@ -269,22 +271,69 @@ impl Case {
             wanted.iter().map(|name| (expected.stages[name].tuple.line(), name)).collect();
         for (line, name) in &wanted {
             let ran = came.ran.get(line).copied().unwrap_or(0);
-            let needed = match &before[line] {
+            let needed = match &before.stages[line] {
                 _ if again.contains(line) => (1, usize::MAX),
                 Had::Whole => (0, 0),
                 // Another stage of this run may have made the same object again before this one was looked at.
                 Had::Broken(objects) if objects.is_subset(&made) => (0, 1),
-                Had::MaybePrepared => (0, 1),
+                Had::Nothing if self.was_prepared(line, before) => (0, 1),
                 Had::Broken(_) | Had::Nothing => (1, 1),
             };
             hold!(
                 (needed.0..=needed.1).contains(&ran),
                 "`{name:?}` ran {ran} times and not {needed:?}; it had {:?}",
-                before[line]
+                before.stages[line]
             );
         }
         for line in came.ran.keys() {
             hold!(wanted.contains_key(line), "a stage ran that nobody wanted");
+        }
+        Ok(())
+    }
+
+    /// Holds that the plan foretold the run.
+    fn check_plan(
+        &self,
+        plan: &Plan,
+        expected: &Expected,
+        wanted: &BTreeSet<(String, String)>,
+        before: &Before,
+        again: &BTreeSet<String>,
+        came: &Came,
+    ) -> Result<(), Wrong> {
+        let line = |node: &Node| {
+            let name = node.name();
+            expected.stages[&(name.trial.clone(), name.stage.clone())].tuple.line()
+        };
+        let mut nodes_of: HashMap<String, usize> = HashMap::new();
+        for node in &plan.nodes {
+            *nodes_of.entry(line(node)).or_default() += 1;
+        }
+        for node in &plan.nodes {
+            let (name, line) = (node.name(), line(node));
+            let has_ran = came.ran.contains_key(&line);
+            let reasoned = node.reasons.is_empty() == (node.state == State::Cached);
+            hold!(reasoned, "`{}` is {:?} because of {:?}", name.stage, node.state, node.reasons);
+            if again.contains(&line) || !wanted.contains(&(name.trial.clone(), name.stage.clone())) {
+                continue;
+            }
+            match node.state {
+                State::Cached => hold!(!has_ran, "`{}` was cached in the plan and ran", name.stage),
+                State::Run | State::Resume => {
+                    // A node of which only the recipe is known may turn out to be what another one has made or was before.
+                    let may_meet = node.key.is_none() && before.stages[&line] == Had::Whole;
+                    let may_be_remade =
+                        matches!(before.stages[&line], Had::Broken(_)) || self.was_prepared(&line, before);
+                    hold!(
+                        has_ran || may_meet || may_be_remade,
+                        "`{}` should run ({:?}) and did not",
+                        name.stage,
+                        node.reasons
+                    );
+                }
+                State::Maybe => {}
+                State::Blocked => hold!(false, "`{}` is blocked", name.stage),
+            }
         }
         Ok(())
     }
@@ -357,7 +406,7 @@ impl Case {
         self.learn(expected, &came)?;
         for (line, ran) in &came.ran {
             hold!(*ran == 1, "a stage ran {ran} times in an interrupted run");
-            hold!(!matches!(before.get(line), Some(Had::Whole)), "a cached stage ran in an interrupted run");
+            hold!(!matches!(before.stages.get(line), Some(Had::Whole)), "a cached stage ran in an interrupted run");
         }
         let done = came.keys.iter().map(|(name, _)| (name.trial.clone(), name.stage.clone())).collect();
         self.check_bytes(expected, &done)
@@ -402,54 +451,15 @@ impl Case {
 enum Had {
     Whole,
     Broken(BTreeSet<Digest>),
-    /// Nothing, but a run was killed before it had committed all that it had prepared.
-    MaybePrepared,
     Nothing,
 }
 
-/// Holds that the plan foretold the run.
-fn check_plan(
-    plan: &Plan,
-    expected: &Expected,
-    wanted: &BTreeSet<(String, String)>,
-    before: &HashMap<String, Had>,
-    again: &BTreeSet<String>,
-    came: &Came,
-) -> Result<(), Wrong> {
-    let line = |node: &Node| {
-        let name = node.name();
-        expected.stages[&(name.trial.clone(), name.stage.clone())].tuple.line()
-    };
-    let mut nodes_of: HashMap<String, usize> = HashMap::new();
-    for node in &plan.nodes {
-        *nodes_of.entry(line(node)).or_default() += 1;
-    }
-    for node in &plan.nodes {
-        let (name, line) = (node.name(), line(node));
-        let has_ran = came.ran.contains_key(&line);
-        let reasoned = node.reasons.is_empty() == (node.state == State::Cached);
-        hold!(reasoned, "`{}` is {:?} because of {:?}", name.stage, node.state, node.reasons);
-        if again.contains(&line) || !wanted.contains(&(name.trial.clone(), name.stage.clone())) {
-            continue;
-        }
-        match node.state {
-            State::Cached => hold!(!has_ran, "`{}` was cached in the plan and ran", name.stage),
-            State::Run | State::Resume => {
-                // A node of which only the recipe is known may turn out to be what another one has made or was before.
-                let may_meet = node.key.is_none() && before[&line] == Had::Whole;
-                let may_be_remade = matches!(before[&line], Had::Broken(_) | Had::MaybePrepared);
-                hold!(
-                    has_ran || may_meet || may_be_remade,
-                    "`{}` should run ({:?}) and did not",
-                    name.stage,
-                    node.reasons
-                );
-            }
-            State::Maybe => {}
-            State::Blocked => hold!(false, "`{}` is blocked", name.stage),
-        }
-    }
-    Ok(())
+/// What the store has before a run.
+struct Before {
+    /// Of each tuple.
+    stages: HashMap<String, Had>,
+    /// See [`Case::left_prepared`].
+    prepared: HashSet<Digest>,
 }
 
 /// How often each line stands in a file.

@@ -92,7 +92,8 @@ struct Fit<'a> {
 
 impl Store {
     /// Makes a draft the result of the lock's key, durably, in place of any earlier one; then drops the work folder.
-    pub fn publish(&self, lock: &KeyLock, draft: ManifestDraft) -> Result<Manifest, StoreError> {
+    #[cfg(test)]
+    pub(crate) fn publish(&self, lock: &KeyLock, draft: ManifestDraft) -> Result<Manifest, StoreError> {
         let prepared = self.prepare(lock, draft)?;
         let committed = self.commit_all(&[(lock, &prepared)]);
         committed.into_iter().collect::<Result<(), StoreError>>()?;

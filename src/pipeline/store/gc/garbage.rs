@@ -20,10 +20,12 @@ const FOR_PEOPLE: Duration = Duration::from_secs(30 * 86_400);
 const HALF_WRITTEN: Duration = Duration::from_secs(86_400);
 
 impl Store {
-    /// Every piece of garbage. `older_than` is also the age at which saved work, damaged files and failed attempts go.
+    /// Every piece of garbage. `older_than` is also the age at which saved work, damaged files and failed attempts go. An
+    /// object that is `leased` may belong to a result that is about to be committed.
     pub(super) fn garbage(
         &self,
         survey: &Survey,
+        leased: &HashSet<Digest>,
         older_than: Option<Duration>,
         now: Timestamp,
     ) -> Result<Vec<Garbage>, StoreError> {
@@ -31,7 +33,7 @@ impl Store {
         let keys: HashSet<&Digest> = survey.results.iter().map(|one| &one.key).collect();
         let named: BTreeSet<&Digest> = survey.results.iter().flat_map(|one| one.objects.keys()).collect();
         for (digest, path) in self.shelved("objects", "")? {
-            if !named.contains(&digest) {
+            if !named.contains(&digest) && !leased.contains(&digest) {
                 found.add(GarbageKind::Object, path, None)?;
             }
         }

@@ -206,7 +206,7 @@ impl Store {
         let leased = self.leased()?;
         let pinned = self.pinned()?;
         let mut plan = choose::choose(&survey, policy, &leased, &pinned, now);
-        let garbage = self.garbage(&survey, policy.older_than, now)?;
+        let garbage = self.garbage(&survey, &leased, policy.older_than, now)?;
         plan.size += garbage.iter().map(|one| one.bytes).sum::<u64>();
         plan.freed += garbage.iter().map(|one| one.bytes).sum::<u64>();
         plan.garbage = garbage;
