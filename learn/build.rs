@@ -13,7 +13,7 @@ const SETS: &[(&str, &[&str])] = &[
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-env-changed=DEP_TCH_LIBTORCH_LIB");
-    for source in ["kernels.h", "kernels.cpp", "ops.cpp"] {
+    for source in ["kernels.h", "kernels.cpp", "guarded.h", "ops.cpp", "context.cpp"] {
         println!("cargo:rerun-if-changed=src/native/{source}");
     }
     let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB") else {
@@ -58,7 +58,9 @@ fn compile(lib: &Path) {
     println!("cargo:rerun-if-env-changed=LIBTORCH_INCLUDE");
     let named = std::env::var_os("LIBTORCH_INCLUDE").map(std::path::PathBuf::from);
     let include = named.as_deref().or(lib.parent()).unwrap_or(lib).join("include");
-    all.file("src/native/ops.cpp").include(include.join("torch/csrc/api/include")).include(include);
+    all.files(["src/native/ops.cpp", "src/native/context.cpp"])
+        .include(include.join("torch/csrc/api/include"))
+        .include(include);
     let abi = std::env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".to_owned());
     all.define("_GLIBCXX_USE_CXX11_ABI", abi.as_str());
     all.cargo_metadata(true).compile("pipe_native");

@@ -2,18 +2,24 @@
 
 use anyhow::{Result, bail, ensure};
 use pipe::pipeline::stage::Resources;
-use tch::{Cuda, Device};
+use tch::{Cuda, Device, Kind, Tensor};
 
-/// The device that `resources` names (`cpu` or `cuda:N`), after setting libtorch's threads.
+use crate::native::context;
+use crate::preflight::kernels;
+
+/// The device that `resources` names (`cpu` or `cuda:N`), after setting libtorch's threads and its switches: fp32 is fp32 and
+/// not TF32, and what has a deterministic form takes it ([`context::exact`]).
 ///
-/// TF32 needs no switch: libtorch multiplies fp32 matrices in fp32 unless told otherwise.
+/// On a processor the kernels are tried first; one that is wrong is an error.
 pub fn open(resources: &Resources) -> Result<Device> {
     ensure!(resources.threads > 0, "a stage needs at least one thread");
     tch::set_num_threads(resources.threads as i32);
     keep_memory();
+    context::exact()?;
     let name = resources.device.as_str();
     let Some(index) = name.strip_prefix("cuda").map(|rest| rest.strip_prefix(':').unwrap_or("0")) else {
         ensure!(name == "cpu", "unknown device `{name}`: expected `cpu` or `cuda:0`");
+        kernels::check(Device::Cpu, Kind::Float)?;
         return Ok(Device::Cpu);
     };
     let Ok(index) = index.parse::<usize>() else { bail!("unknown device `{name}`: expected `cpu` or `cuda:0`") };
@@ -24,6 +30,16 @@ pub fn open(resources: &Resources) -> Result<Device> {
     let count = Cuda::device_count();
     ensure!((index as i64) < count, "the device `{name}` was asked for, but there are only {count} CUDA devices");
     Ok(Device::Cuda(index))
+}
+
+/// The backward pass of `loss`, deterministic on a GPU, too: see [`context::strictly`].
+pub fn backward(loss: &Tensor) -> Result<()> {
+    if loss.device() == Device::Cpu {
+        loss.backward();
+        return Ok(());
+    }
+    // libtorch reports an operation without a deterministic form as a panic of ours, like any other error.
+    context::strictly(|| loss.backward())
 }
 
 /// Lets the allocator keep the memory of freed tensors for the next ones.
@@ -48,12 +64,12 @@ fn keep_memory() {
 fn keep_memory() {}
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::time::Duration;
 
     use super::*;
 
-    fn resources(device: &str) -> Resources {
+    pub(crate) fn resources(device: &str) -> Resources {
         Resources { device: device.to_owned(), threads: 2, visible_devices: None, save_every: Duration::from_secs(60) }
     }
 

@@ -14,7 +14,7 @@ use pipe::pipeline::exec::worker::{Program, serve};
 use pipe::pipeline::stage::Resources;
 use pipe_learn::kinds::RUNNERS;
 use pipe_learn::model::{ModelConfig, Transformer};
-use pipe_learn::{device, score};
+use pipe_learn::{device, native, score};
 
 /// What `pipe score` passes on.
 #[derive(Debug, Parser)]
@@ -92,7 +92,7 @@ fn run_score(asked: &Score) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Notes which build computes, and refuses a device that is not there.
+/// Notes which build computes and with which kernels, and refuses a device that is not there.
 ///
 /// The driver judges by the files of the GPU driver; libtorch has the last word.
 fn prepare(request: &mut Request) -> anyhow::Result<()> {
@@ -104,5 +104,7 @@ fn prepare(request: &mut Request) -> anyhow::Result<()> {
     let build = std::fs::metadata("/proc/self/exe").context("cannot look at this program")?;
     let changed = build.modified().context("cannot look at this program")?.duration_since(std::time::UNIX_EPOCH)?;
     request.numerics.insert("worker".to_owned(), format!("{} bytes of {}", build.len(), changed.as_secs()));
+    let device = if request.device.starts_with("cuda") { tch::Device::Cuda(0) } else { tch::Device::Cpu };
+    request.numerics.insert("kernels".to_owned(), native::set(device)?.to_owned());
     Ok(())
 }

@@ -14,7 +14,7 @@ use crate::batch::{Batch, Row};
 use crate::generate::Kept;
 use crate::loss::{PolicySums, PolicyTokens, Segments, entropy, estimate, policy_loss, token_logprobs};
 use crate::model::Transformer;
-use crate::phases;
+use crate::{device, phases};
 
 /// One trajectory to train on. "Targets" are the model's own tokens, in order.
 #[derive(Clone, Debug)]
@@ -150,9 +150,10 @@ pub fn backward(
         let loss = made.loss.double_value(&[]);
         ensure!(loss.is_finite(), "the loss is {loss}");
         phases::time("backward", || {
-            made.loss.backward();
+            device::backward(&made.loss)?;
             phases::settle(model.device());
-        });
+            anyhow::Ok(())
+        })?;
         sums.merge(&made.sums);
     }
     Ok(sums)

@@ -1,6 +1,9 @@
-//! What is checked before step 0: lengths against limits, targets, ends of sequence, vocabulary, tokenizers.
+//! What is checked before step 0: lengths against limits, targets, ends of sequence, vocabulary, tokenizers; and (`kernels`)
+//! that the kernels compute what they should.
 //!
 //! What would spoil a run is an error here, before an hour of training; what a person should only know is one note.
+
+pub mod kernels;
 
 use std::ops::Range;
 use std::path::Path;

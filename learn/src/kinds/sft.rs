@@ -185,9 +185,10 @@ fn step(
         });
         ensure!(value.is_finite(), "the loss is {value} at step {}", step + 1);
         phases::time("backward", || {
-            loss.backward();
+            device::backward(&loss)?;
             phases::settle(model.device());
-        });
+            anyhow::Ok(())
+        })?;
         let right = logits.argmax(-1, false).eq_tensor(&batch.targets).sum(Kind::Int64).int64_value(&[]);
         metrics.total("loss", value);
         metrics.mean("token_accuracy", right as f64, batch.count() as f64);

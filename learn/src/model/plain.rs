@@ -23,6 +23,9 @@ pub(crate) fn swiglu(gate_up: &Tensor) -> Tensor {
 }
 
 /// See [`crate::native::attention`].
+///
+/// Tokens are selected several times where a prompt has several samples and where rows are padded: the gradient of such a
+/// token is a sum, whose order is fixed on every device only in the deterministic mode of `native::context`.
 pub(crate) fn attention(projected: &Tensor, heads: Heads, layout: &Layout, rotation: &Rotation) -> Tensor {
     let Heads { queries, shared, width } = heads;
     let tokens = projected.size()[0];

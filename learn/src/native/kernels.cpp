@@ -625,7 +625,15 @@ template <class T> constexpr Kernels<T> kernels() {
           store_prompts<T>, decode<T>, adamw<T>, W<T>};
 }
 
-const Table table = {kernels<float>(), kernels<double>()};
+#if defined(__AVX512F__)
+const char* const name = "avx512";
+#elif defined(__AVX2__)
+const char* const name = "avx2";
+#else
+const char* const name = "base";
+#endif
+
+const Table table = {name, kernels<float>(), kernels<double>()};
 
 }  // namespace
 

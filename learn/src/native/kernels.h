@@ -53,6 +53,7 @@ struct Kernels {
 };
 
 struct Table {
+  const char* name;  // of the instructions that the compiler was free to use
   Kernels<float> f32;
   Kernels<double> f64;
 };

@@ -6,15 +6,23 @@
 
 #![expect(unsafe_code, reason = "the kernels stand behind a C interface")]
 
-use std::ffi::{CStr, c_char};
+pub mod context;
 
-use anyhow::{Result, bail};
+use std::ffi::{CStr, OsStr, OsString, c_char};
+use std::sync::LazyLock;
+
+use anyhow::{Context as _, Result, bail};
 use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
 #[allow(clippy::allow_attributes, improper_ctypes, reason = "a tensor is an opaque pointer")]
 unsafe extern "C" {
     fn pipe_native_error() -> *const c_char;
+    fn pipe_native_set() -> *const c_char;
+    #[cfg(test)]
+    fn pipe_native_sets() -> i64;
+    #[cfg(test)]
+    fn pipe_native_choose(set: i64) -> bool;
     fn pipe_native_vector(wide: bool) -> i64;
     fn pipe_native_rms_norm(x: *const C_tensor, weight: *const C_tensor, epsilon: f64) -> *mut C_tensor;
     fn pipe_native_add_rms_norm(
@@ -102,13 +110,37 @@ impl Heads {
     }
 }
 
+/// The environment variable that turns the kernels off with `none`.
+pub const SWITCH: &str = "PIPE_KERNELS";
+
+/// Whether [`SWITCH`] turns the kernels off; an error where it says anything else but `auto`.
+fn off() -> Result<bool> {
+    static SAID: LazyLock<Option<OsString>> = LazyLock::new(|| std::env::var_os(SWITCH));
+    match SAID.as_deref().map(OsStr::as_encoded_bytes) {
+        None | Some(b"" | b"auto") => Ok(false),
+        Some(b"none") => Ok(true),
+        Some(other) => bail!("`{SWITCH}` is `{}`: expected `auto` or `none`", String::from_utf8_lossy(other)),
+    }
+}
+
 /// Whether the kernels take tensors like this one.
 pub fn takes(tensor: &Tensor) -> bool {
     #[cfg(test)]
     if WITHOUT.get() {
         return false;
     }
-    tensor.device() == Device::Cpu && matches!(tensor.kind(), Kind::Float | Kind::Double)
+    tensor.device() == Device::Cpu && matches!(tensor.kind(), Kind::Float | Kind::Double) && !matches!(off(), Ok(true))
+}
+
+/// With which kernels `device` computes: the instructions of ours on a processor (`avx512`, `avx2` or `base`), or `none`.
+/// Results differ between them by rounding.
+pub fn set(device: Device) -> Result<&'static str> {
+    if off()? || device != Device::Cpu {
+        return Ok("none");
+    }
+    // SAFETY: the text is a constant and ends with a zero.
+    let name = unsafe { CStr::from_ptr(pipe_native_set()) };
+    name.to_str().context("the name of a set of instructions")
 }
 
 #[cfg(test)]
@@ -124,6 +156,28 @@ pub(crate) fn without<R>(run: impl FnOnce() -> R) -> R {
     let made = run();
     WITHOUT.set(false);
     made
+}
+
+/// Runs `run` with each set of instructions that this processor has, on this thread alone; gives what each made by its name.
+#[cfg(test)]
+pub(crate) fn each_set<R>(run: impl Fn() -> R) -> Vec<(&'static str, R)> {
+    /// Goes back to the best set, after a panic, too.
+    struct Chosen;
+    impl Drop for Chosen {
+        fn drop(&mut self) {
+            // SAFETY: it sets a variable of this thread.
+            unsafe { pipe_native_choose(-1) };
+        }
+    }
+    let _back = Chosen;
+    // SAFETY: as above.
+    let sets = unsafe { pipe_native_sets() };
+    let with = |index| {
+        // SAFETY: as above.
+        assert!(unsafe { pipe_native_choose(index) }, "a set of this processor");
+        (set(Device::Cpu).expect("kernels"), run())
+    };
+    (0..sets).map(with).collect()
 }
 
 /// Elements to which the widths and slots of a key-value cache are padded.
@@ -405,20 +459,62 @@ mod tests {
     }
 
     #[test]
+    fn every_set_of_this_processor_can_be_chosen_and_is_what_computes() {
+        let has = |feature: bool, name: &'static str| feature.then_some(name);
+        #[cfg(target_arch = "x86_64")]
+        let vectors = {
+            let avx512 = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl");
+            [has(avx512, "avx512"), has(is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"), "avx2")]
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        let vectors = [None, None];
+        let expected: Vec<&str> = vectors.into_iter().flatten().chain(has(true, "base")).collect();
+        let usual = set(Device::Cpu).expect("kernels");
+        assert_eq!(usual, expected[0], "the best is taken by itself");
+        // A sum of many products, which is rounded once a product or twice. The backward pass is the set's own, too.
+        let x = Tensor::arange(4096, (Kind::Float, Device::Cpu)).sin().view([4, 1024]);
+        let weight = Tensor::ones([1024], (Kind::Float, Device::Cpu));
+        let norms = each_set(|| {
+            let x = x.copy().set_requires_grad(true);
+            let normed = rms_norm(&x, &weight, 1e-6);
+            (normed.get(1) * normed.get(2)).sum(Kind::Float).backward();
+            (set(Device::Cpu).expect("kernels"), normed.detach(), x.grad())
+        });
+        assert_eq!(norms.iter().map(|(name, _)| *name).collect::<Vec<_>>(), expected);
+        assert!(norms.iter().all(|(name, (within, ..))| name == within));
+        let differ = |one: usize, other: usize| {
+            let (one, other) = (&norms[one].1, &norms[other].1);
+            one.1 != other.1 && one.2 != other.2
+        };
+        assert!(norms.len() == 1 || differ(0, norms.len() - 1), "a product and a sum are one instruction in one alone");
+        assert_eq!(set(Device::Cpu).expect("kernels"), usual, "and back");
+        assert_eq!(set(Device::Cuda(0)).expect("none"), "none");
+    }
+
+    #[test]
     fn kernels_are_libtorchs_operations_and_so_are_their_gradients() {
         let layout = Layout::new(&trees(), Device::Cpu);
         for model in sandbox::families() {
             for (model, bound) in [(model.double(), 1e-11), (model, 2e-5)] {
-                let (states, gradient) = states_and_gradient(&model, &layout);
                 let (plain, theirs) = without(|| states_and_gradient(&model, &layout));
-                let distances = (sandbox::relative(&states, &plain), sandbox::relative(&gradient, &theirs));
-                assert!(distances.0 < bound && distances.1 < bound, "{distances:?} of {:?}", model.config());
+                for (set, (states, gradient)) in each_set(|| states_and_gradient(&model, &layout)) {
+                    let distances = (sandbox::relative(&states, &plain), sandbox::relative(&gradient, &theirs));
+                    let near = distances.0 < bound && distances.1 < bound;
+                    assert!(near, "{distances:?} with {set} of {:?}", model.config());
+                }
             }
         }
     }
 
     #[test]
     fn threads_and_neighbours_change_no_bit_of_a_kernel() {
+        each_set(threads_and_neighbours);
+    }
+
+    fn threads_and_neighbours() {
         let model = sandbox::families().swap_remove(0);
         let layout = Layout::new(&trees(), Device::Cpu);
         let before = tch::get_num_threads();
@@ -484,15 +580,17 @@ mod tests {
     #[test]
     fn generation_by_kernels_is_that_of_libtorchs_operations() {
         for model in sandbox::families() {
-            let (ours, plain) = (generated(&model), without(|| generated(&model)));
-            for (sample, (ours, plain)) in ours.iter().zip(&plain).enumerate() {
-                assert_eq!(ours.len(), 9.min(2 * sample + 2), "tokens of sample {sample}");
-                for (token, (ours, plain)) in ours.iter().zip(plain).enumerate() {
-                    let distance = sandbox::distance(ours, plain);
-                    assert!(distance < 1e-5, "token {token} of sample {sample}: {distance}");
+            let plain = without(|| generated(&model));
+            for (set, (ours, again)) in each_set(|| (generated(&model), generated(&model))) {
+                for (sample, (ours, plain)) in ours.iter().zip(&plain).enumerate() {
+                    assert_eq!(ours.len(), 9.min(2 * sample + 2), "tokens of sample {sample}");
+                    for (token, (ours, plain)) in ours.iter().zip(plain).enumerate() {
+                        let distance = sandbox::distance(ours, plain);
+                        assert!(distance < 1e-5, "token {token} of sample {sample} with {set}: {distance}");
+                    }
                 }
+                assert_eq!(ours, again, "the same bits again with {set}");
             }
-            assert_eq!(ours, generated(&model), "the same bits again");
         }
     }
 }

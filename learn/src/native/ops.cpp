@@ -6,7 +6,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <string>
+#include <vector>
 
+#include "guarded.h"
 #include "kernels.h"
 
 namespace {
@@ -15,19 +17,27 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-const Table& table() {
-  static const Table* chosen = [] {
+// The kernels' sets that this processor can run, the best first.
+const std::vector<const Table*>& tables() {
+  static const std::vector<const Table*> found = [] {
+    std::vector<const Table*> made;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl"))
-      return pipe_kernels_avx512();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return pipe_kernels_avx2();
+      made.push_back(pipe_kernels_avx512());
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) made.push_back(pipe_kernels_avx2());
 #endif
-    return pipe_kernels_base();
+    made.push_back(pipe_kernels_base());
+    return made;
   }();
-  return *chosen;
+  return found;
 }
+
+// What a thread has chosen. The backward pass of a processor's tensors runs on the thread that asks for it.
+thread_local const Table* chosen = nullptr;
+
+const Table& table() { return chosen ? *chosen : *tables().front(); }
 
 template <class T> const Kernels<T>& kernels();
 template <> const Kernels<float>& kernels<float>() { return table().f32; }
@@ -170,22 +180,23 @@ struct Attention : torch::autograd::Function<Attention> {
   }
 };
 
-thread_local std::string error;
-
-template <class F> auto guarded(F run) -> decltype(run()) {
-  try {
-    return run();
-  } catch (const std::exception& e) {
-    error = e.what();
-    return {};
-  }
-}
-
 }  // namespace
 
 extern "C" {
 
-const char* pipe_native_error() { return error.c_str(); }
+const char* pipe_native_error() { return pipe_error.c_str(); }
+
+int64_t pipe_native_sets() { return (int64_t)tables().size(); }
+
+// The name of the set that this thread uses.
+const char* pipe_native_set() { return table().name; }
+
+// Has this thread use one of the sets, or the best one (-1).
+bool pipe_native_choose(int64_t set) {
+  if (set >= pipe_native_sets()) return false;
+  chosen = set < 0 ? nullptr : tables()[(size_t)set];
+  return true;
+}
 
 int64_t pipe_native_vector(bool wide) { return wide ? table().f64.vector : table().f32.vector; }
 

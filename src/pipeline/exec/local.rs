@@ -155,6 +155,10 @@ pub(super) fn start_thread<'scope>(
     Ok(Running::Thread(interrupt))
 }
 
+/// What makes products of matrices on a GPU the same at every run: cuBLAS reads it when it is first used. Other values do so,
+/// too, with other bits.
+const PRODUCTS: (&str, &str) = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8");
+
 /// The worker program, opened once: a rebuild in the middle of a sweep cannot change what the rest of it runs.
 #[derive(Debug)]
 pub(super) struct WorkerProgram {
@@ -188,7 +192,7 @@ impl WorkerProgram {
         // The descriptor is closed in the child, but the name leads through this process, which has it open.
         let opened = PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd()));
         let mut command = Command::new(if opened.exists() { &opened } else { &self.path });
-        command.arg0(&self.path).args(&self.arguments);
+        command.arg0(&self.path).args(&self.arguments).env(PRODUCTS.0, PRODUCTS.1);
         command
     }
 }
@@ -361,6 +365,14 @@ mod tests {
         assert_eq!(aborted, "the worker was killed by signal 6 (SIGABRT); its log is empty");
         let exited = obituary(ExitStatus::from_raw(3 << 8), &log, 27);
         assert_eq!(exited, "the worker ended with exit status 3 and without a word; its log is empty");
+    }
+
+    #[test]
+    fn every_worker_multiplies_alike_whatever_the_environment_says() {
+        let program = WorkerProgram::at("/proc/self/exe".into(), Vec::new()).unwrap();
+        let command = program.command();
+        let set = command.get_envs().find(|(name, _)| *name == "CUBLAS_WORKSPACE_CONFIG");
+        assert_eq!(set.and_then(|(_, value)| value), Some(std::ffi::OsStr::new(":4096:8")));
     }
 
     #[test]
