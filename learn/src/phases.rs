@@ -8,14 +8,16 @@
 //! - `mfu`: floating-point operations of the model's forward and backward passes over the computed tokens (3 times the
 //!   forward's: 2 a weight of a matrix and token, behind the last attention and in the head a target instead of a token, and
 //!   4 a query's element and key it sees), divided by the seconds of `forward`,
-//!   `backward` and `optimizer` and by the operations a second of a product of two fp32 matrices of 1024 x 1024, measured
-//!   when the stage begins.
+//!   `backward` and `optimizer` and by the operations a second of a product of two square matrices, measured when the stage
+//!   begins: of fp32 and 1024 rows on a processor, of the kind that the stage computes in and 8192 rows on a GPU, which
+//!   smaller ones do not fill.
 //! - `decode_bandwidth_share`: bytes that decoding must move (weights once a step, the live keys and values, logits), divided
-//!   by the seconds of `decode` and by the bytes a second of a copy of 64 MiB, measured when the stage begins. Above 1, what
-//!   is read comes from caches.
+//!   by the seconds of `decode` and by the bytes a second of a copy, measured when the stage begins: of 64 MiB on a
+//!   processor, of 1 GiB on a GPU. Above 1, what is read comes from caches.
 //! - `shared_prompt_share`: the share of the tokens trained on that was not computed because a neighbour has the same prompt.
 //! - `padding_share`: the share of places of the attention that hold padding; no other step of a pass has any.
-//! - `peak_memory_bytes`: the most that the process has held so far.
+//! - `peak_memory_bytes`: the most that the process has held so far; on a GPU what its tensors have held there. What was
+//!   needed to measure the machine is not in it.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -117,34 +119,36 @@ fn matrices(config: &ModelConfig) -> i64 {
 /// What the machine can do, measured once.
 #[derive(Clone, Copy, Debug)]
 pub struct Machine {
-    /// fp32 operations a second of a matrix product.
+    /// Operations a second of a matrix product.
     operations: f64,
     /// Bytes a second read and written by a copy.
     bandwidth: f64,
     device: Device,
+    /// The most bytes that were held before the machine was measured.
+    before: u64,
     step: Instant,
 }
 
+/// What is measured.
+struct Probe {
+    /// Rows and columns of a matrix.
+    side: i64,
+    /// Bytes that are copied.
+    bytes: i64,
+}
+
+/// What fills a processor, and what fills a GPU.
+const PROCESSOR: Probe = Probe { side: 1024, bytes: 64 << 20 };
+const GPU: Probe = Probe { side: 8192, bytes: 1 << 30 };
+
 impl Machine {
-    /// Measures `device`; some hundredths of a second.
-    pub fn measure(device: Device) -> Self {
-        let best = |run: &dyn Fn() -> Tensor| {
-            let once = |_| {
-                let began = Instant::now();
-                // Reading a number waits for the device.
-                let _ = run().view(-1).get(0).double_value(&[]);
-                began.elapsed().as_secs_f64()
-            };
-            (0..4).map(once).fold(f64::INFINITY, f64::min)
-        };
-        no_grad(|| {
-            let square = Tensor::ones([1024, 1024], (Kind::Float, device));
-            let long = Tensor::ones([16 << 20], (Kind::Float, device));
-            let product = best(&|| square.matmul(&square));
-            let copy = best(&|| long.copy());
-            let (operations, bandwidth) = (2.0 * f64::from(1 << 30) / product, 2.0 * f64::from(64 << 20) / copy);
-            Self { operations, bandwidth, device, step: Instant::now() }
-        })
+    /// Measures `device` at numbers of `kind`; some hundredths of a second.
+    pub fn measure(device: Device, kind: Kind) -> Self {
+        let before = memory::peak(device).unwrap_or(0);
+        let probe = if device == Device::Cpu { PROCESSOR } else { GPU };
+        let (operations, bandwidth) = no_grad(|| rates(&probe, device, kind));
+        memory::forget_peak(device);
+        Self { operations, bandwidth, device, before, step: Instant::now() }
     }
 
     /// The metrics of all that was counted since it was last asked.
@@ -168,13 +172,37 @@ impl Machine {
         tell("tokens_per_second/decode", of(counted::GENERATED) / (of("decode") + of("sampling")));
         tell("shared_prompt_share", 1.0 - of(counted::COMPUTED) / of(counted::ROWS));
         tell("padding_share", 1.0 - of(counted::COMPUTED) / of(counted::PLACES));
-        if self.device == Device::Cpu
-            && let Some(peak) = memory::peak()
-        {
-            tell("peak_memory_bytes", peak as f64);
+        if let Some(peak) = memory::peak(self.device) {
+            tell("peak_memory_bytes", peak.max(self.before) as f64);
         }
         metrics
     }
+}
+
+/// Operations a second of a product and bytes a second of a copy. Everything is made and done once before it is timed.
+fn rates(probe: &Probe, device: Device, kind: Kind) -> (f64, f64) {
+    let best = |run: &mut dyn FnMut()| {
+        run();
+        settle(device);
+        let once = |_| {
+            let began = Instant::now();
+            run();
+            settle(device);
+            began.elapsed().as_secs_f64()
+        };
+        (0..4).map(once).fold(f64::INFINITY, f64::min)
+    };
+    let product = {
+        let square = Tensor::ones([probe.side, probe.side], (kind, device));
+        let out = square.empty_like();
+        best(&mut || drop(square.matmul_out(&out, &square)))
+    };
+    let copy = {
+        let from = Tensor::ones([probe.bytes], (Kind::Uint8, device));
+        let mut to = from.empty_like();
+        best(&mut || to.copy_(&from))
+    };
+    (2.0 * (probe.side as f64).powi(3) / product, 2.0 * probe.bytes as f64 / copy)
 }
 
 /// Waits until `device` has done what it was given, so that a phase's seconds are its own.
@@ -192,7 +220,7 @@ mod tests {
 
     #[test]
     fn phases_do_not_nest_and_are_taken_once() {
-        let mut machine = Machine::measure(Device::Cpu);
+        let mut machine = Machine::measure(Device::Cpu, Kind::Float);
         let _ = machine.metrics();
         let slept = || std::thread::sleep(Duration::from_millis(5));
         time("evaluation", || {
@@ -207,6 +235,43 @@ mod tests {
         assert!(!machine.metrics().contains_key("seconds/decode"));
     }
 
+    #[test]
+    fn measuring_leaves_no_mark_on_the_peak_and_keeps_an_earlier_one() {
+        const CHILD: &str = "PIPE_PHASES_CHILD";
+        if std::env::var_os(CHILD).is_none() {
+            // In a process of its own: others would move the mark.
+            let name = "phases::tests::measuring_leaves_no_mark_on_the_peak_and_keeps_an_earlier_one";
+            let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+            let child = child.args(["--exact", name, "--nocapture"]).env(CHILD, "1").output().unwrap();
+            assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stderr));
+            assert!(String::from_utf8_lossy(&child.stdout).contains("1 passed"), "the child ran the case");
+            return;
+        }
+        let peak = |machine: &mut Machine| machine.metrics()["peak_memory_bytes"];
+        let (buffers, mebibyte) = (2.0 * PROCESSOR.bytes as f64, f64::from(1 << 20));
+        let held = memory::peak(Device::Cpu).unwrap() as f64;
+        let mut machine = Machine::measure(Device::Cpu, Kind::Float);
+        // The library's own memory and the matrices' are small beside the buffers of the copy.
+        assert!(peak(&mut machine) < held + buffers / 2.0, "{} behind {held}", peak(&mut machine));
+        drop(Tensor::ones([256 << 20], (Kind::Uint8, Device::Cpu)));
+        let high = peak(&mut machine);
+        assert!(high > held + 200.0 * mebibyte);
+        let mut again = Machine::measure(Device::Cpu, Kind::Float);
+        assert!(peak(&mut again) >= high && memory::peak(Device::Cpu).unwrap() < high as u64);
+    }
+
+    /// Of a machine that has all the time: what is done is counted, and no more.
+    #[test]
+    fn rates_are_what_was_done_over_the_time_it_took() {
+        let began = Instant::now();
+        let (operations, bandwidth) = rates(&Probe { side: 256, bytes: 1 << 20 }, Device::Cpu, Kind::Double);
+        let all = began.elapsed().as_secs_f64();
+        // Four of each are timed at least.
+        assert!(operations >= 4.0 * 2.0 * 256f64.powi(3) / all, "{operations} in {all}");
+        assert!(bandwidth >= 4.0 * 2.0 * f64::from(1 << 20) / all, "{bandwidth} in {all}");
+        assert!(operations < 1e15 && bandwidth < 1e14);
+    }
+
     /// A model of one layer, by hand: two prompts of 3 and 2 tokens, the first with two samples of one token.
     #[test]
     fn operations_and_bytes_are_counted_by_their_formulas() {
@@ -215,7 +280,8 @@ mod tests {
         let row = |ids| crate::batch::Row { ids, mask: &[0, 0, 0, 1] };
         let other = crate::batch::Row { ids: &[7, 8], mask: &[0, 1] };
         let batch = Batch::sharing_prompts(&[row(&ids[0]), row(&ids[1]), other], Device::Cpu).expect("a batch");
-        let mut machine = Machine { operations: 1.0, bandwidth: 1.0, device: Device::Cpu, step: Instant::now() };
+        let step = Instant::now();
+        let mut machine = Machine { operations: 1.0, bandwidth: 1.0, device: Device::Cpu, before: 0, step };
         let _ = machine.metrics();
         count_training(model.config(), &batch, 10);
         add("forward", 2.0);

@@ -9,7 +9,7 @@ use std::time::Instant;
 use pipe::pipeline::stage::{StageContext, StageEvent};
 use pipe::telemetry::Recorder;
 use serde::Serialize;
-use tch::Device;
+use tch::{Device, Kind};
 
 use crate::phases::Machine;
 
@@ -38,7 +38,7 @@ impl Session {
             context.tell(StageEvent::Resumed { done });
         }
         context.progress(resumed_step.unwrap_or(0), steps, "steps");
-        Ok(Self { recorder, steps, saved: Instant::now(), machine: Machine::measure(device) })
+        Ok(Self { recorder, steps, saved: Instant::now(), machine: Machine::measure(device, Kind::Float) })
     }
 
     /// Records and tells the metrics of the finished step `step`, with where its time went.

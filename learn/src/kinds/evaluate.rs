@@ -83,7 +83,7 @@ pub fn run(params: &Evaluate, context: &mut StageContext) -> anyhow::Result<()> 
     let recorded = (!played.is_empty()).then_some(played.len() as u64);
     let (mut recorder, opened) = Recorder::open(&context.logs, recorded, "");
     tell_failure(context, "metrics are not recorded", &opened);
-    let mut machine = Machine::measure(device);
+    let mut machine = Machine::measure(device, tch::Kind::Float);
 
     // Loop.
     for rows in chunks.iter().skip(played.len().div_ceil(params.generation_chunk as usize)) {

@@ -19,14 +19,16 @@ use pipe::stages::interrupted;
 use pipe::stages::sft::Sft;
 use serde_json::Value;
 
+use crate::memory::explaining;
+
 /// Runs a stage from its parameters, as `AnyStage::params` wrote them.
 pub type Runner = fn(&Value, &mut StageContext) -> anyhow::Result<()>;
 
 /// Every kind that the worker can run, by name.
 pub static RUNNERS: &[(&str, Runner)] = &[
-    (Sft::KIND, |params, context| sft::run(&parse(params)?, context).map_err(interrupted)),
-    (Grpo::KIND, |params, context| grpo::run(&parse(params)?, context).map_err(interrupted)),
-    (Evaluate::KIND, |params, context| evaluate::run(&parse(params)?, context).map_err(interrupted)),
+    (Sft::KIND, |params, context| explaining(|| sft::run(&parse(params)?, context)).map_err(interrupted)),
+    (Grpo::KIND, |params, context| explaining(|| grpo::run(&parse(params)?, context)).map_err(interrupted)),
+    (Evaluate::KIND, |params, context| explaining(|| evaluate::run(&parse(params)?, context)).map_err(interrupted)),
 ];
 
 fn parse<S: Stage>(params: &Value) -> anyhow::Result<S> {

@@ -237,8 +237,6 @@ pub(crate) struct Rotation {
     /// `scale * cos(angle)` and `scale * sin(angle)`, `[positions, D/2]` each.
     cosine: Tensor,
     sine: Tensor,
-    /// `scale * exp(i angle)`, `[positions, D/2]` complex, for heads in the order of [`paired`].
-    table: Tensor,
 }
 
 impl Rotation {
@@ -248,8 +246,7 @@ impl Rotation {
         let angles = positions.unsqueeze(1) * Tensor::from_slice(&frequencies).unsqueeze(0);
         let tables = [angles.cos() * scale, angles.sin() * scale];
         let [cosine, sine] = tables.map(|table| table.to_kind(kind).to_device(device));
-        let table = Tensor::complex(&cosine, &sine);
-        Self { cosine, sine, table }
+        Self { cosine, sine }
     }
 
     /// `[positions, D/2]`, twice: cosines and sines.
@@ -257,7 +254,8 @@ impl Rotation {
         (&self.cosine, &self.sine)
     }
 
-    /// Rotates heads `[N, heads, D]` by `positions` `[N]`, element i with element i + D/2.
+    /// Rotates heads `[N, heads, D]` by `positions` `[N]`, element i with element i + D/2. Positions occur many times, but no
+    /// gradient reaches the tables, so the order of a sum never depends on that.
     pub(crate) fn apply(&self, heads: &Tensor, positions: &Tensor) -> Tensor {
         let [cosine, sine] = [&self.cosine, &self.sine].map(|table| table.index_select(0, positions).unsqueeze(1));
         let half = heads.size()[2] / 2;
@@ -265,14 +263,20 @@ impl Rotation {
         Tensor::cat(&[&one * &cosine - &two * &sine, two * cosine + one * sine], 2)
     }
 
-    /// The table for positions 0 to `length` of every row.
+    /// Rotations for positions 0 to `length` of every row.
     pub(crate) fn first(&self, length: i64) -> Turn {
-        Turn(self.table.narrow(0, 0, length).unsqueeze(0).unsqueeze(2))
+        self.turn(|table| table.narrow(0, 0, length), &[1, length, 1, -1])
     }
 
-    /// The table for one position a row: `positions` is `[R]` i64.
+    /// Rotations for one position a row: `positions` is `[R]` i64.
     pub(crate) fn at(&self, positions: &Tensor) -> Turn {
-        Turn(self.table.index_select(0, positions).unsqueeze(1).unsqueeze(1))
+        self.turn(|table| table.index_select(0, positions), &[positions.size()[0], 1, 1, -1])
+    }
+
+    /// Some positions as `scale * exp(i angle)`, for heads in the order of [`paired`]. They are few beside all: the table of
+    /// all positions is not kept a second time.
+    fn turn(&self, some: impl Fn(&Tensor) -> Tensor, size: &[i64]) -> Turn {
+        Turn(Tensor::complex(&some(&self.cosine), &some(&self.sine)).view(size))
     }
 }
 
