@@ -451,7 +451,7 @@ fn draft_outputs(request: &Request, out: &Path) -> Vec<DraftOutput> {
 
 /// Keeps what a failed attempt left, and its reason at the end of its log.
 fn fail(store: &Store, lock: &KeyLock, out: &Path, ended: &Attempts, error: anyhow::Error) -> anyhow::Error {
-    let first_line = format!("{error:#}").lines().next().map(str::to_owned);
+    let first_line = format!("{error:#}").lines().next().map(|line| line.trim_end_matches(':').to_owned());
     let ended = Attempts { error: first_line, ..ended.clone() };
     let kept = store.save_attempts(lock.key(), &ended).and_then(|()| store.keep_failed(lock, out));
     let logged = store.append_log(lock.key(), &format!("failed: {error:#}"));
