@@ -945,6 +945,8 @@ mod tests {
                 inbox.push_back(Input::Elsewhere(node));
             } else if interrupted && choose(2) == 0 {
                 inbox.push_back(Input::Interrupted(node));
+            } else if world.trouble && choose(8) == 0 {
+                inbox.push_back(Input::Lost(node));
             } else if world.trouble && !inputs.is_empty() && choose(6) == 0 {
                 let producer = inputs[choose(inputs.len())];
                 stored.remove(&keys[producer]);
