@@ -24,19 +24,27 @@ PEERS = ["dvc", "snakemake", "redun"]
 
 # What each stage does, as a shell program that reads `input` and `tail` and writes `output`.
 A = "echo a >> {ran}; (cat {input}; echo {tail}) > {output}"
-B = "echo b >> {ran}; {sleep}head -n 1 {input} > {output}"
+B = "echo b >> {ran}; {hold}head -n 1 {input} > {output}"
 C = "echo c >> {ran}; (cat {input}; echo end) > {output}"
+
+
+# What may hold up b: its first run stays in it, or every run until there is a file `go`.
+HOLDS = {
+    "": "",
+    "first": "if mkdir {folder}/first; then sleep 60; fi; ",
+    "go": "while [ ! -e {folder}/go ]; do sleep 0.05; done; ",
+}
 
 
 class Engine:
     """One project in a folder of its own. `tail` is a parameter of a that leaves its first line alone."""
 
     name = ""
-    # How long b takes where something is to happen meanwhile, seconds: longer than the engine takes to start.
-    pause = 1.0
+    # How long a second run is given to come to where the first is, where it does not say that it waits, seconds.
+    pause = 15.0
 
-    def __init__(self, folder, sleep=0.0):
-        self.folder, self.ran, self.sleep, self.tail = folder, folder / "ran", sleep, "tail"
+    def __init__(self, folder, hold=""):
+        self.folder, self.ran, self.hold, self.tail = folder, folder / "ran", hold, "tail"
         folder.mkdir()
         (folder / "in.txt").write_text("one\ntwo\n")
         self.prepare()
@@ -47,8 +55,8 @@ class Engine:
 
     def script(self, stage, source, target):
         template = {"a": A, "b": B, "c": C}[stage]
-        sleep = f"sleep {self.sleep}; " if self.sleep else ""
-        return template.format(ran=self.ran, input=source, output=target, tail=self.tail, sleep=sleep)
+        hold = HOLDS[self.hold].format(folder=self.folder)
+        return template.format(ran=self.ran, input=source, output=target, tail=self.tail, hold=hold)
 
     def command(self):
         raise NotImplementedError
@@ -56,13 +64,13 @@ class Engine:
     def environment(self):
         return {**os.environ, "NO_COLOR": "1"}
 
-    def start(self):
+    def start(self, said=subprocess.PIPE):
         return subprocess.Popen(
             self.command(),
             cwd=self.folder,
             env=self.environment(),
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=said,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
@@ -89,6 +97,10 @@ class Engine:
 
     def stored(self, stage):
         """The file in which the engine itself keeps a stage's output, if it does."""
+        return None
+
+    def is_waiting(self, said):
+        """Whether a run tells in what it has `said` that it waits for another; None where it never does."""
         return None
 
     def misspell(self):
@@ -122,6 +134,9 @@ class Pipe(Engine):
         return Path(json.loads(shown.stdout)["path"]) / "out" if shown.returncode == 0 else self.folder / "nothing"
 
     stored = output
+
+    def is_waiting(self, said):
+        return '"waiting"' in said
 
     def misspell(self):
         path = self.folder / "project.toml"
@@ -307,27 +322,46 @@ def typo(engine, place):
 
 
 def killed(engine, place):
-    project = fresh(engine, place, sleep=engine.pause)
+    project = fresh(engine, place, hold="first")
     process = project.start()
-    until(lambda: "b" in project.has_run())
+    until((project.folder / "first").exists)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    time.sleep(0.3)
+    until(lambda: is_over(process.pid))
     code, ran, _ = project.run()
     return ran if code == 0 else f"rc {code}"
 
 
 def second(engine, place):
-    project = fresh(engine, place, sleep=engine.pause)
+    project = fresh(engine, place, hold="go")
     first = project.start()
-    until(lambda: "b" in project.has_run())
-    other = project.start()
+    path, began = project.folder / "other", time.monotonic()
+
+    def is_there():
+        waiting = project.is_waiting(path.read_text())
+        late = waiting is None and time.monotonic() - began > engine.pause
+        return other.poll() is not None or waiting or late
+
+    try:
+        until(lambda: "b" in project.has_run())
+        with open(path, "w") as said:
+            other, began = project.start(said), time.monotonic()
+        until(is_there)
+    finally:
+        (project.folder / "go").touch()
     other.communicate(timeout=300)
     first.communicate(timeout=300)
     if other.returncode != 0:
         return f"rc {other.returncode}"
     ran = project.has_run()
     return "waits, reuses" if ran == "a b c" else f"ran {ran}"
+
+
+def is_over(session):
+    """Whether nothing of a session runs any more; what waits to be reaped has ended."""
+    found = subprocess.run(["ps", "-eo", "sid=,stat="], capture_output=True, text=True, check=True)
+    rows = (line.split() for line in found.stdout.splitlines())
+    return all(sid != str(session) or stat.startswith(("Z", "X")) for sid, stat in rows)
 
 
 def until(done):
@@ -372,7 +406,7 @@ def main():
     if options.peers:
         programs = install(os.path.abspath(options.peers))
         for engine in [Dvc, Snakemake, Redun]:
-            engine.program, engine.pause = str(programs[engine.name]), 15.0
+            engine.program = str(programs[engine.name])
             engines.append(engine)
     place = Path(tempfile.mkdtemp(prefix="probes-"))
     failed = 0

@@ -79,7 +79,14 @@ fn accept(plan: &Plan, nodes: &[usize], reason: &str, session: &Session, store: 
     let mut done = Vec::new();
     for (same, draft, _) in drafts {
         let (from, differences) = (draft.from.clone(), draft.differences.clone());
-        let manifest = store.accept(draft).map_err(|error| refused(same[0].name(), &error))?;
+        let manifest = match store.accept(draft) {
+            Ok(manifest) => manifest,
+            // A disk that is full or a process that works there: what was accepted before that stays so, and is told.
+            Err(error) => {
+                told(session, &done, &format!("accepted ({reason})"))?;
+                return Err(refused(same[0].name(), &error));
+            }
+        };
         for node in same {
             record(plan, node, &manifest.key, store)?;
             done.push(json!({
@@ -100,7 +107,10 @@ fn undo(plan: &Plan, nodes: &[usize], session: &Session, store: &Store) -> Resul
             match store.undo_acceptance(key) {
                 Ok(acceptance) => undone.insert(key, acceptance),
                 Err(AcceptError::NoResult | AcceptError::NotAccepted) => continue,
-                Err(error) => return Err(refused(node.name(), &error)),
+                Err(error) => {
+                    told(session, &done, "taken back")?;
+                    return Err(refused(node.name(), &error));
+                }
             };
         }
         let acceptance = &undone[key];

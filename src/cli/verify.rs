@@ -12,7 +12,7 @@ use crate::cli::bundle::ByteProgress;
 use crate::cli::failure::Failure;
 use crate::cli::{Session, render, store_hint};
 use crate::pipeline::plan::Plan;
-use crate::pipeline::store::{Digest, Store, Verification, VerifyReport};
+use crate::pipeline::store::{Digest, Repaired, Store, Verification, VerifyReport};
 
 /// Hash every stored result again and report what is damaged
 #[derive(Debug, clap::Args)]
@@ -74,7 +74,8 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     let report = hashed.verify_in_pieces(&verification, &mut |done, total| progress.tell(done, total));
     progress.end();
     let report = report.map_err(|error| Failure::stage(&error))?;
-    let repaired = if args.repair { hashed.repair(&report).map_err(|error| Failure::stage(&error))? } else { 0 };
+    let repaired =
+        if args.repair { hashed.repair(&report).map_err(|error| Failure::stage(&error))? } else { Repaired::default() };
     if ui.is_json() {
         let damages = |list: &[crate::pipeline::store::Damage]| {
             list.iter().map(|damage| json!({"key": damage.key, "what": damage.what})).collect::<Vec<_>>()
@@ -88,7 +89,8 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
             "orphans": report.orphans,
             "resumed": report.resumed,
             "interrupted": report.interrupted,
-            "repaired": repaired,
+            "repaired": repaired.aside,
+            "busy": repaired.busy,
         }))?;
     } else {
         for damage in &report.damaged {
@@ -107,14 +109,20 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         return Ok(());
     }
     if args.repair {
-        ui.note(&format!("{} put aside; the next run makes what it needs again", render::plural(repaired, "result")));
-        return Ok(());
+        let aside = render::plural(repaired.aside, "result");
+        ui.note(&format!("{aside} put aside; the next run makes what it needs again"));
+        return if repaired.busy == 0 { Ok(()) } else { Err(busy(repaired.busy)) };
     }
     Err(Failure::failed(format!(
         "{} not as stored",
         render::plural(report.damaged.len() + report.missing.len(), "result")
     ))
     .hint("`--repair` puts them aside, so that the next run makes them again"))
+}
+
+fn busy(count: usize) -> Failure {
+    let text = format!("{} not repaired: other processes work on their keys", render::plural(count, "damaged result"));
+    Failure::failed(text).hint("run it again when they have ended")
 }
 
 /// The keys of the plan, also below a damaged input, where only the last run knows them.

@@ -407,19 +407,19 @@ mod tests {
         let interrupt = Arc::new(AtomicBool::new(false));
         bench.context.interrupt = interrupt.clone();
         let pids = bench.place.path().join("pids");
-        let script = format!("sleep 60 & echo $! > {0}.new; mv {0}.new {0}; wait", pids.display());
+        let script = format!("sleep 600 & echo $! > {0}.new; mv {0}.new {0}; wait", pids.display());
         let begun = Instant::now();
         std::thread::scope(|scope| {
             let running = scope.spawn(|| bench.run(&shell(&script)));
             while !pids.exists() {
-                assert!(begun.elapsed() < Duration::from_secs(20));
+                assert!(begun.elapsed() < Duration::from_secs(120));
                 std::thread::sleep(Duration::from_millis(2));
             }
             interrupt.store(true, Ordering::Relaxed);
             let error = running.join().unwrap().unwrap_err();
             assert!(error.is::<Interrupted>(), "{error:#}");
         });
-        assert!(begun.elapsed() < Duration::from_secs(20));
+        assert!(begun.elapsed() < Duration::from_secs(120));
         assert_gone(&std::fs::read_to_string(&pids).unwrap());
     }
 
@@ -435,7 +435,7 @@ mod tests {
         std::thread::scope(|scope| {
             let running = scope.spawn(|| bench.run(&shell(&script)));
             while !ready.exists() {
-                assert!(begun.elapsed() < Duration::from_secs(20));
+                assert!(begun.elapsed() < Duration::from_secs(120));
                 std::thread::sleep(Duration::from_millis(2));
             }
             interrupt.store(true, Ordering::Relaxed);
@@ -447,7 +447,7 @@ mod tests {
     #[test]
     fn nothing_that_the_program_started_outlives_it() {
         let mut bench = Bench::new();
-        bench.run(&shell("sleep 60 & echo $! > out")).unwrap();
+        bench.run(&shell("sleep 600 & echo $! > out")).unwrap();
         assert_gone(&bench.read("out/out/out"));
     }
 
@@ -459,7 +459,7 @@ mod tests {
             let pids = pids.into_string().unwrap();
             // A program is announced to the watchdog right after its start. In the moment between, a killed driver leaves it
             // behind in a folder of its own, where it can harm nothing; on a busy machine that moment is no longer short.
-            let script = format!("sleep 60 & sleep 1; echo $$ $! > {pids}.new; mv {pids}.new {pids}; wait");
+            let script = format!("sleep 600 & sleep 1; echo $$ $! > {pids}.new; mv {pids}.new {pids}; wait");
             // The second program must not hold the watchdog's pipe open.
             Bench::new().run(&shell("echo > out")).unwrap();
             Bench::new().run(&shell(&script)).unwrap();
@@ -476,7 +476,7 @@ mod tests {
             .unwrap();
         let begun = Instant::now();
         while !pids.exists() {
-            assert!(begun.elapsed() < Duration::from_secs(20), "the driver did not start its program");
+            assert!(begun.elapsed() < Duration::from_secs(120), "the driver did not start its program");
             std::thread::sleep(Duration::from_millis(2));
         }
         driver.kill().unwrap();
@@ -493,7 +493,7 @@ mod tests {
                 status.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with(['Z', 'X']))
             };
             while alive() {
-                assert!(begun.elapsed() < Duration::from_secs(20), "process {pid} still runs");
+                assert!(begun.elapsed() < Duration::from_secs(120), "process {pid} still runs");
                 std::thread::sleep(Duration::from_millis(2));
             }
         }
@@ -503,12 +503,15 @@ mod tests {
     fn a_trivial_program_costs_little_beyond_its_start() {
         let mut bench = Bench::new();
         bench.run(&shell("echo x > out")).unwrap();
-        let begun = Instant::now();
-        for _ in 0..10 {
+        let fastest = (0..10).map(|_| {
+            let begun = Instant::now();
             Bench::new().run(&shell("echo x > out")).unwrap();
-        }
-        // The bar is 3 ms on a quiet machine; this one catches only a change of kind, as a wait in steps of a clock.
-        assert!(begun.elapsed() < Duration::from_secs(2), "{:?} each", begun.elapsed() / 10);
+            begun.elapsed()
+        });
+        // The bar is 3 ms on a quiet machine; this one catches only a change of kind, as a wait in steps of a clock, which the
+        // fastest of ten shows as well as their mean does, and a busy machine leaves one of them alone.
+        let fastest = fastest.min().unwrap();
+        assert!(fastest < Duration::from_millis(200), "{fastest:?}");
     }
 
     #[test]

@@ -206,11 +206,16 @@ fn two_runs_at_once_do_the_work_once() {
     let log = sandbox.path("ran");
     let text = format!(
         "[stages.slow]\nkind = \"command\"\noutputs = [\"out\"]\n\
-         command = [\"sh\", \"-c\", \"echo slow >> {}; sleep 1; echo done > out\"]\n",
-        log.display()
+         command = [\"sh\", \"-c\", \"echo slow >> {}; {}; echo done > out\"]\n",
+        log.display(),
+        sandbox.until_there("go")
     );
     sandbox.write("slow.toml", &text);
-    let runs: Vec<_> = (0..3).map(|_| sandbox.start(&["run", "slow.toml"])).collect();
+    let told = ["told-0", "told-1", "told-2"];
+    let runs = told.map(|file| sandbox.start_telling(&["run", "--json", "slow.toml"], file));
+    let waits = |file: &&str| fs::read_to_string(sandbox.path(file)).unwrap().contains("\"waiting\"");
+    wait_for("two that wait for the third", || told.iter().filter(|file| waits(file)).count() == 2);
+    sandbox.write("go", "");
     for run in runs {
         let ended = Ended::of(&run.wait_with_output().unwrap());
         assert_eq!(ended.code, Some(0), "{}", ended.stderr);
@@ -222,14 +227,17 @@ fn two_runs_at_once_do_the_work_once() {
 fn a_killed_driver_leaves_nothing_to_clean_by_hand() {
     let sandbox = Sandbox::new();
     let log = sandbox.path("ran");
+    let first = sandbox.path("first");
+    // Only the first attempt is slow.
     let text = format!(
         "[stages.slow]\nkind = \"command\"\noutputs = [\"out\"]\n\
-         command = [\"sh\", \"-c\", \"echo slow >> {}; sleep 0.7; echo done > out\"]\n",
-        log.display()
+         command = [\"sh\", \"-c\", \"echo slow >> {}; if mkdir {}; then sleep 600; fi; echo done > out\"]\n",
+        log.display(),
+        first.display()
     );
     sandbox.write("slow.toml", &text);
     let mut run = sandbox.start(&["run", "slow.toml"]);
-    wait_for("the stage", || log.exists());
+    wait_for("the stage", || first.exists());
     run.kill().unwrap();
     run.wait().unwrap();
     assert_eq!(counts(&sandbox.run(&["slow.toml"])), (1, 0, 0));

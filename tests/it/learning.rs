@@ -1,10 +1,10 @@
 //! The learning half from the outside: a tiny policy is trained, killed, resumed and evaluated through the binary.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::sandbox::{Ended, Sandbox};
+use crate::sandbox::{Ended, Sandbox, files, wait_for};
 
 /// 3x3 mazes and a very small decoder: every stage takes a second or two.
 const TINY: &str = r#"
@@ -72,6 +72,14 @@ fn kill_workers(driver: u32) {
     let _ = Command::new("pkill").args(["-KILL", "-P", &driver.to_string()]).status();
 }
 
+/// Waits until a training has made its first step.
+fn wait_for_a_step(sandbox: &Sandbox) {
+    let has_a_line = |path: &PathBuf| {
+        path.ends_with("metrics.jsonl") && std::fs::metadata(path).is_ok_and(|metadata| metadata.len() > 0)
+    };
+    wait_for("a training's first step", || files(&sandbox.path("artifacts/logs")).iter().any(has_a_line));
+}
+
 #[test]
 fn killed_ten_times_is_as_if_never_killed() {
     let whole = Sandbox::new();
@@ -90,7 +98,12 @@ fn killed_ten_times_is_as_if_never_killed() {
         bits ^= bits >> 7;
         bits ^= bits << 17;
         let mut run = torn.start(&["run", "tiny.toml"]);
-        std::thread::sleep(Duration::from_millis(600) + taken.mul_f64((bits % 1000) as f64 / 6000.0));
+        if round == 0 {
+            // This one comes inside a training, however slow the machine is.
+            wait_for_a_step(&torn);
+        } else {
+            std::thread::sleep(Duration::from_millis(600) + taken.mul_f64((bits % 1000) as f64 / 6000.0));
+        }
         if round % 2 == 0 {
             kill_workers(run.id());
         }
@@ -100,7 +113,7 @@ fn killed_ten_times_is_as_if_never_killed() {
     torn.ok(&["run", "tiny.toml"]);
     assert_eq!(digests(&torn), wanted);
     let shown = torn.json(&["show", "--json", "tiny/sft"]);
-    assert!(shown["attempts"].as_u64().unwrap() >= 1);
+    assert!(shown["attempts"].as_u64() > Some(1), "no kill came inside the training: {shown}");
 }
 
 #[test]
@@ -109,7 +122,7 @@ fn an_interrupted_training_saves_and_goes_on() {
     sandbox.write("tiny.toml", TINY);
     sandbox.ok(&["run", "tiny.toml", "--until", "base", "--until", "tokens"]);
     let run = sandbox.start(&["run", "tiny.toml", "--set", "stages.sft.steps=100000"]);
-    std::thread::sleep(Duration::from_secs(3));
+    wait_for_a_step(&sandbox);
     assert!(Command::new("kill").args(["-INT", &run.id().to_string()]).status().unwrap().success());
     let ended = Ended::of(&run.wait_with_output().unwrap());
     assert_eq!(ended.code, Some(130), "{}", ended.stderr);

@@ -2,6 +2,7 @@
 //! odd files, stores that move, disks that are full or may not be written.
 
 use std::fs;
+use std::io::Write as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
@@ -53,11 +54,12 @@ fn stage(sandbox: &Sandbox, script: &str, rest: &str) {
 fn a_file_edited_while_its_stage_runs_keeps_no_result() {
     let sandbox = Sandbox::new();
     let began = sandbox.path("began");
-    stage(&sandbox, &format!("touch {}; sleep 1; cat in.txt > out", began.display()), "files = [\"in.txt\"]");
+    let script = format!("touch {}; {}; cat in.txt > out", began.display(), sandbox.until_there("go"));
+    stage(&sandbox, &script, "files = [\"in.txt\"]");
     sandbox.write("in.txt", "one\n");
     let run = sandbox.start(&["run", "one.toml"]);
     wait_for("the stage", || began.exists());
-    sandbox.write("in.txt", "two\n");
+    sandbox.write("in.txt", "two\n").write("go", "");
     let ended = Ended::of(&run.wait_with_output().unwrap());
     assert_eq!(ended.code, Some(1), "{}", ended.stderr);
     assert!(ended.stderr.contains("in.txt` changed while the stage ran; its result was not kept"), "{}", ended.stderr);
@@ -87,12 +89,18 @@ fn a_time_in_the_future_hides_no_edit() {
 #[test]
 fn what_a_process_left_behind_writes_is_never_delivered() {
     let sandbox = Sandbox::new();
-    // It leaves the program's group, so that nothing ends it, and holds the output open for a second.
-    let script = "echo good > out; exec 3>>out; \
-                  setsid sh -c 'for i in $(seq 50); do echo bad >&3; sleep 0.02; done' & sleep 0.1";
-    stage(&sandbox, script, "");
+    let [left, stop, stopped] = ["left", "stop", "stopped"].map(|name| sandbox.path(name).display().to_string());
+    // It has left the program's group before that ends, so that nothing ends it, and writes to the output until the run is over.
+    let test = std::process::id();
+    let behind = format!(
+        "touch {left}; while [ ! -e {stop} ] && [ -e /proc/{test} ]; do echo bad >&3; sleep 0.02; done; \
+         echo bad >&3; touch {stopped}"
+    );
+    let wait = sandbox.until_there("left");
+    stage(&sandbox, &format!("echo good > out; exec 3>>out; setsid sh -c '{behind}' & {wait}"), "");
     let first = sandbox.run(&["one.toml"]);
-    std::thread::sleep(Duration::from_millis(1_500));
+    sandbox.write("stop", "");
+    wait_for("its last line", || sandbox.path("stopped").exists());
     // Either it was seen at once, or the result that changed after it was stored is no result.
     assert!(first["code"] == 1 || sandbox.pipe(&["show", "one/a"]).code != Some(0), "{first}");
     stage(&sandbox, "echo good > out", "");
@@ -160,6 +168,7 @@ fn a_full_disk_fails_the_stage_and_loses_nothing_that_was_finished() {
     let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=4m", "tmpfs"]).arg(&disk).output();
     if !mounted.is_ok_and(|output| output.status.success()) {
         // Only root may, and not in every container.
+        std::io::stderr().write_all(b"not tested: this process may not mount a disk\n").unwrap();
         return;
     }
     let size = |size: &str| {

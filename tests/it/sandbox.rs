@@ -1,6 +1,6 @@
 //! A folder of its own for each test, the `pipe` binary run in it, and what came back.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -57,6 +57,18 @@ impl Sandbox {
         self.command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     }
 
+    /// The same, with what it prints in a file of the sandbox, which can be read while it runs.
+    pub(crate) fn start_telling(&self, arguments: &[&str], file: &str) -> Child {
+        let told = File::create(self.path(file)).unwrap();
+        self.command(arguments).stdout(told).stderr(Stdio::piped()).spawn().unwrap()
+    }
+
+    /// Shell: waits until a file of the sandbox is there. A test that fails leaves nobody waiting once all tests have ended.
+    pub(crate) fn until_there(&self, name: &str) -> String {
+        let path = self.path(name);
+        format!("while [ ! -e {} ] && [ -e /proc/{} ]; do sleep 0.02; done", path.display(), std::process::id())
+    }
+
     /// The counts of the last event of `pipe run --json`.
     pub(crate) fn run(&self, arguments: &[&str]) -> Value {
         let ended = self.pipe(&[&["run", "--json"], arguments].concat());
@@ -88,11 +100,11 @@ impl Ended {
     }
 }
 
-/// Waits until `done` or panics with `what` after some seconds.
+/// Waits until `done`, or panics with `what` after so long that no machine is as slow.
 pub(crate) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !done() {
-        assert!(begin.elapsed() < Duration::from_secs(60), "waited in vain for {what}");
+        assert!(begin.elapsed() < Duration::from_secs(300), "waited in vain for {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }

@@ -86,12 +86,10 @@ impl<'a> TimeLeft<'a> {
         self.running.remove(&node);
     }
 
-    /// A stage is done, failed or blocked: nothing of it is left.
-    pub(super) fn settle(&mut self, node: usize) {
+    /// A stage is done, failed or blocked: nothing of it is left. Gives whether something was.
+    pub(super) fn settle(&mut self, node: usize) -> bool {
         self.running.remove(&node);
-        if let Some(open) = self.open.get_mut(node) {
-            *open = false;
-        }
+        self.open.get_mut(node).is_some_and(std::mem::take)
     }
 
     /// A stage has taken so many seconds, which says something of those like it.

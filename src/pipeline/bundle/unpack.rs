@@ -108,7 +108,8 @@ fn room(file: &Path, contents: &Contents, store: &Store) -> Result<u64, BundleEr
     let needed = contents.entries.values().fold(0_u64, |sum, entry| sum.saturating_add(entry.size));
     let disk = rustix::fs::statvfs(store.root()).map_err(io::Error::from).at("read", store.root())?;
     let free = disk.f_bavail.saturating_mul(disk.f_frsize);
-    if needed <= free {
+    // Some file systems of users' programs do not say how large they are.
+    if needed <= free || disk.f_blocks == 0 {
         return Ok(needed);
     }
     Err(BundleError::NoRoom { file: file.to_owned(), needed, root: store.root().to_owned(), free })
@@ -195,7 +196,7 @@ impl Import<'_> {
             _ => BundleError::Io { action: "write", path: path.clone(), cause: error },
         })?;
         let mut hasher = blake3::Hasher::new();
-        let mut piece = vec![0; 1 << 20];
+        let mut piece = vec![0; usize::try_from(wanted.size).map_or(1 << 20, |size| size.clamp(1, 1 << 20))];
         loop {
             let read = entry.read(&mut piece).map_err(|error| broken(ends_early(&error)))?;
             if read == 0 {
@@ -282,6 +283,7 @@ impl Import<'_> {
             }
             manifests.push(manifest);
         }
+        let keys: BTreeSet<&str> = manifests.iter().map(|manifest| manifest.key.0.as_str()).collect();
         let known: BTreeSet<&Digest> =
             manifests.iter().flat_map(|manifest| &manifest.outputs).map(|output| &output.digest).collect();
         let stray = self.contents.entries.keys().find(|name| {
@@ -290,7 +292,7 @@ impl Import<'_> {
                 (Some("files"), _) => false,
                 (Some("manifests"), Some(name)) => name.strip_suffix(".json").is_none(),
                 (Some("objects"), Some(digest)) => !known.contains(&Digest(digest.to_owned())),
-                (Some("logs"), Some(key)) => !manifests.iter().any(|manifest| manifest.key.0 == key),
+                (Some("logs"), Some(key)) => !keys.contains(key),
                 _ => true,
             }
         });
@@ -302,9 +304,10 @@ impl Import<'_> {
 
     /// Holds that every record speaks of a result that the bundle brings, and of a file in it.
     fn check_records(&self, manifests: &[Manifest], broken: Broken<'_>) -> Result<(), BundleError> {
+        let kinds: BTreeMap<&Digest, &str> =
+            manifests.iter().map(|manifest| (&manifest.key, manifest.parts.kind.as_str())).collect();
         for Record { name, key, kind, file, .. } in &self.contents.records {
-            let is_its = |manifest: &Manifest| manifest.key == *key && manifest.parts.kind == *kind;
-            if !manifests.iter().any(is_its) {
+            if kinds.get(key) != Some(&kind.as_str()) {
                 return Err(broken(format!("names the result `{}` of `{name}`, which is not in it", key.short())));
             }
             if !file.is_empty() && !self.contents.entries.contains_key(&format!("files/{file}")) {

@@ -97,18 +97,45 @@ pub struct RequestInput {
 pub enum Attempted {
     /// The stage ran. [`Store::commit_all`] makes it the result; until then the lock must be held.
     Prepared(KeyLock, Box<Prepared>),
-    /// Another process has made the result since it was looked for.
+    /// The result is there: another process has made it since it was looked for, or an attempt that was killed had.
     Found(Box<Manifest>),
 }
 
 impl Attempted {
     /// Commits what was prepared; gives whether the stage ran.
-    pub fn commit(self, store: &Store) -> Result<bool, StoreError> {
+    pub fn commit(self, store: &Store) -> Result<bool, AttemptError> {
         let Self::Prepared(lock, prepared) = self else { return Ok(false) };
-        store.commit_all(&[(&lock, &*prepared)]).into_iter().collect::<Result<(), StoreError>>()?;
+        let committed: Result<(), StoreError> = store.commit_all(&[(&lock, &*prepared)]).into_iter().collect();
+        committed.map_err(|error| uncommitted(store, &lock, &prepared, error))?;
         store.drop_work(&lock);
         Ok(true)
     }
+}
+
+/// Why a stage that has run has no result, written down where people look for it.
+pub(super) fn uncommitted(store: &Store, lock: &KeyLock, prepared: &Prepared, error: StoreError) -> AttemptError {
+    let text = error.to_string();
+    note_failure(store, lock, prepared.manifest().seconds, &text);
+    // Somebody found an output damaged and put it aside.
+    if error.io().is_some_and(|cause| cause.kind() == std::io::ErrorKind::NotFound) {
+        return AttemptError::Lost(text);
+    }
+    AttemptError::Store(error)
+}
+
+/// Writes down why an attempt at the lock's key, which took so many seconds, has no result.
+pub(super) fn note_failure(store: &Store, lock: &KeyLock, seconds: f64, problem: &str) {
+    let attempts = store.attempts(lock.key()).ok().flatten().unwrap_or_default();
+    let ended = Attempts { seconds, error: Some(first_line(problem)), owner: None, ..attempts };
+    let noted = store.append_log(lock.key(), &format!("failed: {problem}"));
+    if let Err(error) = noted.and_then(|()| store.save_attempts(lock.key(), &ended)) {
+        tracing::warn!(%error, "the reason of a failure is not written down");
+    }
+}
+
+/// What a list shows of an error.
+fn first_line(problem: &str) -> String {
+    problem.lines().next().unwrap_or_default().trim_end_matches(':').to_owned()
 }
 
 /// Why an attempt has no result.
@@ -137,6 +164,9 @@ pub enum AttemptError {
         /// What is wrong, naming the file.
         what: String,
     },
+    /// It ran, and what it made was lost before it was durable.
+    #[error("{0}")]
+    Lost(String),
     /// The store refused.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -178,7 +208,7 @@ pub fn attempt(
         && let Some(prepared) = store.recover(&lock)?
     {
         events(StageEvent::Note {
-            text: "an earlier attempt had ended well and was killed; its result is taken".into(),
+            text: "an earlier attempt had ended well, and only its commit was missing: its result is taken".into(),
         });
         let manifest = Box::new(prepared.manifest().clone());
         Attempted::Prepared(lock, Box::new(prepared)).commit(store)?;
@@ -253,7 +283,10 @@ pub fn attempt(
                 Err(error @ StoreError::Unfit { .. }) => {
                     Err(AttemptError::Failed(fail(store, &lock, &out, &ended, error.into())))
                 }
-                Err(error) => Err(AttemptError::Store(error)),
+                Err(error) => {
+                    note_failure(store, &lock, seconds, &error.to_string());
+                    Err(AttemptError::Store(error))
+                }
             }
         }
         Err(error) if error.chain().any(<dyn std::error::Error>::is::<Interrupted>) => {
@@ -451,8 +484,7 @@ fn draft_outputs(request: &Request, out: &Path) -> Vec<DraftOutput> {
 
 /// Keeps what a failed attempt left, and its reason at the end of its log.
 fn fail(store: &Store, lock: &KeyLock, out: &Path, ended: &Attempts, error: anyhow::Error) -> anyhow::Error {
-    let first_line = format!("{error:#}").lines().next().map(str::to_owned);
-    let ended = Attempts { error: first_line, ..ended.clone() };
+    let ended = Attempts { error: Some(first_line(&format!("{error:#}"))), ..ended.clone() };
     let kept = store.save_attempts(lock.key(), &ended).and_then(|()| store.keep_failed(lock, out));
     let logged = store.append_log(lock.key(), &format!("failed: {error:#}"));
     // The stage's own error is what the user must see; that its traces could not be kept is the smaller news.
@@ -465,7 +497,8 @@ fn fail(store: &Store, lock: &KeyLock, out: &Path, ended: &Attempts, error: anyh
     error
 }
 
-fn panic_text(panic: &(dyn Any + Send)) -> &str {
+/// What a panic said.
+pub(super) fn panic_text(panic: &(dyn Any + Send)) -> &str {
     panic
         .downcast_ref::<&str>()
         .copied()

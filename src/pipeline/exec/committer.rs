@@ -2,14 +2,14 @@
 //!
 //! Whatever has ended while it was busy is committed together the next time. It holds the keys' locks meanwhile.
 
-use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
+use crate::pipeline::exec::attempt::{AttemptError, note_failure, uncommitted};
 use crate::pipeline::exec::local::{Ending, News, ToDriver, tell};
-use crate::pipeline::store::{Attempts, KeyLock, Prepared, Store};
+use crate::pipeline::store::{KeyLock, Prepared, Store};
 
 /// How many results are committed together at most: those that wait for the first should not wait for long.
 const BATCH: usize = 256;
@@ -85,39 +85,22 @@ fn commit(store: &Store, batch: Vec<Finished>, driver: &ToDriver) {
     let committed = catch_unwind(AssertUnwindSafe(|| store.commit_all(&references)));
     let mut committed = committed.unwrap_or_default().into_iter();
     for Finished { node, lock, prepared } in batch {
-        match committed.next() {
-            Some(Ok(())) => {
-                let manifest = Some(Box::new(prepared.manifest().clone()));
-                tell(driver, node, News::Ended(Ending::Done { manifest, ran: true }));
-                store.drop_work(&lock);
-            }
-            // Somebody found an output damaged and put it aside.
-            Some(Err(error)) if error.io().is_some_and(|cause| cause.kind() == ErrorKind::NotFound) => {
-                note(store, &lock, &prepared, &error.to_string());
-                tell(driver, node, News::Ended(Ending::Lost { what: error.to_string() }));
-            }
-            Some(Err(error)) => fail(store, driver, node, &lock, &prepared, &error.to_string()),
+        let ending = match committed.next() {
+            Some(Ok(())) => Ending::Done { manifest: Some(Box::new(prepared.manifest().clone())), ran: true },
+            Some(Err(error)) => match uncommitted(store, &lock, &prepared, error) {
+                AttemptError::Lost(what) => Ending::Lost { what },
+                error => Ending::failed(error.to_string()),
+            },
             None => {
                 let problem = "the thread that makes results durable panicked";
-                fail(store, driver, node, &lock, &prepared, problem);
+                note_failure(store, &lock, prepared.manifest().seconds, problem);
+                Ending::failed(problem.to_owned())
             }
+        };
+        let is_done = matches!(ending, Ending::Done { .. });
+        tell(driver, node, News::Ended(ending));
+        if is_done {
+            store.drop_work(&lock);
         }
-    }
-}
-
-/// Writes down and tells that a stage that has run has no result.
-fn fail(store: &Store, driver: &ToDriver, node: usize, lock: &KeyLock, prepared: &Prepared, problem: &str) {
-    note(store, lock, prepared, problem);
-    tell(driver, node, News::Ended(Ending::failed(problem.to_owned())));
-}
-
-/// Writes down why a stage that has run has no result.
-fn note(store: &Store, lock: &KeyLock, prepared: &Prepared, problem: &str) {
-    let attempts = store.attempts(lock.key()).ok().flatten().unwrap_or_default();
-    let (seconds, error) = (prepared.manifest().seconds, problem.lines().next().map(str::to_owned));
-    let ended = Attempts { seconds, error, owner: None, ..attempts };
-    let noted = store.append_log(lock.key(), &format!("failed: {problem}"));
-    if let Err(error) = noted.and_then(|()| store.save_attempts(lock.key(), &ended)) {
-        tracing::warn!(%error, "the reason of a failure is not written down");
     }
 }

@@ -8,6 +8,7 @@ use std::io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Write as 
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,7 +20,7 @@ use std::time::Instant;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid};
 
 use crate::pipeline::exec::ExecError;
-use crate::pipeline::exec::attempt::{AttemptError, Attempted, Request, attempt};
+use crate::pipeline::exec::attempt::{AttemptError, Attempted, Request, attempt, panic_text};
 use crate::pipeline::exec::committer::{Finished, ToCommitter};
 use crate::pipeline::exec::throttle::Throttle;
 use crate::pipeline::exec::worker::Message;
@@ -137,7 +138,11 @@ pub(super) fn start_thread<'scope>(
                 tell(&teller, node, News::Event(event));
             }
         });
-        let ended = attempt(store, &request, &|context| stage.run(context), asked, events);
+        // The driver waits for an ending, whatever happens here.
+        let attempted = AssertUnwindSafe(|| attempt(store, &request, &|context| stage.run(context), asked, events));
+        let ended = catch_unwind(attempted).unwrap_or_else(|panic| {
+            Err(AttemptError::Lasting(anyhow::anyhow!("the engine panicked: {}", panic_text(panic.as_ref()))))
+        });
         let ending = match ended {
             Ok(Attempted::Prepared(lock, prepared)) => {
                 tell(&driver, node, News::Prepared(Box::new(StoredResult::of(prepared.manifest()))));
@@ -147,6 +152,7 @@ pub(super) fn start_thread<'scope>(
             Err(AttemptError::Interrupted) => Ending::Interrupted,
             Err(AttemptError::Elsewhere) => Ending::Elsewhere,
             Err(AttemptError::DamagedInput { reference, what, .. }) => Ending::Damaged { reference, what },
+            Err(AttemptError::Lost(what)) => Ending::Lost { what },
             Err(error @ AttemptError::Lasting(_)) => Ending::Failed { problem: error.to_string(), lasting: true },
             Err(error @ (AttemptError::Failed(_) | AttemptError::Store(_))) => Ending::failed(error.to_string()),
         };
@@ -210,6 +216,8 @@ pub fn run_worker(arguments: &[OsString]) -> Result<ExitStatus, ExecError> {
 /// A running worker.
 pub(super) struct WorkerProcess {
     child: Mutex<Child>,
+    /// Whether it was told to stop, and whether it was ended.
+    stopped: AtomicBool,
     killed: AtomicBool,
 }
 
@@ -225,11 +233,18 @@ impl WorkerProcess {
             self.killed.store(true, Ordering::Relaxed);
             kill_process_group(pid, signal)
         } else {
+            self.stopped.store(true, Ordering::Relaxed);
             kill_process(pid, signal)
         };
         if let Err(error) = sent {
             tracing::warn!(%error, ?pid, ?signal, "cannot signal the worker");
         }
+    }
+
+    /// Whether an end without a word is what it was asked for: one that is told to stop while it still loads cannot say so.
+    fn was_asked_to_end(&self, status: ExitStatus) -> bool {
+        let stopped = self.stopped.load(Ordering::Relaxed) && status.signal() == Some(Signal::TERM.as_raw());
+        stopped || self.killed.load(Ordering::Relaxed)
     }
 
     /// Waits for the end without holding the lock, then collects it.
@@ -271,15 +286,15 @@ pub(super) fn start_worker<'scope>(
         .env("CUDA_VISIBLE_DEVICES", request.visible_devices.as_deref().unwrap_or_default())
         .spawn()
         .with_context(|| format!("cannot start `{}`", program.path.display()))?;
-    let worker = Arc::new(WorkerProcess { child: Mutex::new(child), killed: AtomicBool::new(false) });
+    let (stopped, killed) = (AtomicBool::new(false), AtomicBool::new(false));
+    let worker = Arc::new(WorkerProcess { child: Mutex::new(child), stopped, killed });
     let (watched, driver) = (Arc::clone(&worker), driver.clone());
     let watch = move || {
         let ending = listen(ours, &line, node, &driver);
         let status = watched.wait();
-        let killed = watched.killed.load(Ordering::Relaxed);
         let ending = match (ending, status) {
             (Some(ending), _) => ending,
-            (None, Ok(_)) if killed => Ending::Interrupted,
+            (None, Ok(status)) if watched.was_asked_to_end(status) => Ending::Interrupted,
             (None, Ok(status)) => Ending::failed(obituary(status, &log, start)),
             (None, Err(error)) => Ending::failed(format!("cannot wait for the worker: {error}")),
         };
@@ -310,6 +325,7 @@ fn listen(mut socket: UnixStream, request: &str, node: usize, driver: &ToDriver)
                 ending = Some(Ending::Failed { problem: causes.join(": "), lasting });
             }
             Ok(Message::DamagedInput { reference, what }) => ending = Some(Ending::Damaged { reference, what }),
+            Ok(Message::Lost { what }) => ending = Some(Ending::Lost { what }),
             Err(error) => {
                 let line = String::from_utf8_lossy(&line).into_owned();
                 let text = format!("the worker said something that cannot be understood: {error}: {line}");

@@ -694,8 +694,8 @@ mod tests {
     }
 
     #[test]
-    fn a_hundred_thousand_nodes_take_a_moment() {
-        let count = 100_000;
+    fn hundreds_of_thousands_of_nodes_take_a_moment() {
+        let count = 350_000;
         let chain: Vec<Shape> = (0..count).map(|node| shape(&[node.max(1) - 1][..node.min(1)])).collect();
         let fan: Vec<Shape> = (0..count).map(|node| shape(&[0][..node.min(1)])).collect();
         for shapes in [chain, fan] {
@@ -710,7 +710,8 @@ mod tests {
                 }
             }
             assert!(scheduler.is_finished() && (0..count).all(|node| scheduler.phase(node) == Phase::Done));
-            assert!(began.elapsed().as_secs() < 5, "{:?}", began.elapsed());
+            // A second or so; a walk over all nodes for each would take minutes.
+            assert!(began.elapsed().as_secs() < 60, "{:?}", began.elapsed());
         }
     }
 
@@ -945,6 +946,8 @@ mod tests {
                 inbox.push_back(Input::Elsewhere(node));
             } else if interrupted && choose(2) == 0 {
                 inbox.push_back(Input::Interrupted(node));
+            } else if world.trouble && choose(8) == 0 {
+                inbox.push_back(Input::Lost(node));
             } else if world.trouble && !inputs.is_empty() && choose(6) == 0 {
                 let producer = inputs[choose(inputs.len())];
                 stored.remove(&keys[producer]);

@@ -55,6 +55,11 @@ pub enum Message {
         /// What is wrong.
         what: String,
     },
+    /// The end: the stage ran, and what it made was lost before it was durable.
+    Lost {
+        /// What is wrong.
+        what: String,
+    },
 }
 
 /// Runs a stage of one kind from its parameters.
@@ -98,6 +103,7 @@ pub fn serve(program: &Program<'_>) -> anyhow::Result<u8> {
         Err(AttemptError::Interrupted) => Message::Interrupted,
         Err(AttemptError::Elsewhere) => Message::Elsewhere,
         Err(AttemptError::DamagedInput { reference, what, .. }) => Message::DamagedInput { reference, what },
+        Err(AttemptError::Lost(what)) => Message::Lost { what },
         Err(AttemptError::Failed(error)) => Message::Failed { causes: causes(&error), lasting: false },
         Err(AttemptError::Lasting(error)) => Message::Failed { causes: causes(&error), lasting: true },
         Err(AttemptError::Store(error)) => Message::Failed { causes: vec![error.to_string()], lasting: false },
@@ -147,7 +153,7 @@ fn one_request(
         runner(&request.params, context)
     };
     let attempted = attempt(&store, &request, &run, Arc::clone(interrupt), events)?;
-    Ok(attempted.commit(&store)?)
+    attempted.commit(&store)
 }
 
 /// The worker's side of the socket, shared by the stage's events and the ending.

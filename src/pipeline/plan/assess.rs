@@ -120,7 +120,7 @@ impl Begun {
     fn of(store: &Store, key: &Digest) -> Result<Self, StoreError> {
         // Work of which nothing is known is not gone on from.
         let Some(attempts) = store.attempts(key)? else { return Ok(Self::default()) };
-        let saved = store.has_saved_work(key);
+        let saved = store.has_saved_work(key) || store.has_prepared(key);
         let reason = match attempts.error {
             Some(error) => Some(Reason::Failed { error }),
             None => saved.then_some(Reason::Interrupted { reached: attempts.reached }),

@@ -318,10 +318,10 @@ model = "scored"
     }
 
     #[test]
-    fn a_thousand_stages_are_read_quickly() {
+    fn thousands_of_stages_are_read_quickly() {
         let mut text =
             String::from("[params]\nseed = 1\n[stages.data]\nkind = \"draw\"\ntask = { kind = \"maze\", rows = 5 }\n");
-        for index in 0..1000 {
+        for index in 0..5000 {
             let start = if index == 0 { String::new() } else { format!("start = \"t{}\"\n", index - 1) };
             text.extend([format!(
                 "[stages.t{index}]\nkind = \"train\"\ndata = \"data\"\nsteps = 5\nseed = \"${{params.seed}}\"\n{start}\
@@ -332,9 +332,9 @@ model = "scored"
         let begin = std::time::Instant::now();
         let experiment = files.good("long.toml", &[]);
         let taken = begin.elapsed();
-        assert_eq!(experiment.trials[0].stages.len(), 1001);
+        assert_eq!(experiment.trials[0].stages.len(), 5001);
         // Generous for an unoptimised build on a busy machine; a quadratic walk would take minutes.
-        assert!(taken < Duration::from_secs(5), "{taken:?}");
+        assert!(taken < Duration::from_secs(60), "{taken:?}");
     }
 
     #[test]

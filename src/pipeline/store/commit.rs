@@ -11,8 +11,8 @@
 //! A disk that fails to keep something tells it once, and to one process: an object that could not be synced must not bear its
 //! name any more, or the next who finds it there would rely on it.
 
-use std::collections::BTreeSet;
-use std::io::ErrorKind;
+use std::collections::{BTreeSet, HashMap};
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use super::error::At as _;
@@ -32,7 +32,7 @@ impl Store {
     }
 
     /// Writes the manifest of the lock's key, durably, once `unsynced` is durable: from here on the result is there. The caller
-    /// holds the collector off since it has looked at the objects.
+    /// has leased the objects before it looked at them.
     pub(super) fn commit(&self, lock: &KeyLock, manifest: &Manifest, unsynced: &[Unsynced]) -> Result<(), StoreError> {
         self.commit_each(&[(lock, manifest, unsynced)]).into_iter().collect()
     }
@@ -62,7 +62,12 @@ impl Store {
         let ended = renamed.into_iter().zip(durable).zip(batch);
         ended
             .map(|((renamed, durable), (_, manifest, _))| {
-                renamed.and(durable.map_err(|(_, error)| error))?;
+                renamed?;
+                if let Err((_, error)) = durable {
+                    // It can be read, and whoever did would tell a result that the disk may not have kept.
+                    let _ = self.disk.remove_file(&self.manifest_path(&manifest.key));
+                    return Err(error);
+                }
                 self.index_published(manifest);
                 Ok(())
             })
@@ -142,23 +147,21 @@ impl Store {
         if count > SYNC_EACH && self.sync_file_systems().is_ok() {
             return groups.iter().map(|_| Ok(())).collect();
         }
-        let mut synced: BTreeSet<&Path> = BTreeSet::new();
-        let mut sync =
-            |path: &'_ PathBuf| self.disk.sync(path).at("write", path).map_err(|error| (path.clone(), error));
+        // A disk tells only once what it could not keep: what one group was told holds for every group.
+        let mut asked: HashMap<&Path, io::Result<()>> = HashMap::new();
         let mut all = Vec::with_capacity(groups.len());
         for group in groups {
-            let new = |path: &&PathBuf| !synced.contains(path.as_path());
-            let outcome = group.iter().filter(new).try_for_each(&mut sync);
-            if outcome.is_ok() {
-                synced.extend(group.iter().map(PathBuf::as_path));
-            }
-            all.push(outcome);
+            all.push(group.iter().try_for_each(|path| {
+                let told = asked.entry(path).or_insert_with(|| self.disk.sync(path));
+                let told = told.as_ref().map(|()| ()).map_err(told_again);
+                told.at("write", path).map_err(|error| (path.clone(), error))
+            }));
         }
         all
     }
 
     /// Makes the file systems durable on which objects and manifests lie, which users may have moved to two disks.
-    fn sync_file_systems(&self) -> std::io::Result<()> {
+    fn sync_file_systems(&self) -> io::Result<()> {
         let mut devices = BTreeSet::new();
         for folder in ["objects", "manifests"].map(|name| self.folder(name)) {
             if devices.insert(self.disk.stat_target(&folder)?.identity.0) {
@@ -167,6 +170,11 @@ impl Store {
         }
         Ok(())
     }
+}
+
+/// The same error, for another who asks.
+fn told_again(error: &io::Error) -> io::Error {
+    error.raw_os_error().map_or_else(|| io::Error::new(error.kind(), error.to_string()), io::Error::from_raw_os_error)
 }
 
 #[cfg(test)]
@@ -243,6 +251,8 @@ mod tests {
                 sandbox.reopen();
                 for (number, told) in numbers.clone().zip(told) {
                     assert!(is_hit(&sandbox, number) || !told, "{fault:?} at {at}");
+                    let may_lie = !matches!(fault, Fault::ErrorOnce);
+                    assert!(told || may_lie || !is_hit(&sandbox, number), "failed and there: {fault:?} at {at}");
                     sandbox.publish(number, &[("a/b", &number.to_string())]);
                     assert!(is_hit(&sandbox, number), "{fault:?} at {at}");
                 }
@@ -253,6 +263,18 @@ mod tests {
             }
             assert!(at >= 8, "{at} operations failed in turn");
         }
+    }
+
+    #[test]
+    fn what_a_disk_could_not_keep_is_told_to_everyone_who_rests_on_it() {
+        let (sandbox, disk) = Sandbox::faulty();
+        let root = sandbox.store.root();
+        let (shelf, own) = (root.join("objects"), ["manifests", "work"].map(|name| root.join(name)));
+        let groups = own.map(|own| vec![own, shelf.clone()]);
+        disk.fail_at(1, Fault::ErrorOnce);
+        let synced = sandbox.store.sync_groups(&groups.each_ref().map(Vec::as_slice));
+        let lost: Vec<_> = synced.into_iter().map(|group| group.unwrap_err().0).collect();
+        assert_eq!(lost, [shelf.clone(), shelf]);
     }
 
     #[test]

@@ -55,6 +55,8 @@ pub(super) struct Faulty {
     asked: Option<Mutex<Vec<Asked>>>,
     script: Mutex<Script>,
     meanwhile: Mutex<Option<Meanwhile>>,
+    /// How far the clock is ahead of the disk's own, nanoseconds.
+    ahead: Mutex<i128>,
 }
 
 /// What another process does before an operation, of which it is told the name and the path.
@@ -90,8 +92,8 @@ enum Write {
 impl Faulty {
     /// `disk` without a fault.
     pub(super) fn new(disk: Arc<dyn Disk>) -> Self {
-        let (script, meanwhile) = (Mutex::default(), Mutex::default());
-        Self { disk, omitted: HashSet::new(), asked: None, script, meanwhile }
+        let (script, meanwhile, ahead) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Self { disk, omitted: HashSet::new(), asked: None, script, meanwhile, ahead }
     }
 
     /// `disk` without a fault, for a store that leaves syncs out, by their number.
@@ -130,7 +132,17 @@ impl Faulty {
 
     /// Nothing fails any more. Gives how many operations there were since [`Faulty::fail_at`].
     pub(super) fn heal(&self) -> usize {
-        std::mem::take(&mut *self.script.lock().unwrap()).taken.len()
+        self.taken().len()
+    }
+
+    /// Nothing fails any more. Gives the names of the operations since the last time, or since [`Faulty::fail_at`].
+    pub(super) fn taken(&self) -> Vec<&'static str> {
+        std::mem::take(&mut *self.script.lock().unwrap()).taken
+    }
+
+    /// Lets so many nanoseconds pass on the disk's clock, or takes them back.
+    pub(super) fn pass(&self, nanoseconds: i128) {
+        *self.ahead.lock().unwrap() += nanoseconds;
     }
 
     /// Of every operation since [`Faulty::fail_at`] whether it may have changed anything.
@@ -305,7 +317,7 @@ impl Disk for Faulty {
     }
 
     fn now(&self) -> i128 {
-        self.disk.now()
+        self.disk.now() + *self.ahead.lock().unwrap()
     }
 
     fn boot(&self) -> String {

@@ -201,9 +201,9 @@ fn move_if_there(disk: &dyn Disk, from: &Path, to: &Path) -> Result<(), StoreErr
 
 #[cfg(test)]
 mod tests {
-    use super::super::Found;
     use super::super::faults::Fault;
     use super::super::fixture::{Sandbox, key};
+    use super::super::{Found, Repaired};
     use super::*;
 
     /// Changes one byte of a stored file and sets its mtime back.
@@ -348,7 +348,7 @@ mod tests {
         let keys = |damages: &[super::super::Damage]| damages.iter().map(|one| one.key.clone()).collect::<Vec<_>>();
         assert_eq!((keys(&report.damaged), keys(&report.missing)), (vec![key(1), key(2)], vec![key(3)]));
         assert_eq!(report.orphans, [sandbox.store.object(&four.outputs[0].digest)]);
-        assert_eq!(sandbox.store.repair(&report).unwrap(), 3);
+        assert_eq!(sandbox.store.repair(&report).unwrap(), Repaired { aside: 3, busy: 0 });
         for number in 1..=4 {
             assert!(matches!(sandbox.store.lookup(&key(number)).unwrap(), Lookup::Miss), "{number}");
         }
@@ -425,7 +425,11 @@ mod tests {
         std::fs::write(&path, sealed::seal(&serde_json::to_vec(&value).unwrap())).unwrap();
         let report = sandbox.store.verify(None, &mut |_, _| ()).unwrap();
         assert!(damage(&sandbox, &key(1)).contains("not the hash of its parts"));
-        assert_eq!((report.damaged.len(), sandbox.store.repair(&report).unwrap()), (1, 1));
+        assert_eq!(report.damaged.len(), 1);
+        let busy = sandbox.store.lock(&report.damaged[0].key).unwrap();
+        assert_eq!(sandbox.store.repair(&report).unwrap(), Repaired { aside: 0, busy: 1 });
+        drop(busy);
+        assert_eq!(sandbox.store.repair(&report).unwrap(), Repaired { aside: 1, busy: 0 });
         assert!(matches!(sandbox.store.lookup(&key(1)).unwrap(), Lookup::Miss));
     }
 }

@@ -71,7 +71,7 @@ pub use lookup::Lookup;
 pub use pins::Pin;
 pub use publish::{DraftOutput, ManifestDraft, Prepared};
 pub use record::{RunRecord, TrialRecords};
-pub use verify::{Damage, Verification, VerifyReport};
+pub use verify::{Damage, Repaired, Verification, VerifyReport};
 pub use work::{Attempts, Owner, Reached};
 
 /// The layout that this program writes. Since `2` whoever uses a result leases it, so that a collection leaves it alone: a

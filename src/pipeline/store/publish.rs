@@ -4,7 +4,7 @@
 //! it survives a power cut is another matter: until its folder has lost the mark with which it is put there, whoever lets a
 //! manifest speak of it syncs it first, also where another process has put it, see [`super::commit`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -151,8 +151,7 @@ impl Store {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error).at("read", &path),
         };
-        let manifest = sealed::open(&bytes).and_then(|body| serde_json::from_slice::<Manifest>(&body).ok());
-        let Some(manifest) = manifest.filter(|manifest| manifest.key == *lock.key() && manifest.key_is_right()) else {
+        let Some(manifest) = prepared_of(&bytes).filter(|manifest| manifest.key == *lock.key()) else {
             return Ok(None);
         };
         self.lease(&manifest.outputs.iter().map(|output| &output.digest).collect::<Vec<_>>())?;
@@ -166,6 +165,27 @@ impl Store {
         Ok(Some(Prepared { manifest, unsynced }))
     }
 
+    /// Whether an attempt at `key` had ended well and was killed before its commit: see [`Store::recover`].
+    pub(crate) fn has_prepared(&self, key: &Digest) -> bool {
+        self.disk.is_there(&self.work(key).join(PREPARED))
+    }
+
+    /// The objects of what was prepared at any key and is no result yet. After a kill nobody leases them.
+    pub(super) fn prepared_objects(&self) -> Result<HashSet<Digest>, StoreError> {
+        let mut objects = HashSet::new();
+        for (name, work) in self.names(&self.folder("work"))? {
+            let path = work.join(PREPARED);
+            let bytes = match self.disk.read(&path) {
+                Ok(bytes) => bytes,
+                Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => continue,
+                Err(error) => return Err(error).at("read", &path),
+            };
+            let prepared = prepared_of(&bytes).filter(|prepared| prepared.key.0 == name);
+            objects.extend(prepared.into_iter().flat_map(|prepared| prepared.outputs).map(|output| output.digest));
+        }
+        Ok(objects)
+    }
+
     /// Removes the work folder of a key whose result is there.
     pub(crate) fn drop_work(&self, lock: &KeyLock) {
         let work = self.work(lock.key());
@@ -175,7 +195,7 @@ impl Store {
         }
     }
 
-    /// Makes a folder an object, which joins `unsynced` where it need not be durable. The caller holds the collector off.
+    /// Makes a folder an object, which joins `unsynced` where it need not be durable. The caller has leased it.
     pub(super) fn place(
         &self,
         folder: &Path,
@@ -262,6 +282,12 @@ impl Store {
         unsynced.push(self.unsynced(&digest, &files));
         Ok((digest, files))
     }
+}
+
+/// What a file says that was prepared, where it is whole.
+fn prepared_of(bytes: &[u8]) -> Option<Manifest> {
+    let body = sealed::open(bytes)?;
+    serde_json::from_slice::<Manifest>(&body).ok().filter(Manifest::key_is_right)
 }
 
 /// Makes a stage's folder fit to be an object: folders that can be moved, no empty ones, plain files that nobody may
@@ -465,13 +491,24 @@ mod tests {
 
     #[test]
     fn publishing_a_small_object_is_quick() {
-        let sandbox = Sandbox::new();
-        sandbox.publish(0, &[("out", "warm")]);
-        let begun = std::time::Instant::now();
-        for number in 1..=20 {
+        let (sandbox, disk) = Sandbox::faulty();
+        let publish = |number: usize| {
+            disk.taken();
+            let begun = std::time::Instant::now();
             sandbox.publish(number, &[("out", &number.to_string())]);
-        }
-        // The bar is 2 ms on a quiet disk; this one catches only a change of kind, as a sleep or a sync of everything.
-        assert!(begun.elapsed().as_secs_f64() / 20.0 < 0.2, "{:?} each", begun.elapsed() / 20);
+            (begun.elapsed(), disk.taken())
+        };
+        let syncs = |taken: &[&str]| taken.iter().filter(|name| **name == "sync").count();
+        let (_, first) = publish(0);
+        assert!(syncs(&first) <= 10 && !first.contains(&"sync_all"), "{first:?}");
+        // It takes as little where there is more already.
+        let fastest = (1..=20).map(|number| {
+            let (took, taken) = publish(number);
+            assert!(taken.len() <= first.len() && syncs(&taken) <= syncs(&first), "{taken:?}");
+            took
+        });
+        // The bar is 2 ms on a quiet disk; this one catches only a change of kind, as a sleep, which the fastest shows as well.
+        let fastest = fastest.min().unwrap();
+        assert!(fastest.as_secs_f64() < 0.2, "{fastest:?}");
     }
 }

@@ -99,6 +99,15 @@ impl VerifyReport {
     }
 }
 
+/// What a repair has done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Repaired {
+    /// Results that were put aside.
+    pub aside: usize,
+    /// Damaged results that stay as they are, because another process works on their keys.
+    pub busy: usize,
+}
+
 impl Store {
     /// Hashes every object of the results of `keys`, or of all; `progress` is told bytes done and bytes in all.
     ///
@@ -295,19 +304,18 @@ impl Store {
         self.disk.write_atomically(path, &sealed::seal(&body), false)
     }
 
-    /// Puts aside the damaged results of a report, so that the next run rebuilds them; gives how many. Orphans stay: one may belong
-    /// to a result that another process is about to publish.
-    pub fn repair(&self, report: &VerifyReport) -> Result<usize, StoreError> {
-        let mut keys = BTreeSet::new();
+    /// Puts aside the damaged results of a report, so that the next run rebuilds them. Orphans stay: one may belong to a result
+    /// that another process is about to publish.
+    pub fn repair(&self, report: &VerifyReport) -> Result<Repaired, StoreError> {
+        let (mut aside, mut busy) = (BTreeSet::new(), BTreeSet::new());
         for damage in report.damaged.iter().chain(&report.missing) {
-            // Whoever works on the key makes its result anew.
-            if let Some(lock) = self.try_lock(&damage.key)?
-                && self.quarantine(&lock, &damage.what)?
-            {
-                keys.insert(&damage.key);
-            }
+            match self.try_lock(&damage.key)? {
+                Some(lock) if self.quarantine(&lock, &damage.what)? => aside.insert(&damage.key),
+                Some(_) => continue,
+                None => busy.insert(&damage.key),
+            };
         }
-        Ok(keys.len())
+        Ok(Repaired { aside: aside.len(), busy: busy.len() })
     }
 
     /// Every key that has a manifest, sorted.

@@ -321,7 +321,7 @@ fn program_inputs(change: impl Fn(&str) -> String) -> tempfile::TempDir {
     let words: Vec<String> = (0..10).map(|digit| digit.to_string()).chain([" + ".into(), " =".into()]).collect();
     let task = json!({
         "kind": "program", "command": ["python3", "sums.py"], "measures": ["solved"], "vocabulary": words,
-        "files": [{"$file": folder.path().join("sums.py"), "as": "sums.py"}], "timeout_seconds": 20
+        "files": [{"$file": folder.path().join("sums.py"), "as": "sums.py"}], "timeout_seconds": 120
     });
     let mut context = context(folder.path(), &["dataset", "tokenizer"]);
     let data: Synthesize =
@@ -365,15 +365,22 @@ fn rows_without_a_demonstration_are_prompts_alone_and_counted() {
 
 #[test]
 fn an_interrupt_while_a_program_demonstrates_is_the_stages_own() {
-    let hang = "    if ask[\"call\"] == \"verdict\":\n        import time\n        time.sleep(100)\n";
-    let folder = program_inputs(|text| text.replace("    if ask[\"call\"] == \"verdict\":\n", hang));
+    let place = tempfile::tempdir().unwrap();
+    let asked = place.path().join("asked");
+    let verdict = "    if ask[\"call\"] == \"verdict\":\n";
+    let path = json!(asked);
+    let hang = format!("{verdict}        import time\n        open({path}, \"w\").close()\n        time.sleep(100)\n");
+    let folder = program_inputs(|text| text.replace(verdict, &hang));
     let mut context = context(&folder.path().join("t"), &["tokens"]);
     give(&mut context, "data", &folder.path().join("out/dataset"), ArtifactType::Dataset);
     give(&mut context, "words", &folder.path().join("out/tokenizer"), ArtifactType::Tokenizer);
     let value = json!({"dataset": "data", "tokenizer": "words", "format": {"kind": "plain"}});
     let interrupt = std::sync::Arc::clone(&context.interrupt);
     let ctrl_c = std::thread::spawn(move || {
-        std::thread::sleep(std::time::Duration::from_millis(700));
+        let begun = std::time::Instant::now();
+        while !asked.exists() && begun.elapsed().as_secs() < 60 {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
         interrupt.store(true, std::sync::atomic::Ordering::Relaxed);
     });
     let error = serde_json::from_value::<Tokenize>(value).unwrap().run(&mut context).unwrap_err();

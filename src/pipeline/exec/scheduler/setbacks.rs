@@ -50,7 +50,8 @@ impl Scheduler {
     /// Makes again what was lost before it was durable, or gives up.
     pub(super) fn lost(&mut self, node: usize, actions: &mut Vec<Action>) {
         let state = &mut self.nodes[node];
-        if state.phase != Phase::Prepared {
+        let was_prepared = state.phase == Phase::Prepared;
+        if !was_prepared && state.phase != Phase::Running {
             return;
         }
         let was_spoiled = std::mem::take(&mut state.spoiled);
@@ -58,7 +59,8 @@ impl Scheduler {
             state.rebuilds += 1;
         }
         let is_hopeless = state.rebuilds > REBUILDS;
-        if !was_spoiled {
+        // Nobody has begun with what was never told to be usable.
+        if was_prepared && !was_spoiled {
             self.take_back(node, actions);
         }
         self.leave_running(node);

@@ -42,7 +42,7 @@ pub enum Input {
     Prepared(usize),
     /// A node published its result.
     Done(usize),
-    /// What a prepared node had made was lost before it was durable.
+    /// What a prepared or running node had made was lost before it was durable.
     Lost(usize),
     /// A running node found the result that another process had made meanwhile.
     Taken(usize),

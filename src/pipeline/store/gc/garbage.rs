@@ -21,7 +21,8 @@ const HALF_WRITTEN: Duration = Duration::from_secs(86_400);
 
 impl Store {
     /// Every piece of garbage. `older_than` is also the age at which saved work, damaged files and failed attempts go. An
-    /// object that is `leased` may belong to a result that is about to be committed.
+    /// object that is `leased` may belong to a result that is about to be committed, and what was prepared before a kill is
+    /// taken by the next run.
     pub(super) fn garbage(
         &self,
         survey: &Survey,
@@ -32,8 +33,9 @@ impl Store {
         let mut found = Found { store: self, now, garbage: Vec::new() };
         let keys: HashSet<&Digest> = survey.results.iter().map(|one| &one.key).collect();
         let named: BTreeSet<&Digest> = survey.results.iter().flat_map(|one| one.objects.keys()).collect();
+        let prepared = self.prepared_objects()?;
         for (digest, path) in self.shelved("objects", "")? {
-            if !named.contains(&digest) && !leased.contains(&digest) {
+            if !named.contains(&digest) && !leased.contains(&digest) && !prepared.contains(&digest) {
                 found.add(GarbageKind::Object, path, None)?;
             }
         }

@@ -100,7 +100,7 @@ impl Sweep<'_> {
         Ok(removed)
     }
 
-    /// Renames away every object that no manifest names now and no process reads.
+    /// Renames away every object that no manifest names now, that no process reads and that was not prepared before a kill.
     fn objects(&mut self, waiting: &mut dyn FnMut()) -> Result<(), StoreError> {
         let store = self.store;
         let trash = store.folder("trash");
@@ -111,6 +111,7 @@ impl Sweep<'_> {
             let alone = store.alone(waiting)?;
             let mut named = references.refresh(store)?;
             named.extend(store.leased()?);
+            named.extend(store.prepared_objects()?);
             let unnamed = store.shelved("objects", "")?.into_iter().filter(|(digest, _)| !named.contains(digest));
             let some: Vec<PathBuf> = unnamed.map(|(_, path)| path).take(OBJECTS).collect();
             for path in &some {
@@ -228,7 +229,7 @@ mod tests {
 
     use crate::pipeline::plan::NodeName;
     use crate::pipeline::store::faults::{FAULTS, Fault};
-    use crate::pipeline::store::fixture::{Sandbox, key};
+    use crate::pipeline::store::fixture::{Sandbox, draft, key};
     use crate::pipeline::store::{GcPlan, GcPolicy, GcReport, Lookup, RunRecord, Store};
 
     /// Every result that nothing holds.
@@ -282,6 +283,24 @@ mod tests {
         assert_eq!([1, 2, 3].map(|number| is_hit(&sandbox.store, number)), [false, true, false]);
         assert_eq!(["objects", "manifests", "logs", "trash"].map(|folder| count(&sandbox.store, folder)), [1, 1, 0, 0]);
         assert!(self::plan(&sandbox.store, &GcPolicy::default()).is_empty());
+    }
+
+    #[test]
+    fn what_was_prepared_before_a_kill_is_still_there_for_the_next_run() {
+        let mut sandbox = Sandbox::new();
+        let lock = sandbox.store.lock(&key(1)).unwrap();
+        let draft = draft(1, &sandbox.folder(&[("data", "one")]));
+        sandbox.store.prepare(&lock, draft).unwrap();
+        drop(lock);
+        sandbox.store.end_lease().unwrap();
+        sandbox.reopen();
+        assert!(plan(&sandbox.store, &everything()).is_empty());
+        sandbox.publish(2, &[("data", "two")]);
+        sandbox.store.end_lease().unwrap();
+        assert_eq!(collect(&sandbox.store, &everything()).objects, 1, "that of the other result alone");
+        let lock = sandbox.store.lock(&key(1)).unwrap();
+        let prepared = sandbox.store.recover(&lock).unwrap().expect("it is all there");
+        assert!(sandbox.store.commit_all(&[(&lock, &prepared)]).remove(0).is_ok() && is_hit(&sandbox.store, 1));
     }
 
     #[test]

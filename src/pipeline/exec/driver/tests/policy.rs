@@ -81,32 +81,52 @@ fn a_file_that_changed_is_no_reason_to_try_again() {
     assert!(came.failures()[0].contains("changed after the run was planned"), "{:?}", came.failures());
 }
 
+/// Limits of time to try one after the other, milliseconds: the first is long enough unless the machine is busy.
+const LIMITS: [u64; 8] = [100, 200, 400, 800, 2_000, 5_000, 15_000, 60_000];
+
+fn limit(milliseconds: u64) -> String {
+    format!("{milliseconds}ms")
+}
+
+/// Runs a stage that waits, with the first limit of time that lets it begin to; the limit stays with the stage.
+fn ended_inside(place: &Place, spec: &mut StageSpec) -> Came {
+    let waits = |event: &Event| matches!(event, Event::Stage { event: StageEvent::Progress { .. }, .. });
+    let mut runs = LIMITS.into_iter().map(|milliseconds| {
+        spec.run.timeout = Some(limit(milliseconds));
+        place.run(&toys(vec![spec.clone()]))
+    });
+    runs.find(|came| came.events.iter().any(waits)).expect("it begins within a minute")
+}
+
 #[test]
 fn a_stage_that_takes_too_long_saves_fails_and_goes_on_at_the_next_attempt() {
     let place = Place::new();
     let mut spec = toy("a", "", Act::Wait, &[]);
-    spec.run.timeout = Some("30ms".into());
+    let came = ended_inside(&place, &mut spec);
     let stages = toys(vec![spec.clone()]);
-    let came = place.run(&stages);
-    assert_eq!((came.failures(), came.outcome.interrupted), (vec!["timed out after 30ms"], 0));
+    let words = format!("timed out after {}", spec.run.timeout.as_ref().unwrap());
+    assert_eq!((came.failures(), came.outcome.interrupted), (vec![words.as_str()], 0));
     assert_eq!(place.plan_says(&stages)[0].1, State::Resume);
     let log = place.store.logs(place.plan(&stages).nodes[0].key.as_ref().unwrap()).join("log.txt");
-    assert!(std::fs::read_to_string(log).unwrap().ends_with("failed: timed out after 30ms\n"));
+    assert!(std::fs::read_to_string(log).unwrap().ends_with(&format!("failed: {words}\n")));
     spec.run.timeout = Some("5m".into());
     assert_eq!(place.run(&toys(vec![spec.clone()])).outcome.run, 1);
-    let mut other = toy("a", "other", Act::Wait, &[]);
-    (other.run.timeout, other.run.retries, other.run.backoff) = (Some("30ms".into()), 1, "1ms".into());
-    let came = place.run(&toys(vec![other]));
-    assert_eq!((came.retried(), came.outcome.run), (vec!["timed out after 30ms"], 1));
+    // The second attempt ends by itself, for which the limit must be no shorter than it takes.
+    let other = |milliseconds: u64| {
+        let mut other = toy("a", &format!("other {milliseconds}"), Act::Wait, &[]);
+        (other.run.timeout, other.run.retries, other.run.backoff) = (Some(limit(milliseconds)), 1, "1ms".into());
+        (place.run(&toys(vec![other])), format!("timed out after {}", limit(milliseconds)))
+    };
+    let (came, words) = LIMITS.into_iter().map(other).find(|(came, _)| came.outcome.run == 1).unwrap();
+    assert_eq!(came.retried(), [words]);
 }
 
 #[test]
 fn a_worker_that_takes_too_long_and_does_not_listen_is_killed() {
     let place = Place::new();
     let mut spec = remote("a", Act::Deaf, &[]);
-    spec.run.timeout = Some("100ms".into());
-    let came = place.run(&toys(vec![spec]));
-    assert_eq!(came.failures(), ["timed out after 100ms"]);
+    let came = ended_inside(&place, &mut spec);
+    assert_eq!(came.failures(), [format!("timed out after {}", spec.run.timeout.unwrap())]);
 }
 
 #[test]
