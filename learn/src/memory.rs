@@ -14,7 +14,7 @@ use anyhow::ensure;
 use pipe::stages::tokens::TokensFolder;
 use tch::Device;
 
-pub use crate::memory::exhausted::explaining;
+pub use crate::memory::exhausted::{explaining, remember};
 pub use crate::memory::generation::{Generation, turns};
 use crate::model::{ModelConfig, Transformer};
 use crate::native::{self, context};
@@ -113,7 +113,8 @@ impl Forecast {
         let step = (self.step > 0).then_some("`micro_batch_size`");
         let lower =
             step.into_iter().chain(self.generations.iter().map(|one| one.lower)).collect::<Vec<_>>().join(" or ");
-        exhausted::remember(format!("{needs} by the forecast ({}); lower {lower}", self.parts().join(", ")));
+        let lower = if lower.is_empty() { "the model is too large".to_owned() } else { format!("lower {lower}") };
+        remember(format!("{needs} by the forecast ({}); {lower}", self.parts().join(", ")));
         let Some(free) = free else { return Ok(needs) };
         ensure!(
             self.total() <= free,
@@ -388,6 +389,13 @@ mod tests {
         let error = forecast.check(Some(1 << 20)).unwrap_err().to_string();
         assert!(error.contains("1 MiB are free") && error.contains("model is too large"), "{error}");
         assert!(forecast.check(None).unwrap().starts_with("training needs about"));
+        let late = explaining(|| {
+            forecast.check(None)?;
+            Err::<(), _>(anyhow::anyhow!("CUDA out of memory. Tried to allocate 2.00 GiB"))
+        });
+        let late = late.unwrap_err().to_string();
+        assert!(late.starts_with("memory ran out: training needs about") && late.contains("32 rows of 128"), "{late}");
+        assert!(late.ends_with("; lower `micro_batch_size`"), "{late}");
         let chunk = |rows, new| generation::Chunk { prompts: 1, rows, length: 8, new };
         let generation = |lower, rows| Generation::new("rollouts", lower, &model, [chunk(rows, 4), chunk(rows, 9)]);
         let wide = forecast.clone().beside(&model, Some(&model)).generating(generation("`chunk`", 1 << 20));

@@ -14,6 +14,7 @@ use tch::{Device, Tensor, no_grad};
 
 use crate::codec::Codec;
 use crate::loss::token_logprobs;
+use crate::memory;
 use crate::model::{Layout, ModelConfig, Transformer};
 
 /// Bad rows that are told of one file; the others are counted.
@@ -128,6 +129,13 @@ fn fits(ids: &[i64], config: &ModelConfig) -> Result<(), String> {
 
 /// The log-probability of every token but the first of each row, in the order of `rows`; `batch_size` rows at a time.
 pub fn score(model: &Transformer, rows: &[Row], batch_size: usize) -> Result<Vec<Vec<f32>>> {
+    memory::explaining(|| {
+        memory::remember(format!("{batch_size} rows were scored at a time; lower `--batch-size`"));
+        score_batches(model, rows, batch_size)
+    })
+}
+
+fn score_batches(model: &Transformer, rows: &[Row], batch_size: usize) -> Result<Vec<Vec<f32>>> {
     let mut order: Vec<usize> = (0..rows.len()).collect();
     // Neighbours of like length share a batch with little padding; the longest come first, so that what does not fit into
     // memory fails at once.

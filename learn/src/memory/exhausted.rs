@@ -14,8 +14,8 @@ thread_local! {
     static FORECAST: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
-/// Keeps a forecast in case that it does not hold.
-pub(super) fn remember(forecast: String) {
+/// Keeps what a stage is about to need, and what to lower, in case that memory runs out.
+pub fn remember(forecast: String) {
     FORECAST.set(Some(forecast));
 }
 

@@ -495,6 +495,33 @@ mod tests {
     }
 
     #[test]
+    fn the_switch_turns_the_kernels_off_and_what_it_does_not_know_is_refused() {
+        let name = "native::tests::the_switch_turns_the_kernels_off_and_what_it_does_not_know_is_refused";
+        let x = Tensor::ones([2, 2], (Kind::Float, Device::Cpu));
+        match std::env::var(SWITCH).as_deref() {
+            Ok("none") => {
+                assert!(!takes(&x) && set(Device::Cpu).expect("no kernels") == "none");
+                crate::preflight::kernels::check(Device::Cpu, Kind::Float).expect("nothing is tried");
+            }
+            Ok("some") => {
+                let error = set(Device::Cpu).expect_err("an unknown value").to_string();
+                assert_eq!(error, "`PIPE_KERNELS` is `some`: expected `auto` or `none`");
+            }
+            // The environment is the process's, so each value has one of its own.
+            _ => {
+                assert!(takes(&x));
+                for value in ["none", "some"] {
+                    let mut child = std::process::Command::new(std::env::current_exe().expect("this program"));
+                    let child = child.args(["--exact", name, "--nocapture"]).env(SWITCH, value).output();
+                    let child = child.expect("a child");
+                    assert!(child.status.success(), "{value}: {}", String::from_utf8_lossy(&child.stderr));
+                    assert!(String::from_utf8_lossy(&child.stdout).contains("1 passed"), "the child ran the case");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn kernels_are_libtorchs_operations_and_so_are_their_gradients() {
         let layout = Layout::new(&trees(), Device::Cpu);
         for model in sandbox::families() {
