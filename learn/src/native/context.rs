@@ -1,5 +1,7 @@
 //! libtorch's switches that decide bits, and its memory on a GPU.
 
+use std::sync::{Mutex, PoisonError};
+
 use anyhow::{Result, ensure};
 use tch::Device;
 
@@ -40,12 +42,17 @@ struct Exactness {
 ///
 /// What has no deterministic form is a warning in the log and no error. See [`strictly`] for what that leaves out.
 pub fn exact() -> Result<()> {
-    set(false)
+    apply(|_| ())
 }
 
-fn set(strict: bool) -> Result<()> {
+/// Those who run [`strictly`] now: the switches are the process's.
+static STRICT: Mutex<usize> = Mutex::new(0);
+
+fn apply(change: impl FnOnce(&mut usize)) -> Result<()> {
+    let mut strict = STRICT.lock().unwrap_or_else(PoisonError::into_inner);
+    change(&mut strict);
     // SAFETY: it sets variables of libtorch's.
-    ensure!(unsafe { pipe_native_exact(strict) }, "setting libtorch's switches: {}", native::error());
+    ensure!(unsafe { pipe_native_exact(*strict > 0) }, "setting libtorch's switches: {}", native::error());
     Ok(())
 }
 
@@ -58,11 +65,11 @@ pub fn strictly<R>(run: impl FnOnce() -> R) -> Result<R> {
     struct Ends;
     impl Drop for Ends {
         fn drop(&mut self) {
-            let _ = set(false);
+            let _ = apply(|strict| *strict -= 1);
         }
     }
     let _ends = Ends;
-    set(true)?;
+    apply(|strict| *strict += 1)?;
     Ok(run())
 }
 
@@ -108,11 +115,17 @@ mod tests {
 
     #[test]
     fn switches_are_set_and_strict_only_as_long_as_asked() {
-        // The switches are the process's, and only this test makes them strict.
+        // Only this test makes them strict: a processor's backward pass does not.
         let usual = Exactness { deterministic: true, ..Exactness::default() };
         exact().unwrap();
         assert_eq!(exactness(), usual);
-        assert_eq!(strictly(exactness).unwrap(), Exactness { strict: true, ..usual });
+        let strict = Exactness { strict: true, ..usual };
+        let still = || {
+            strictly(|| ()).unwrap();
+            exact().unwrap();
+            exactness()
+        };
+        assert_eq!(strictly(still).unwrap(), strict, "another's beginning or end changes nothing");
         assert_eq!(exactness(), usual);
         let panicked = std::panic::catch_unwind(|| strictly(|| panic!("within")));
         assert!(panicked.is_err() && exactness() == usual);
