@@ -1,10 +1,9 @@
 //! One attempt at one stage, once its key and its inputs are known: the same for kinds that run in the driver and for
 //! those that run in the worker.
 //!
-//! Its order is its promise: lock, lease what it rests on, look again, verify what is used, run, look whether the user's files still are what the key
-//! says, prepare the result. It knows no kind: what runs is a closure.
+//! Its order is its promise: lock, lease what it rests on, look again, verify what is used, run, look whether the user's files
+//! still are what the key says, prepare the result. It knows no kind: what runs is a closure.
 
-use std::any::Any;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -16,6 +15,7 @@ use anyhow::{Context as _, anyhow};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::pipeline::exec::failure::{fail, note_failure, panic_text, uncommitted};
 use crate::pipeline::exec::left::{holds_file, read_metrics};
 use crate::pipeline::exec::numerics::numerics;
 use crate::pipeline::plan::NodeName;
@@ -26,7 +26,7 @@ use crate::pipeline::store::{
 };
 
 /// The version of [`Request`]; a worker refuses any other.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
 /// How often a held lock is asked for before the attempt is left to the other process, and how long apart. Whoever merely
 /// looks whether a lock is free holds it for a moment.
@@ -110,32 +110,6 @@ impl Attempted {
         store.drop_work(&lock);
         Ok(true)
     }
-}
-
-/// Why a stage that has run has no result, written down where people look for it.
-pub(super) fn uncommitted(store: &Store, lock: &KeyLock, prepared: &Prepared, error: StoreError) -> AttemptError {
-    let text = error.to_string();
-    note_failure(store, lock, prepared.manifest().seconds, &text);
-    // Somebody found an output damaged and put it aside.
-    if error.io().is_some_and(|cause| cause.kind() == std::io::ErrorKind::NotFound) {
-        return AttemptError::Lost(text);
-    }
-    AttemptError::Store(error)
-}
-
-/// Writes down why an attempt at the lock's key, which took so many seconds, has no result.
-pub(super) fn note_failure(store: &Store, lock: &KeyLock, seconds: f64, problem: &str) {
-    let attempts = store.attempts(lock.key()).ok().flatten().unwrap_or_default();
-    let ended = Attempts { seconds, error: Some(first_line(problem)), owner: None, ..attempts };
-    let noted = store.append_log(lock.key(), &format!("failed: {problem}"));
-    if let Err(error) = noted.and_then(|()| store.save_attempts(lock.key(), &ended)) {
-        tracing::warn!(%error, "the reason of a failure is not written down");
-    }
-}
-
-/// What a list shows of an error.
-fn first_line(problem: &str) -> String {
-    problem.lines().next().unwrap_or_default().trim_end_matches(':').to_owned()
 }
 
 /// Why an attempt has no result.
@@ -480,30 +454,6 @@ fn draft_outputs(request: &Request, out: &Path) -> Vec<DraftOutput> {
         folder: out.join(&output.name),
     };
     request.outputs.iter().map(draft).collect()
-}
-
-/// Keeps what a failed attempt left, and its reason at the end of its log.
-fn fail(store: &Store, lock: &KeyLock, out: &Path, ended: &Attempts, error: anyhow::Error) -> anyhow::Error {
-    let ended = Attempts { error: Some(first_line(&format!("{error:#}"))), ..ended.clone() };
-    let kept = store.save_attempts(lock.key(), &ended).and_then(|()| store.keep_failed(lock, out));
-    let logged = store.append_log(lock.key(), &format!("failed: {error:#}"));
-    // The stage's own error is what the user must see; that its traces could not be kept is the smaller news.
-    if let Err(second) = kept {
-        tracing::warn!(error = %second, "the files of a failed attempt are not kept");
-    }
-    if let Err(second) = logged {
-        tracing::warn!(error = %second, "the reason of a failure is not in its log");
-    }
-    error
-}
-
-/// What a panic said.
-pub(super) fn panic_text(panic: &(dyn Any + Send)) -> &str {
-    panic
-        .downcast_ref::<&str>()
-        .copied()
-        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("no message")
 }
 
 #[cfg(test)]

@@ -7,7 +7,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
-use crate::pipeline::exec::attempt::{AttemptError, note_failure, uncommitted};
+use crate::pipeline::exec::attempt::AttemptError;
+use crate::pipeline::exec::failure::{note_failure, uncommitted};
 use crate::pipeline::exec::local::{Ending, News, ToDriver, tell};
 use crate::pipeline::store::{KeyLock, Prepared, Store};
 

@@ -20,8 +20,9 @@ use std::time::Instant;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid};
 
 use crate::pipeline::exec::ExecError;
-use crate::pipeline::exec::attempt::{AttemptError, Attempted, Request, attempt, panic_text};
+use crate::pipeline::exec::attempt::{AttemptError, Attempted, Request, attempt};
 use crate::pipeline::exec::committer::{Finished, ToCommitter};
+use crate::pipeline::exec::failure::panic_text;
 use crate::pipeline::exec::throttle::Throttle;
 use crate::pipeline::exec::worker::Message;
 use crate::pipeline::stage::{AnyStage, StageEvent};

@@ -5,6 +5,7 @@ mod committer;
 pub mod device;
 mod driver;
 pub mod event;
+mod failure;
 mod left;
 mod local;
 pub mod machine;
