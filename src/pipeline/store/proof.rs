@@ -154,7 +154,7 @@ impl Play {
         self.act(|store, _| store.lease(&[&key(1)]));
         self.publish(1);
         self.publish(2);
-        self.act(|store, _| store.record(&node(), &record(1)));
+        self.act(|store, _| store.record(&node(), &record(1)).map(drop));
         self.publish(3);
         self.act(|store, _| store.lookup(&key(1)).and(store.lookup(&key(99))).map(drop));
         let mut pinned = false;
@@ -179,7 +179,7 @@ impl Play {
             _ => Ok(()),
         });
         self.publish(7);
-        self.act(|store, _| store.record(&node(), &record(2)));
+        self.act(|store, _| store.record(&node(), &record(2)).map(drop));
         self.act(|store, _| {
             let report = store.verify(None, &mut |_, _| ())?;
             store.repair(&report).map(drop)

@@ -155,8 +155,8 @@ impl ReadTrial {
 }
 
 impl Store {
-    /// Keeps what a stage was in this run, and the keys that it had before.
-    pub fn record(&self, name: &NodeName, record: &RunRecord) -> Result<(), StoreError> {
+    /// Keeps what a stage was in this run, and the keys that it had before; gives whether that is news.
+    pub fn record(&self, name: &NodeName, record: &RunRecord) -> Result<bool, StoreError> {
         let mut journals = self.journals.0.lock().unwrap_or_else(PoisonError::into_inner);
         if !journals.get(&name.experiment).is_some_and(|trials| trials.contains_key(&name.trial)) {
             let journal = self.read_journal(&name.experiment, &name.trial)?;
@@ -165,7 +165,7 @@ impl Store {
         let trials = journals.get_mut(&name.experiment).expect("it was read just now");
         let journal = trials.get_mut(&name.trial).expect("it was read just now");
         if journal.says(&name.stage, record) {
-            return Ok(());
+            return Ok(false);
         }
         let folder = self.trial_folder(&name.experiment, &name.trial);
         let path = folder.join(JOURNAL);
@@ -195,7 +195,7 @@ impl Store {
         }
         // Whoever asks next looks at the file again.
         journal.stat = None;
-        Ok(())
+        Ok(true)
     }
 
     /// Keeps how the arms of an experiment were tuned as `tuned.json` beside its trials: a view, which results can give again.

@@ -6,6 +6,7 @@ use super::{Driver, made_of, shown};
 use crate::pipeline::exec::event::Event;
 use crate::pipeline::exec::local::{Ending, News};
 use crate::pipeline::exec::scheduler::Input;
+use crate::pipeline::stage::Place;
 use crate::pipeline::store::{Digest, Lookup, Manifest, RunRecord, StoredResult};
 
 impl Driver<'_, '_> {
@@ -128,7 +129,12 @@ impl Driver<'_, '_> {
             let file = self.plan.experiments.get(&name.experiment).cloned().unwrap_or_default();
             let (recipe, kind) = (planned.recipe.clone(), planned.spec.kind.name.to_owned());
             let record = RunRecord { recipe, key: key.clone(), kind, file, earlier: Vec::new() };
-            let written = self.store.record(name, &record).and_then(|()| self.store.link_tensorboard(name, key));
+            // Only a worker writes curves: elsewhere there is nothing to link or to take away unless the name has moved on.
+            let in_worker = planned.spec.kind.place == Place::Worker;
+            let written = match self.store.record(name, &record) {
+                Ok(is_new) if is_new || in_worker => self.store.link_tensorboard(name, key),
+                recorded => recorded.map(drop),
+            };
             if let Err(error) = written {
                 let text = format!("the run of `{}` is not recorded: {error}", shown(planned));
                 (self.events)(&Event::Warning { text });
