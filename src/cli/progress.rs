@@ -387,8 +387,9 @@ fn headline(metrics: &BTreeMap<String, f64>) -> String {
         let last = name.rsplit(['/', '.']).next().unwrap_or(name);
         FIRST.iter().position(|first| *first == last).unwrap_or(FIRST.len())
     };
-    // A dotted name is a part of another number: `solved.long`, `rows.train`.
-    let mut names: Vec<&String> = metrics.keys().filter(|name| !name.contains('.')).collect();
+    // A dotted name is a part of another number: `solved.long`, `rows.train`. Where the time goes is for `pipe show`.
+    let is_told = |name: &&String| !name.contains('.') && !name.starts_with("seconds/");
+    let mut names: Vec<&String> = metrics.keys().filter(is_told).collect();
     names.sort_by_key(|name| (rank(name), name.as_str()));
     let shown: Vec<String> =
         names.into_iter().take(SHOWN_METRICS).map(|name| format!("{name} {}", render::number(metrics[name]))).collect();
@@ -433,6 +434,13 @@ fn style(template: &str) -> ProgressStyle {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_first_metrics_are_those_that_people_look_for() {
+        let names = ["loss", "mfu", "reward", "rollout/solved", "rollout/solved.long", "seconds/reward"];
+        let shown = headline(&names.into_iter().map(|name| (name.to_owned(), 0.5)).collect());
+        assert_eq!(shown, "rollout/solved 0.5, reward 0.5, loss 0.5, mfu 0.5");
+    }
 
     #[test]
     fn a_running_stage_says_where_it_is() {

@@ -153,7 +153,7 @@ impl Store {
         for group in groups {
             all.push(group.iter().try_for_each(|path| {
                 let told = asked.entry(path).or_insert_with(|| self.disk.sync(path));
-                let told = told.as_ref().map(|()| ()).map_err(told_again);
+                let told = told.as_ref().copied().map_err(told_again);
                 told.at("write", path).map_err(|error| (path.clone(), error))
             }));
         }
