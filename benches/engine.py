@@ -18,7 +18,8 @@ with an empty store, where nothing but reading and planning takes time; `--full`
 and then plans and runs it with every result there. Peak memory is that of the process, from the kernel.
 
 An ext4 without a journal passes over every file deleted within the last minutes whenever it makes one, so there the second of
-two runs of this script shows a multiple of the first: leave five minutes between them, or give another `--place`. Nothing is removed before the end.
+two runs of this script shows a multiple of the first: leave five minutes between them, or give another `--place`.
+Nothing is removed before the end.
 
 Predicted before it was measured: at most 2 ms a stage beyond the bare loop, cold; 50 ms for nothing to do over 1,000 stages;
 3 s and 1 GB to plan 100,000.

@@ -385,6 +385,30 @@ mod tests {
     }
 
     #[test]
+    fn a_worker_that_is_stopped_before_it_listens_has_not_failed() {
+        let ends = |signal: &dyn Fn(&WorkerProcess)| {
+            let child = Mutex::new(Command::new("sleep").arg("600").process_group(0).spawn().unwrap());
+            let worker = WorkerProcess { child, stopped: AtomicBool::new(false), killed: AtomicBool::new(false) };
+            signal(&worker);
+            let status = worker.wait().unwrap();
+            (status.signal(), worker.was_asked_to_end(status))
+        };
+        assert_eq!(ends(&|worker| worker.signal(Signal::TERM)), (Some(15), true));
+        assert_eq!(ends(&|worker| worker.signal(Signal::KILL)), (Some(9), true));
+        let by_another = |signal| {
+            ends(&|worker: &WorkerProcess| {
+                kill_process(Pid::from_child(&worker.child.lock().unwrap()), signal).unwrap();
+            })
+        };
+        assert_eq!(by_another(Signal::TERM), (Some(15), false));
+        let after_a_stop = ends(&|worker| {
+            worker.stopped.store(true, Ordering::Relaxed);
+            kill_process(Pid::from_child(&worker.child.lock().unwrap()), Signal::ABORT).unwrap();
+        });
+        assert_eq!(after_a_stop, (Some(6), false), "it died of something else");
+    }
+
+    #[test]
     fn every_worker_multiplies_alike_whatever_the_environment_says() {
         let program = WorkerProgram::at("/proc/self/exe".into(), Vec::new()).unwrap();
         let command = program.command();

@@ -191,8 +191,9 @@ impl Case {
             .filter(|((_, stage), _)| options.again.contains(stage))
             .map(|(_, computed)| computed.tuple.line())
             .collect();
-        self.check_minimal(expected, &wanted, &before, &again, &came)?;
-        self.check_plan(&plan, expected, &wanted, &before, &again, &came)?;
+        let due = Due { wanted: &wanted, before: &before, again: &again };
+        self.check_minimal(expected, &due, &came)?;
+        self.check_plan(&plan, expected, &due, &came)?;
         self.check_bytes(expected, &wanted)
     }
 
@@ -258,14 +259,8 @@ impl Case {
         Ok(())
     }
 
-    fn check_minimal(
-        &self,
-        expected: &Expected,
-        wanted: &BTreeSet<(String, String)>,
-        before: &Before,
-        again: &BTreeSet<String>,
-        came: &Came,
-    ) -> Result<(), Wrong> {
+    fn check_minimal(&self, expected: &Expected, due: &Due<'_>, came: &Came) -> Result<(), Wrong> {
+        let Due { wanted, before, again } = *due;
         let made = self.objects_of(came.ran.keys());
         let wanted: BTreeMap<String, &(String, String)> =
             wanted.iter().map(|name| (expected.stages[name].tuple.line(), name)).collect();
@@ -292,23 +287,12 @@ impl Case {
     }
 
     /// Holds that the plan foretold the run.
-    fn check_plan(
-        &self,
-        plan: &Plan,
-        expected: &Expected,
-        wanted: &BTreeSet<(String, String)>,
-        before: &Before,
-        again: &BTreeSet<String>,
-        came: &Came,
-    ) -> Result<(), Wrong> {
+    fn check_plan(&self, plan: &Plan, expected: &Expected, due: &Due<'_>, came: &Came) -> Result<(), Wrong> {
+        let Due { wanted, before, again } = *due;
         let line = |node: &Node| {
             let name = node.name();
             expected.stages[&(name.trial.clone(), name.stage.clone())].tuple.line()
         };
-        let mut nodes_of: HashMap<String, usize> = HashMap::new();
-        for node in &plan.nodes {
-            *nodes_of.entry(line(node)).or_default() += 1;
-        }
         for node in &plan.nodes {
             let (name, line) = (node.name(), line(node));
             let has_ran = came.ran.contains_key(&line);
@@ -388,7 +372,8 @@ impl Case {
         hold!(came.failures.is_empty(), "one of two runs failed: {:?}", came.failures);
         self.learn(expected, &came)?;
         let wanted = expected.wanted(None);
-        self.check_minimal(expected, &wanted, &before, &BTreeSet::new(), &came)?;
+        let due = Due { wanted: &wanted, before: &before, again: &BTreeSet::new() };
+        self.check_minimal(expected, &due, &came)?;
         self.check_bytes(expected, &wanted)
     }
 
@@ -452,6 +437,17 @@ enum Had {
     Whole,
     Broken(BTreeSet<Digest>),
     Nothing,
+}
+
+/// What a run was asked for, and with which store it began.
+#[derive(Clone, Copy)]
+struct Due<'a> {
+    /// The stages of each trial that it must leave with a result.
+    wanted: &'a BTreeSet<(String, String)>,
+    /// What the store had.
+    before: &'a Before,
+    /// The tuples that run in any case.
+    again: &'a BTreeSet<String>,
 }
 
 /// What the store has before a run.
