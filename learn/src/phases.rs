@@ -190,7 +190,8 @@ fn rates(probe: &Probe, device: Device, kind: Kind) -> (f64, f64) {
             settle(device);
             began.elapsed().as_secs_f64()
         };
-        (0..4).map(once).fold(f64::INFINITY, f64::min)
+        // The best of many: what else the machine does in these moments must not make it look slow.
+        (0..16).map(once).fold(f64::INFINITY, f64::min)
     };
     let product = {
         let square = Tensor::ones([probe.side, probe.side], (kind, device));
