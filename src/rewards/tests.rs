@@ -40,6 +40,7 @@ fn outcomes(spec: &RewardSpec, verdicts: &[Measurements]) -> Result<Vec<Outcome>
             finish: Finish::Stop,
             measurements,
             turns: std::slice::from_ref(measurements),
+            lengths: &[],
         })
         .collect();
     let outcomes = Scorer::new(&specs, None)?.score(&samples)?;
@@ -156,8 +157,16 @@ fn turns_are_scored_each_and_summed() {
     let (turns, instance) = ([turn(0.0), turn(-1.0), turn(1.5)], json!(null));
     let measurements = verdict([1.0; 5]);
     let (prompt, completion, finish) = ("", "", Finish::Stop);
-    let sample =
-        ScoreInput { instance: &instance, prompt, completion, finish, measurements: &measurements, turns: &turns };
+    let lengths = &[];
+    let sample = ScoreInput {
+        instance: &instance,
+        prompt,
+        completion,
+        finish,
+        measurements: &measurements,
+        turns: &turns,
+        lengths,
+    };
     let mut scorer = Scorer::new(&specs, None).unwrap();
     assert_eq!(scorer.names(), ["end", "env"]);
     let scored = scorer.score(&[sample]).unwrap().remove(0);
@@ -170,12 +179,37 @@ fn turns_are_scored_each_and_summed() {
 }
 
 #[test]
+fn the_tokens_of_replies_are_known_by_episode_and_by_turn() {
+    let specs: BTreeMap<String, RewardSpec> = serde_json::from_value(json!({
+        "short": {"kind": "expression", "expression": "solved * clamp(1 - completion_length / 20, 0, 1)"},
+        "turn": {"kind": "expression", "expression": "-completion_length", "per": "turn"},
+    }))
+    .unwrap();
+    assert!(specs["short"].check(MEASURES).is_empty());
+    let (instance, measurements) = (json!(null), verdict([1.0; 5]));
+    let turns = [Measurements::new(), Measurements::new()];
+    let score = |measurements: &Measurements, lengths: &[u64]| {
+        let (instance, finish) = (&instance, Finish::Stop);
+        let sample = ScoreInput { instance, prompt: "", completion: "", finish, measurements, turns: &turns, lengths };
+        Scorer::new(&specs, None).unwrap().score(&[sample]).unwrap().remove(0)
+    };
+    assert_eq!(score(&measurements, &[3, 2]), [Outcome::Value(0.75), Outcome::Turns(vec![-3.0, -2.0])]);
+    let unknown = score(&measurements, &[]);
+    assert_eq!(unknown[0], Outcome::Error("the verdict has no measurement `completion_length`".into()));
+    assert!(unknown[1].error().is_some());
+    let mut own = measurements.clone();
+    own.insert(COMPLETION_LENGTH.to_owned(), 10.0);
+    assert_eq!(score(&own, &[3, 2])[0], Outcome::Value(0.5), "a task's own measurement goes before");
+}
+
+#[test]
 fn the_control_draws_from_instance_and_completion_alone() {
     let draw = |seed: u64, size: u64, completion: &str, solved: f64| {
         let specs = BTreeMap::from([("r".to_owned(), RewardSpec::Random { seed, weight: 1.0 })]);
         let (instance, measurements) = (json!({"size": size}), verdict([solved; 5]));
-        let (prompt, finish, turns) = ("", Finish::Stop, &[][..]);
-        let sample = ScoreInput { instance: &instance, prompt, completion, finish, measurements: &measurements, turns };
+        let (prompt, finish, turns, lengths) = ("", Finish::Stop, &[][..], &[][..]);
+        let measurements = &measurements;
+        let sample = ScoreInput { instance: &instance, prompt, completion, finish, measurements, turns, lengths };
         Scorer::new(&specs, None).unwrap().score(&[sample]).unwrap()[0][0].value().unwrap()
     };
     let first = draw(1, 3, "up", 0.0);
@@ -208,6 +242,7 @@ fn the_reward_of_the_documentation_scores_abstains_and_errs() {
         finish,
         measurements: &measurements,
         turns: std::slice::from_ref(&measurements),
+        lengths: &[2],
     };
     let samples = [
         sample("up down", Finish::Stop),
