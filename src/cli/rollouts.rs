@@ -66,7 +66,11 @@ mod tests {
             ("total", ColumnType::Number),
         ];
         let write = |a: &[Option<f64>], b: &[Option<f64>], total: &[Option<f64>]| {
-            let mut table = TableWriter::create(&folder.path().join("rollouts.parquet"), &columns).unwrap();
+            let path = folder.path().join("rollouts.parquet");
+            if path.exists() {
+                std::fs::remove_file(&path).unwrap();
+            }
+            let mut table = TableWriter::create(&path, &columns).unwrap();
             let sample = Column::integer((0..a.len()).map(|row| (row % 2) as i64));
             table
                 .write(vec![

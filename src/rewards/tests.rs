@@ -255,6 +255,83 @@ fn the_reward_of_the_documentation_scores_abstains_and_errs() {
     assert_eq!(scored, [[Outcome::Value(0.5)], [Outcome::Abstain], [error], [Outcome::Value(1.0)]]);
 }
 
+/// The rewards over mazes that the documentation lists.
+fn documented() -> BTreeMap<String, RewardSpec> {
+    #[derive(serde::Deserialize)]
+    struct File {
+        rewards: BTreeMap<String, RewardSpec>,
+    }
+    let text = include_str!("../../docs/learning.md");
+    let begin = text.find("```toml\n# As AlphaMaze's text").unwrap() + "```toml\n".len();
+    let code = &text[begin..];
+    toml::from_str::<File>(&code[..code.find("```").unwrap()]).unwrap().rewards
+}
+
+#[test]
+fn the_rewards_of_the_documentation_pay_what_papers_say() {
+    use crate::tasks::{Start, TaskSpec, open, probes::probes, replay};
+    let spec: TaskSpec = serde_json::from_value(json!({"kind": "maze", "rows": 5, "columns": 5})).unwrap();
+    let task = open(&spec, &spec.any_format()).unwrap();
+    let rewards = documented();
+    for (name, reward) in &rewards {
+        assert_eq!(reward.check(&spec.measures()), [], "{name}");
+    }
+    let instances = task.generate(5, 0..2).unwrap();
+    let (instance, other) = (&instances[0], &instances[1]);
+    let mut scorer = Scorer::new(&rewards, None).unwrap();
+    let mut score = |replies: &[String], finish: Finish| {
+        let (turns, measurements) = replay(task.as_ref(), Start { instance, seed: 0 }, replies, finish).unwrap();
+        let turns: Vec<Measurements> = turns.into_iter().map(|turn| turn.measurements).collect();
+        let (completion, measurements) = (replies.concat(), &measurements);
+        let (completion, lengths, turns) = (completion.as_str(), &[50][..], &turns[..]);
+        let sample = ScoreInput { instance, prompt: "", completion, finish, measurements, turns, lengths };
+        let outcomes = scorer.score(&[sample]).unwrap().remove(0);
+        let earned: BTreeMap<String, f64> = scorer
+            .names()
+            .iter()
+            .zip(scorer.weights())
+            .zip(outcomes)
+            .map(|((name, weight), outcome)| (name.clone(), weight * outcome.value().unwrap()))
+            .collect();
+        (measurements["solved"], earned)
+    };
+    let length = instance["length"].as_f64().unwrap();
+    let (solved, right) = score(&task.demonstrate(instance, 0).unwrap(), Finish::Stop);
+    assert_eq!(solved.to_bits(), 1f64.to_bits());
+    for (name, due) in [
+        ("text_correctness", 0.2 * length),
+        ("text_integrity", 0.5 * length),
+        ("text_thinking", 0.25),
+        ("code_correctness", 0.2 * length),
+        ("code_integrity", 1.0),
+        ("code_thinking", 0.25),
+        ("progress", 1.0),
+        ("walls", 0.0),
+        ("efficiency", 1.0),
+        ("brevity", 0.75),
+        ("form", 1.0),
+    ] {
+        assert!((right[name] - due).abs() < 1e-12, "{name}: {} and not {due}", right[name]);
+    }
+    assert_eq!(rewards.len(), 12, "and `random`");
+    // Without solving: the text's reward pays for walking on, the code's and the shaped ones do not.
+    let sum = |earned: &BTreeMap<String, f64>, prefix: &str| -> f64 {
+        earned.iter().filter(|(name, _)| name.starts_with(prefix)).map(|(_, value)| value).sum()
+    };
+    let mut unsolved: BTreeMap<&str, f64> = BTreeMap::new();
+    for probe in probes(task.as_ref(), instance, Some(other), 0) {
+        let (solved, earned) = score(&probe.replies, probe.finish);
+        for prefix in ["text_", "code_", "progress", "efficiency", "brevity"] {
+            let most = unsolved.entry(prefix).or_insert(f64::NEG_INFINITY);
+            *most = most.max(if solved < 1.0 { sum(&earned, prefix) } else { f64::NEG_INFINITY });
+        }
+    }
+    assert!(unsolved["text_"] > sum(&right, "text_"), "{unsolved:?}");
+    for prefix in ["code_", "efficiency", "brevity"] {
+        assert!(unsolved[prefix] < sum(&right, prefix), "{prefix}: {unsolved:?}");
+    }
+}
+
 #[test]
 fn what_a_program_may_not_answer_is_an_error_that_names_it() {
     let answers = |list: &str, samples: usize| {

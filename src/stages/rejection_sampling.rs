@@ -1,7 +1,8 @@
 //! `rejection_sampling`: a model's own completions as rows to fine-tune on, those for which an expression holds.
 //!
 //! Completions are taken as they were sampled, id by id, behind the prompts that they answered; the model's own tokens are
-//! the targets. With every completion of a `grpo` stage it is the control that trains on the same completions.
+//! the targets. With every completion of a `grpo` stage it is the control that trains on the same completions, but for those
+//! that the token limit ended: a row without an end teaches a model not to stop, and no training takes it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::PathBuf;
@@ -20,6 +21,7 @@ use crate::stages::samples::{Sample, Samples};
 use crate::stages::tokenize::write_json;
 use crate::stages::tokens::{Selection, TokensFolder};
 use crate::stages::training::task_of;
+use crate::tasks::Finish;
 
 /// The step of a training, from 1, for conditions.
 const STEP: &str = "step";
@@ -40,7 +42,7 @@ pub struct RejectionSampling {
     pub evaluation: Option<Input<Evaluation>>,
     /// What must hold of a completion: an expression that is not 0 over the task's measurements, `completion_length`,
     /// `truncated`, the numbers of the instance and, of rollouts, `step` (from 1) and `kept` (1 where the training learnt from
-    /// the completion's group). `1` takes all.
+    /// the completion's group). `1` takes all. One that the token limit ended is left out in any case.
     #[serde(default = "RejectionSampling::solved", rename = "where")]
     pub condition: String,
     /// Whether a completion that a prompt has twice, token by token, is taken once.
@@ -160,8 +162,9 @@ impl Stage for RejectionSampling {
         let samples = Samples::open(&stored, &BTreeMap::new())?;
         let rows = Rows::of(&tokens);
         let condition = Condition::compile(&self.condition)?;
-        let mut counts: BTreeMap<&str, u64> =
-            BTreeMap::from(["dropped.where", "dropped.duplicate", "dropped.per_prompt"].map(|why| (why, 0)));
+        let mut counts: BTreeMap<&str, u64> = BTreeMap::from(
+            ["dropped.where", "dropped.unended", "dropped.duplicate", "dropped.per_prompt"].map(|why| (why, 0)),
+        );
         let mut kept: Vec<(usize, &Sample)> = Vec::new();
         let mut taken: HashMap<usize, u64> = HashMap::new();
         let mut said: HashSet<(usize, &[i32])> = HashSet::new();
@@ -175,6 +178,8 @@ impl Stage for RejectionSampling {
             );
             let why = if !condition.holds(&|name| number(sample, tokens.rows[row].data.as_ref(), name))? {
                 "dropped.where"
+            } else if sample.finish == Finish::Length {
+                "dropped.unended"
             } else if self.unique && !said.insert((row, &sample.ids)) {
                 "dropped.duplicate"
             } else if self.per_prompt > 0 && *already >= self.per_prompt {
@@ -186,7 +191,12 @@ impl Stage for RejectionSampling {
             };
             *counts.entry(why).or_default() += 1;
         }
-        ensure!(!kept.is_empty(), "of {} completions none meets `{}`", samples.rows.len(), self.condition);
+        ensure!(
+            !kept.is_empty(),
+            "of {} completions none meets `{}` and has an end",
+            samples.rows.len(),
+            self.condition
+        );
         let mut selection = Selection::new(&tokens);
         for split in &self.keep_splits {
             let there = (0..tokens.rows.len()).filter(|row| tokens.rows[*row].split == *split);
@@ -210,12 +220,13 @@ impl Stage for RejectionSampling {
             ("prompts_without", taken.values().filter(|taken| **taken == 0).count() as u64),
         ]);
         context.note(format!(
-            "{} of {} completions kept: {} do not meet `{}`, {} are duplicates, {} are more than a prompt may have; {} of {} \
-             prompts have none",
+            "{} of {} completions kept: {} do not meet `{}`, {} have no end, {} are duplicates, {} are more than a prompt may \
+             have; {} of {} prompts have none",
             kept.len(),
             samples.rows.len(),
             counts["dropped.where"],
             self.condition,
+            counts["dropped.unended"],
             counts["dropped.duplicate"],
             counts["dropped.per_prompt"],
             counts["prompts_without"],

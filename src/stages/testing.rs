@@ -96,6 +96,8 @@ pub(crate) struct Said {
     pub(crate) turns: Option<String>,
     pub(crate) solved: f64,
     pub(crate) truncated: bool,
+    /// The token limit ended it.
+    pub(crate) unended: bool,
     pub(crate) kept: bool,
 }
 
@@ -113,7 +115,7 @@ pub(crate) fn store_completions(folder: &Path, is_training: bool, said: &[Said])
         ("completion", Text, text(&|_| "words".to_owned())),
         ("turns", Text, Column::Text(said.iter().map(|one| one.turns.clone()).collect())),
         ("ids", Integers, Column::Integers(said.iter().map(|one| one.ids.clone()).collect())),
-        ("finish", Text, text(&|one| if one.truncated { "length".to_owned() } else { "stop".to_owned() })),
+        ("finish", Text, text(&|one| if one.unended { "length".to_owned() } else { "stop".to_owned() })),
         ("truncated", Flag, flag(&|one| one.truncated)),
     ];
     if is_training {
@@ -129,7 +131,11 @@ pub(crate) fn store_completions(folder: &Path, is_training: bool, said: &[Said])
     let (names, values): (Vec<_>, Vec<_>) =
         columns.into_iter().map(|(name, kind, column)| ((name, kind), column)).unzip();
     let file = if is_training { "rollouts.parquet" } else { "examples.parquet" };
-    let mut table = TableWriter::create(&folder.join(file), &names).unwrap();
+    let path = folder.join(file);
+    if path.exists() {
+        std::fs::remove_file(&path).unwrap();
+    }
+    let mut table = TableWriter::create(&path, &names).unwrap();
     table.write(values).unwrap();
     table.finish().unwrap();
 }

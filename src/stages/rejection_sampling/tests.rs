@@ -101,7 +101,7 @@ fn what_is_left_out_is_counted_by_its_reason() {
             made.split("rl").unwrap().iter().map(|row| completion(&made, *row).to_vec()).collect();
         let counts = counts(&out);
         let dropped: u64 =
-            ["where", "duplicate", "per_prompt"].iter().map(|why| counts[&format!("dropped.{why}")]).sum();
+            ["where", "unended", "duplicate", "per_prompt"].iter().map(|why| counts[&format!("dropped.{why}")]).sum();
         assert_eq!(counts["kept"] + dropped, counts["completions"]);
         assert_eq!(counts["kept"], rows.len() as u64);
         (rows, counts)
@@ -116,8 +116,17 @@ fn what_is_left_out_is_counted_by_its_reason() {
     let (rows, _) =
         chosen(&json!({"where": "kept and step == 2 and truncated and length > 0 and completion_length == 4"}));
     assert_eq!(rows, [[9, 21, 30, 2], [7, 21, 30, 2]]);
+    // One that the token limit ended is no row, and its twin no duplicate.
+    let mut cut = completions(&tokens);
+    cut[2].unended = true;
+    store_completions(folder.path(), true, &cut);
+    let (rows, told) = chosen(&json!({}));
+    assert_eq!(
+        (rows.as_slice(), told["dropped.unended"], told["dropped.duplicate"]),
+        (&wanted.map(Vec::from)[..], 1, 2)
+    );
     let error = run(&path, folder.path(), "rollouts", &json!({"where": "solved > 1"})).unwrap_err().to_string();
-    assert_eq!(error, "of 16 completions none meets `solved > 1`");
+    assert_eq!(error, "of 16 completions none meets `solved > 1` and has an end");
 }
 
 #[test]

@@ -2,12 +2,20 @@
 
 use super::*;
 use crate::kinds::testing::LINES;
-use pipe::statistics::mean::wilson;
+use pipe::statistics::mean::{mean_interval, wilson};
 use std::collections::BTreeMap;
 
 fn several(samples: u64) -> Value {
     let mut params = evaluate();
     params["samples_per_prompt"] = json!(samples);
+    params
+}
+
+/// Four completions of each prompt to train on, of which the policy solves some.
+fn probe() -> Value {
+    let mut params = several(4);
+    params["split"] = json!("rl");
+    params["temperature"] = json!(1.0);
     params
 }
 
@@ -53,11 +61,11 @@ fn one_completion_is_stored_as_before_and_is_the_first_of_several() {
 
 #[test]
 fn pass_at_k_and_its_interval_count_instances() {
-    let job = Job::new(&FLOW, "evaluate", several(4));
+    let job = Job::new(&FLOW, "evaluate", probe());
     job.run(&[]).unwrap();
     let (solved, figures) = (values(&job, "solved"), figures(&job));
     let instances: Vec<&[f64]> = solved.chunks(4).collect();
-    assert_eq!((instances.len(), figures["n"]), (14, 14.0));
+    assert_eq!((instances.len(), figures["n"]), (20, 20.0));
     let mean = solved.iter().sum::<f64>() / solved.len() as f64;
     assert!((figures["solved"] - mean).abs() < 1e-12 && (figures["pass@1"] - mean).abs() < 1e-12);
     // Of the six pairs of four draws, those with a success.
@@ -66,14 +74,16 @@ fn pass_at_k_and_its_interval_count_instances() {
         pairs.filter(|(one, other)| draws[*one] + draws[*other] > 0.5).count() as f64 / 6.0
     };
     let by_hand: Vec<f64> = instances.iter().map(|draws| pairs(draws)).collect();
-    assert!((figures["pass@2"] - by_hand.iter().sum::<f64>() / 14.0).abs() < 1e-12);
+    assert!((figures["pass@2"] - by_hand.iter().sum::<f64>() / 20.0).abs() < 1e-12);
     for (at, value) in values(&job, "pass@2").iter().enumerate() {
         assert!((value - by_hand[at / 4]).abs() < 1e-12);
     }
     assert!(mean > 0.0 && mean < 1.0, "the policy solves some: {mean}");
+    let means: Vec<f64> = instances.iter().map(|draws| draws.iter().sum::<f64>() / 4.0).collect();
+    let interval = mean_interval(&means, 0.95).unwrap();
+    assert_eq!((figures["solved_low"], figures["solved_high"]), (interval.low.unwrap(), interval.high.unwrap()));
     let naive = wilson(solved.iter().sum::<f64>() as u64, solved.len() as u64, 0.95).unwrap();
-    let width = figures["solved_high"] - figures["solved_low"];
-    assert!(width > naive.high.unwrap() - naive.low.unwrap(), "56 completions are not 56 instances: {figures:?}");
+    assert_ne!(Some(figures["solved_high"]), naive.high, "80 completions are not 80 instances");
     let Column::Integers(ids) = column(&job, "ids") else { panic!("no ids") };
     let lengths: Vec<f64> = ids.iter().map(|ids| ids.len() as f64).collect();
     assert_eq!(values(&job, "completion_length"), lengths, "episodes of one turn are their reply");
@@ -89,15 +99,22 @@ fn rows_to_train_on_are_what_grpo_has_generated() {
         let made = Job::new(&with, "rejection_sampling", all);
         made.run(&[]).unwrap();
         let rows = TokensFolder::open(&made.out().join("tokens")).unwrap();
-        let stored =
-            table::read(&trained.out().join("rollouts/rollouts.parquet"), &["row", "ids", "logprobs"]).unwrap();
-        let [Column::Integer(row), Column::Integers(ids), Column::Numbers(logprobs)] = &stored[..] else {
+        let path = trained.out().join("rollouts/rollouts.parquet");
+        let stored = table::read(&path, &["row", "ids", "logprobs", "finish"]).unwrap();
+        let [Column::Integer(row), Column::Integers(ids), Column::Numbers(logprobs), Column::Text(finish)] =
+            &stored[..]
+        else {
             panic!("other columns")
         };
+        // A completion without an end would teach a model not to stop.
+        let ended: Vec<usize> = (0..ids.len()).filter(|at| finish[*at].as_deref() == Some("stop")).collect();
+        let counts: BTreeMap<String, u64> =
+            serde_json::from_slice(&std::fs::read(made.out().join("tokens/metrics.json")).unwrap()).unwrap();
+        assert_eq!(counts["dropped.unended"] as usize, ids.len() - ended.len());
         let tokens = TokensFolder::open(flow.path("tokens")).unwrap();
         let taken = rows.split("rl").unwrap();
-        assert_eq!(taken.len(), ids.len());
-        for (place, &taken) in taken.iter().enumerate() {
+        assert_eq!(taken.len(), ended.len());
+        for (place, &taken) in ended.into_iter().zip(&taken) {
             let from = row[place].unwrap() as usize;
             assert_eq!(rows.row_ids(taken), [tokens.prompt_ids(from), &ids[place]].concat());
             // The model's own tokens are the targets, and nothing that it read.
@@ -118,10 +135,7 @@ fn rows_to_train_on_are_what_grpo_has_generated() {
 
 #[test]
 fn prompts_are_chosen_by_how_often_a_model_solves_them() {
-    let mut probe = several(4);
-    probe["split"] = json!("rl");
-    probe["temperature"] = json!(1.0);
-    let probed = Job::new(&FLOW, "evaluate", probe);
+    let probed = Job::new(&FLOW, "evaluate", probe());
     probed.run(&[]).unwrap();
     let with = FLOW.with("probe", &probed.out().join("evaluation"), ArtifactType::Evaluation);
     let select = json!({"tokens": "tokens", "evaluation": "probe", "where": "solved > 0 and solved < 1"});
