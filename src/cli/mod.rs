@@ -22,6 +22,7 @@ pub mod progress;
 pub mod render;
 pub mod rescore;
 pub mod results;
+pub mod rollouts;
 pub mod run;
 pub mod schema;
 pub mod score;

@@ -1,7 +1,8 @@
 //! What a stored result says of itself: its headline numbers, and an evaluation's measurements by instance.
 //!
 //! It reads `examples.parquet` as any other program would: a column `instance`, a column `stratum` that may be missing,
-//! and a number or truth value a measurement. Columns of other types (prompts, completions) are never read.
+//! and a number or truth value a measurement. Columns of other types (prompts, completions) are never read, nor is the
+//! number of a completion among those of its instance (`sample`).
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -16,6 +17,7 @@ use arrow_schema::DataType;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
+use crate::cli::rollouts;
 use crate::pipeline::stage::ArtifactType;
 use crate::pipeline::store::{Manifest, Store};
 
@@ -51,7 +53,11 @@ impl StageResult {
             Some(output) => Examples::read(&store.object(&output.digest))?,
             None => None,
         };
-        Ok(Self { metrics: manifest.metrics.clone(), examples })
+        let mut metrics = manifest.metrics.clone();
+        if let Some(output) = manifest.outputs.iter().find(|output| output.artifact == ArtifactType::Rollouts) {
+            metrics.extend(rollouts::metrics(&store.object(&output.digest), &manifest.params["rewards"])?);
+        }
+        Ok(Self { metrics, examples })
     }
 
     /// The values of a metric: a measurement by instance (`solved`, or `solved.STRATUM` for the rows of one stratum), or
@@ -94,7 +100,7 @@ impl Examples {
         let builder = ParquetRecordBatchReaderBuilder::try_new(file)?;
         let wanted = |(place, field): (usize, &Arc<arrow_schema::Field>)| {
             let labels = ["instance", "stratum"].contains(&field.name().as_str());
-            (labels || is_measurement(field.data_type())).then_some(place)
+            (labels || field.name() != "sample" && is_measurement(field.data_type())).then_some(place)
         };
         let roots: Vec<usize> = builder.schema().fields().iter().enumerate().filter_map(wanted).collect();
         let mask = ProjectionMask::roots(builder.parquet_schema(), roots);

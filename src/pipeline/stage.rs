@@ -6,7 +6,9 @@
 
 mod edge;
 
-pub use edge::{Any, Artifact, ArtifactType, Checkpoint, Dataset, Input, Rollouts, Tokenizer, Tokens, TrainingState};
+pub use edge::{
+    Any, Artifact, ArtifactType, Checkpoint, Dataset, Evaluation, Input, Rollouts, Tokenizer, Tokens, TrainingState,
+};
 
 pub use crate::file::{PlacedFile, SourceFile};
 

@@ -108,6 +108,7 @@ impl Stage for Sft {
         problems.extend(check_start(self.model.is_some(), self.continue_from.is_some()));
         problems.extend(check_select(*upstream, &self.data.reference, validate));
         problems.extend(self.lora.iter().flat_map(Lora::problems));
+        problems.extend(self.schedule.problems());
         problems
     }
 }

@@ -15,8 +15,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
 use rayon::prelude::*;
-use safetensors::Dtype;
-use safetensors::tensor::TensorView;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -26,23 +24,14 @@ use crate::pipeline::stage::{
 use crate::stages::chat::ChatTemplate;
 use crate::stages::interrupted;
 use crate::stages::synthesize::pool;
-use crate::stages::table::{Column, ColumnType, TableWriter};
+use crate::stages::table::{Column, TableWriter};
 use crate::stages::tokenizer::Encoder;
-use crate::stages::tokens::{ROWS_FILE, TASK_FILE, TENSORS_FILE, TOKENIZER_FOLDER, TaskFile};
+use crate::stages::tokens::{COLUMNS, ROWS_FILE, TASK_FILE, TOKENIZER_FOLDER, TaskFile, save_tensors};
 use crate::tasks::{FormatSpec, TaskSpec, open, open_with, parts};
 use script::{Contents, Script, Split, Writer, read_splits};
 
 /// Rows tokenized at a time.
 const CHUNK: usize = 8_192;
-
-const COLUMNS: &[(&str, ColumnType)] = &[
-    ("row", ColumnType::Integer),
-    ("instance", ColumnType::Text),
-    ("split", ColumnType::Text),
-    ("stratum", ColumnType::Text),
-    ("prompt", ColumnType::Text),
-    ("data", ColumnType::Text),
-];
 
 /// Which tokens of a row are targets of the loss.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -364,21 +353,8 @@ impl Rows {
     }
 
     fn save(&self, folder: &Path) -> anyhow::Result<()> {
-        let path = folder.join(TENSORS_FILE);
-        let ids: Vec<u8> = self.ids.iter().flat_map(|id| id.to_le_bytes()).collect();
-        let offsets: Vec<u8> = std::iter::once(&0).chain(&self.ends).flat_map(|end| end.to_le_bytes()).collect();
-        let lengths: Vec<u8> = self.prompt_lengths.iter().flat_map(|length| length.to_le_bytes()).collect();
-        let (tokens, rows) = (self.ids.len(), self.ends.len());
-        let save = || {
-            let tensors = [
-                ("ids", TensorView::new(Dtype::I32, vec![tokens], &ids)?),
-                ("mask", TensorView::new(Dtype::U8, vec![tokens], &self.mask)?),
-                ("offsets", TensorView::new(Dtype::I64, vec![rows + 1], &offsets)?),
-                ("prompt_lengths", TensorView::new(Dtype::I32, vec![rows], &lengths)?),
-            ];
-            anyhow::Ok(fs::write(&path, safetensors::serialize(tensors, None)?)?)
-        };
-        save().with_context(|| format!("writing `{}`", path.display()))
+        let offsets: Vec<i64> = std::iter::once(&0).chain(&self.ends).copied().collect();
+        save_tensors(folder, &self.ids, &offsets, &self.mask, &self.prompt_lengths)
     }
 
     fn metrics(&self, splits: &[Split]) -> BTreeMap<String, u64> {
@@ -433,7 +409,7 @@ fn files(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
 }
 
 /// Copies the files of a folder into a new one. Contents only: what the store keeps is read-only.
-fn copy_files(from: &Path, to: &Path) -> anyhow::Result<()> {
+pub(crate) fn copy_files(from: &Path, to: &Path) -> anyhow::Result<()> {
     fs::create_dir(to).with_context(|| format!("creating `{}`", to.display()))?;
     for file in files(from)? {
         let Some(name) = file.file_name() else { continue };
@@ -444,7 +420,8 @@ fn copy_files(from: &Path, to: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn write_json<T: Serialize>(path: &Path, value: &T) -> anyhow::Result<()> {
+/// Writes plain data as one line of JSON.
+pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> anyhow::Result<()> {
     let text = serde_json::to_string(value).expect("plain data");
     fs::write(path, text + "\n").with_context(|| format!("writing `{}`", path.display()))
 }

@@ -47,7 +47,7 @@ pub enum Decay {
     Constant,
 }
 
-/// The learning-rate schedule: linear warm-up, then decay.
+/// The learning-rate schedule: linear warm-up, then decay; with a `decay_ratio` below 1 a constant rate between the two.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Schedule {
@@ -59,11 +59,15 @@ pub struct Schedule {
     /// The rate at the last step, as a share of the peak.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub final_ratio: f64,
+    /// The share of all steps, at the end, over which the rate falls (warm-up, stable, decay); 1 is all steps after warm-up.
+    #[serde(skip_serializing_if = "Schedule::is_all")]
+    #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0.0))]
+    pub decay_ratio: f64,
 }
 
 impl Default for Schedule {
     fn default() -> Self {
-        Self { decay: Decay::Cosine, warmup_ratio: 0.05, final_ratio: 0.1 }
+        Self { decay: Decay::Cosine, warmup_ratio: 0.05, final_ratio: 0.1, decay_ratio: 1.0 }
     }
 }
 
@@ -71,6 +75,28 @@ impl Schedule {
     /// Warm-up over a twentieth of the steps, then a constant rate: what reinforcement learning starts from.
     pub fn constant() -> Self {
         Self { decay: Decay::Constant, ..Self::default() }
+    }
+
+    // A parameter that came later: keys from before it stay what they were.
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands a reference")]
+    fn is_all(ratio: &f64) -> bool {
+        *ratio >= 1.0
+    }
+
+    /// What is wrong with the parameters beyond their schema.
+    pub fn problems(&self) -> Option<Problem> {
+        if self.decay_ratio >= 1.0 {
+            return None;
+        }
+        if self.decay == Decay::Constant {
+            let problem = Problem::new("schedule.decay_ratio", "a `constant` rate does not fall");
+            return Some(problem.hint("set `decay` to `cosine` or `linear`, or leave `decay_ratio` out"));
+        }
+        (self.warmup_ratio + self.decay_ratio > 1.0 + 1e-9).then(|| {
+            let (warmup, decay) = (self.warmup_ratio, self.decay_ratio);
+            let message = format!("warm-up ({warmup}) and decay ({decay}) are more than all steps together");
+            Problem::new("schedule.decay_ratio", message)
+        })
     }
 }
 
@@ -292,6 +318,22 @@ mod tests {
         assert!((lora(serde_json::json!({"rank": 4, "alpha": 2.0})).scale() - 0.5).abs() < 1e-12);
         assert!(lora(serde_json::json!({"rank": 4})).adapts("up_proj"));
         assert!(!lora(serde_json::json!({"rank": 4, "targets": ["v_proj"]})).adapts("up_proj"));
+    }
+
+    #[test]
+    fn a_stable_phase_is_written_where_there_is_one_and_must_end_in_a_fall() {
+        let schedule = |json: serde_json::Value| serde_json::from_value::<Schedule>(json).unwrap();
+        let written = |json| serde_json::to_value(schedule(json)).unwrap();
+        let plain = serde_json::json!({"decay": "cosine", "warmup_ratio": 0.05, "final_ratio": 0.1});
+        assert_eq!(written(serde_json::json!({})), plain);
+        assert_eq!(written(serde_json::json!({"decay_ratio": 1.0})), plain);
+        assert_eq!(written(serde_json::json!({"decay_ratio": 0.2}))["decay_ratio"], 0.2);
+        let path = |json| schedule(json).problems().map(|problem| problem.path);
+        assert_eq!(path(serde_json::json!({"decay": "linear", "decay_ratio": 0.2})), None);
+        assert_eq!(path(serde_json::json!({"decay": "constant"})), None);
+        let wrong = Some("schedule.decay_ratio".to_owned());
+        assert_eq!(path(serde_json::json!({"decay": "constant", "decay_ratio": 0.2})), wrong);
+        assert_eq!(path(serde_json::json!({"warmup_ratio": 0.9, "decay_ratio": 0.2})), wrong);
     }
 
     #[test]

@@ -202,9 +202,10 @@ impl Stage for Grpo {
         parts
     }
 
-    // Its validations stand in its logs; what tables compare are evaluations of its checkpoints.
+    // Its validations stand in its logs; what tables compare are evaluations of its checkpoints. What each reward did is told
+    // by the completions it has kept.
     fn metrics(&self, _upstream: &Upstream<'_>) -> Option<Vec<String>> {
-        Some(Vec::new())
+        Some(self.rewards.keys().map(|name| format!("reward/{name}/variance_share")).collect())
     }
 
     fn check(&self, upstream: &Upstream<'_>) -> Vec<Problem> {
@@ -224,6 +225,7 @@ impl Stage for Grpo {
         let reference = &self.prompts.reference;
         problems.extend(check_select(*upstream, reference, self.validate.as_ref()));
         problems.extend(self.lora.iter().flat_map(Lora::problems));
+        problems.extend(self.schedule.problems());
         if let Some(task) = task_of(*upstream, reference) {
             for (name, reward) in &self.rewards {
                 for (field, message, hint) in reward.check(&task.measures()) {

@@ -7,7 +7,7 @@ use crate::stages::dataset;
 use crate::stages::synthesize::Synthesize;
 use crate::stages::testing::{context, digest, give};
 use crate::stages::tokenizer;
-use crate::stages::tokens::TokensFolder;
+use crate::stages::tokens::{TENSORS_FILE, TokensFolder};
 use crate::tasks::{Finish, Start, replay};
 
 /// A folder with a data set and a tokenizer of 4 x 4 mazes in `format`.

@@ -6,6 +6,7 @@ mod episodes;
 mod new_tokens;
 mod policy;
 mod replayed;
+mod selected;
 mod supervised;
 
 use std::time::Duration;
