@@ -98,8 +98,9 @@ pub fn run(params: &Evaluate, context: &mut StageContext) -> anyhow::Result<()> 
 
     // Finish.
     let out = context.output("evaluation");
-    write_examples(&prompts, &rows, &played, &out.join(EXAMPLES_FILE))?;
-    let values = metrics(&prompts, &rows, &played);
+    let diagnoses = diagnose(&prompts, &rows, &played)?;
+    write_examples(&prompts, &rows, &played, &diagnoses, &out.join(EXAMPLES_FILE))?;
+    let values = metrics(&prompts, &rows, &played, &diagnoses);
     let path = out.join(METRICS_FILE);
     let text = serde_json::to_string_pretty(&values).context("metrics are plain data")?;
     std::fs::write(&path, text + "\n").with_context(|| format!("writing `{}`", path.display()))?;
@@ -122,11 +123,38 @@ fn step(
     Ok(Chunk { rows: rows.to_vec(), played: played.into_iter().flatten().collect() })
 }
 
-fn write_examples(prompts: &Prompts, rows: &[usize], played: &[Trajectory], path: &Path) -> anyhow::Result<()> {
+/// What a task has to say of episodes beside its verdicts: the name of each diagnosis and its value by episode.
+type Diagnoses = Vec<(String, Vec<f64>)>;
+
+/// The diagnoses of the episodes on `rows`.
+fn diagnose(prompts: &Prompts, rows: &[usize], played: &[Trajectory]) -> anyhow::Result<Diagnoses> {
+    let named = prompts.task.diagnoses().iter().map(|measure| (measure.name.clone().into_owned(), Vec::new()));
+    let mut diagnoses: Diagnoses = named.collect();
+    if diagnoses.is_empty() {
+        return Ok(diagnoses);
+    }
+    for (&row, one) in rows.iter().zip(played) {
+        let replies: Vec<&str> = one.turns.iter().map(|turn| turn.text.as_str()).collect();
+        let mut told = prompts.task.diagnose(prompts.instance(row)?, &replies, one.finish())?;
+        for (name, values) in &mut diagnoses {
+            values.push(told.remove(name).with_context(|| format!("the diagnosis lacks `{name}`"))?);
+        }
+    }
+    Ok(diagnoses)
+}
+
+fn write_examples(
+    prompts: &Prompts,
+    rows: &[usize],
+    played: &[Trajectory],
+    diagnoses: &Diagnoses,
+    path: &Path,
+) -> anyhow::Result<()> {
     use ColumnType::{Flag, Number, Text};
     let mut columns = vec![("instance", Text), ("stratum", Text), ("data", Text)];
     columns.extend([("prompt", Text), ("completion", Text), ("turns", Text), ("finish", Text), ("truncated", Flag)]);
     columns.extend(prompts.measures().iter().map(|name| (name.as_str(), Number)));
+    columns.extend(diagnoses.iter().map(|(name, _)| (name.as_str(), Number)));
     distinct(&columns)?;
     let rows = || rows.iter().map(|&row| &prompts.tokens.rows[row]);
     let mut values = vec![
@@ -143,15 +171,17 @@ fn write_examples(prompts: &Prompts, rows: &[usize], played: &[Trajectory], path
         (0..prompts.measures().len())
             .map(|measure| Column::Number(played.iter().map(|one| Some(one.measurements[measure])).collect())),
     );
+    values.extend(diagnoses.iter().map(|(_, told)| Column::Number(told.iter().copied().map(Some).collect())));
     let mut table = TableWriter::create(path, &columns)?;
     table.write(values)?;
     table.finish()
 }
 
-/// The figures: `n`, each measurement's mean, the Wilson interval and the strata of `solved`, lengths, truncations.
+/// The figures: `n`, the mean of each measurement and diagnosis, the Wilson interval and the strata of `solved`, lengths,
+/// truncations.
 ///
 /// Every instance counts; a completion that the token limit cut off is judged as the task judges it, and counted apart.
-fn metrics(prompts: &Prompts, rows: &[usize], played: &[Trajectory]) -> BTreeMap<String, f64> {
+fn metrics(prompts: &Prompts, rows: &[usize], played: &[Trajectory], diagnoses: &Diagnoses) -> BTreeMap<String, f64> {
     let solved = prompts.measure("solved").ok();
     let mut metrics = Metrics::default();
     for (&row, one) in rows.iter().zip(played) {
@@ -162,9 +192,16 @@ fn metrics(prompts: &Prompts, rows: &[usize], played: &[Trajectory]) -> BTreeMap
             metrics.mean(name, *value, 1.0);
         }
         if let (Some(solved), Some(stratum)) = (solved, &prompts.tokens.rows[row].stratum) {
-            metrics.mean(&format!("solved.{stratum}"), one.measurements[solved], 1.0);
-            metrics.total(&format!("n.{stratum}"), 1.0);
+            // Of a stratum of several classes, as `10x10.long`, each counts for itself, too.
+            let classes = stratum.split('.').filter(|class| class != stratum);
+            for class in std::iter::once(stratum.as_str()).chain(classes) {
+                metrics.mean(&format!("solved.{class}"), one.measurements[solved], 1.0);
+                metrics.total(&format!("n.{class}"), 1.0);
+            }
         }
+    }
+    for (name, told) in diagnoses {
+        told.iter().for_each(|value| metrics.mean(name, *value, 1.0));
     }
     let mut values = metrics.values();
     if let Some(solved) = solved {
