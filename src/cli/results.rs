@@ -132,7 +132,8 @@ impl Examples {
         Ok(examples)
     }
 
-    /// The mean of a measurement by instance; rows without a value do not count. `MEASUREMENT.STRATUM` takes the rows of one stratum.
+    /// The mean of a measurement by instance; rows without a value do not count. `MEASUREMENT.STRATUM` takes the rows of one
+    /// stratum; of a stratum of several classes, as `10x10.long`, each class may be named alone.
     fn values(&self, metric: &str) -> Option<BTreeMap<Arc<str>, f64>> {
         let measured =
             |wanted: &str| self.measurements.iter().find(|(name, _)| name == wanted).map(|(_, column)| column);
@@ -146,7 +147,7 @@ impl Examples {
         };
         let mut sums: BTreeMap<Arc<str>, (f64, u32)> = BTreeMap::new();
         for ((instance, own), value) in self.instances.iter().zip(&self.strata).zip(column) {
-            if stratum.is_some_and(|wanted| own.as_deref() != Some(wanted)) {
+            if stratum.is_some_and(|wanted| !own.as_deref().is_some_and(|own| is_within(own, wanted))) {
                 continue;
             }
             if let Some(value) = value {
@@ -158,6 +159,11 @@ impl Examples {
         (!sums.is_empty())
             .then(|| sums.into_iter().map(|(instance, (sum, count))| (instance, sum / f64::from(count))).collect())
     }
+}
+
+/// Whether a stratum is the one `wanted`, or has all of its classes.
+fn is_within(stratum: &str, wanted: &str) -> bool {
+    stratum == wanted || wanted.split('.').all(|class| stratum.split('.').any(|own| own == class))
 }
 
 fn is_measurement(data_type: &DataType) -> bool {
@@ -241,6 +247,21 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         fake::evaluation(folder.path(), rows);
         Examples::read(folder.path()).unwrap().unwrap()
+    }
+
+    #[test]
+    fn a_stratum_of_several_classes_is_found_by_each() {
+        for (stratum, wanted, within) in [
+            ("10x10.long", "10x10.long", true),
+            ("10x10.long", "10x10", true),
+            ("10x10.long", "long", true),
+            ("10x10.very_long", "long", false),
+            ("short", "short", true),
+            ("short", "short.4x4", false),
+            ("a.b", "a.b", true),
+        ] {
+            assert_eq!(is_within(stratum, wanted), within, "{stratum} and {wanted}");
+        }
     }
 
     #[test]

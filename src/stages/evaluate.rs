@@ -7,6 +7,7 @@ use crate::pipeline::stage::{ArtifactType, Checkpoint, Input, Output, Part, Plac
 use crate::rewards::COMPLETION_LENGTH;
 use crate::stages::sampling::Filters;
 use crate::stages::training::{task_of, task_parts, versions};
+use crate::tasks::DIAGNOSES_VERSION;
 
 /// Let a model act on held-out instances and measure every episode by simulation.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -83,6 +84,8 @@ impl Stage for Evaluate {
         let mut parts =
             vec![Part::new("learn.generate", versions::GENERATE), Part::new("learn.model", versions::MODEL)];
         parts.extend(task_parts());
+        // Trainings have no diagnoses, so their keys do not depend on them.
+        parts.push(Part::new("task.diagnoses", DIAGNOSES_VERSION));
         parts
     }
 
@@ -98,10 +101,11 @@ impl Stage for Evaluate {
 
     fn metrics(&self, upstream: &Upstream<'_>) -> Option<Vec<String>> {
         let task = task_of(*upstream, &self.prompts.reference)?;
-        let measures: Vec<String> = task.measures().into_iter().map(|measure| measure.name.into_owned()).collect();
+        let measures = task.measures().into_iter().chain(task.diagnoses().iter().cloned());
+        let measures: Vec<String> = measures.map(|measure| measure.name.into_owned()).collect();
         // `MEASUREMENT.STRATUM` is a measurement over the instances of one stratum; of a task of the user's own they are not
         // known before it has run.
-        let strata = task.strata().unwrap_or_else(|| vec!["*"]);
+        let strata = task.strata().unwrap_or_else(|| vec!["*".to_owned()]);
         let solved = measures.iter().any(|name| name == "solved");
         let pass: Vec<String> = self.pass_at().filter(|_| solved).map(|k| format!("pass@{k}")).collect();
         let mut means: Vec<&str> = measures.iter().map(String::as_str).chain(["truncated"]).collect();
@@ -146,6 +150,12 @@ mod tests {
                 == [true; 7]
         );
         assert!(!has("solved.long"), "no path in 3 x 3 cells has nine moves");
+        assert!(["harness", "error_wall", "first_attempt.short"].map(has) == [true; 3], "diagnoses are metrics, too");
+        let several = json!({"kind": "maze", "rows": 5, "columns": 5, "sizes": [[4, 4], [5, 5]]});
+        let several = of(several).unwrap();
+        for name in ["solved.5x5", "solved.4x4.long", "solved.very_long"] {
+            assert!(several.iter().any(|known| known == name), "{name}");
+        }
         let program = of(json!({"kind": "program", "command": ["x"], "measures": ["score"]}));
         let program = program.unwrap();
         assert!(

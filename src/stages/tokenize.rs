@@ -93,6 +93,9 @@ pub struct Tokenize {
     /// Which tokens are targets of the loss.
     #[serde(default)]
     pub mask: Mask,
+    /// Whether the mistakes of demonstrations are no targets: wrong attempts are read, and giving them up is learnt.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub mask_mistakes: bool,
     /// Whether the tokenizer's chat template writes a task's episodes. Messages always need one; prompts and completions
     /// of your own never use it.
     #[serde(default, skip_serializing_if = "Template::is_default")]
@@ -132,8 +135,16 @@ impl Stage for Tokenize {
     }
 
     fn metrics(&self, _upstream: &Upstream<'_>) -> Option<Vec<String>> {
-        let names =
-            ["rows", "tokens", "target_tokens", "longest_row", "rows_without_demonstration", "rows.*", "dropped.*"];
+        let names = [
+            "rows",
+            "tokens",
+            "target_tokens",
+            "masked_tokens",
+            "longest_row",
+            "rows_without_demonstration",
+            "rows.*",
+            "dropped.*",
+        ];
         Some(names.map(str::to_owned).to_vec())
     }
 
@@ -190,6 +201,8 @@ struct Encoded {
     row: usize,
     ids: Vec<i32>,
     mask: Vec<u8>,
+    /// Tokens of mistakes, which are no targets.
+    masked: usize,
     prompt_length: i32,
     prompt: String,
     stratum: Option<String>,
@@ -216,7 +229,7 @@ impl Tokenize {
         row: usize,
         script: Script,
     ) -> anyhow::Result<Encoded> {
-        let Script { conversation, stratum, chat } = script;
+        let Script { conversation, stratum, chat, mistakes } = script;
         let template = template.filter(|_| chat);
         let end = template.map_or(Ok(encoder.end), |template| end_of_turn(encoder, template))?;
         let mut ids = if template.is_some() { Vec::new() } else { encoder.begin.into_iter().collect() };
@@ -226,9 +239,13 @@ impl Tokenize {
         // Nothing precedes the first token: without `bos` and prompt it stands for the prompt.
         let prompt_length = ids.len().max(1);
         let mut learnt = if self.mask == Mask::All { prompt_length - 1 } else { 0 };
+        let mut masked = Vec::new();
         for (turn, said) in conversation.turns.iter().enumerate() {
             let begin = ids.len();
             encoder.encode(&said.reply, &mut ids)?;
+            if let Some(spans) = mistakes.get(turn).filter(|_| self.mask_mistakes) {
+                masked.extend(encoder.within(&said.reply, spans)?.into_iter().map(|place| begin + place));
+            }
             learnt += ids.len() - begin;
             ensure!(
                 learnt > 0,
@@ -252,6 +269,8 @@ impl Tokenize {
             mask.fill(1);
         }
         mask[0] = 0;
+        masked.iter().for_each(|&place| mask[place] = 0);
+        let masked = masked.len();
         let retokenized = match template {
             Some(template) => {
                 let mut whole = Vec::with_capacity(ids.len());
@@ -262,7 +281,7 @@ impl Tokenize {
         };
         let prompt = conversation.prompt;
         let prompt_length = prompt_length as i32;
-        Ok(Encoded { row, ids, mask, prompt_length, prompt, stratum, undemonstrated, retokenized })
+        Ok(Encoded { row, ids, mask, masked, prompt_length, prompt, stratum, undemonstrated, retokenized })
     }
 
     fn report(&self, rows: &Rows, context: &mut StageContext) -> anyhow::Result<()> {
@@ -284,6 +303,11 @@ impl Tokenize {
                  can use them",
                 rows.undemonstrated
             ));
+        }
+        if self.mask_mistakes && rows.masked == 0 {
+            context.note(
+                "`mask_mistakes` masks nothing: no demonstration has a mistake; `retry_share` makes some".to_owned(),
+            );
         }
         if rows.retokenized > 0 {
             context.note(format!(
@@ -310,6 +334,7 @@ struct Rows {
     longest_seen: usize,
     undemonstrated: u64,
     retokenized: u64,
+    masked: u64,
 }
 
 impl Rows {
@@ -342,6 +367,7 @@ impl Rows {
         for row in rows {
             self.undemonstrated += u64::from(row.undemonstrated);
             self.retokenized += u64::from(row.retokenized);
+            self.masked += row.masked as u64;
             self.ids.extend(&row.ids);
             self.mask.extend(&row.mask);
             self.ends.push(self.ids.len() as i64);
@@ -366,6 +392,9 @@ impl Rows {
         ]);
         if self.undemonstrated > 0 {
             metrics.insert("rows_without_demonstration".to_owned(), self.undemonstrated);
+        }
+        if self.masked > 0 {
+            metrics.insert("masked_tokens".to_owned(), self.masked);
         }
         for split in splits {
             let count = |counts: &HashMap<String, u64>| counts.get(&split.name).copied().unwrap_or(0);

@@ -104,8 +104,10 @@ pub fn run(params: &Evaluate, context: &mut StageContext) -> anyhow::Result<()> 
     // The row of each completion.
     let rows: Vec<usize> = rows.into_iter().flat_map(|row| std::iter::repeat_n(row, samples as usize)).collect();
     let pass = pass(params, &prompts, &played);
-    write_examples(params, &prompts, &rows, &played, &pass, &out.join(EXAMPLES_FILE))?;
-    let values = metrics(params, &prompts, &rows, &played, &pass);
+    let diagnoses = diagnose(&prompts, &rows, &played)?;
+    let episodes = Episodes { prompts: &prompts, rows: &rows, played: &played, pass: &pass, diagnoses: &diagnoses };
+    write_examples(params, &episodes, &out.join(EXAMPLES_FILE))?;
+    let values = metrics(params, &episodes);
     let path = out.join(METRICS_FILE);
     let text = serde_json::to_string_pretty(&values).context("metrics are plain data")?;
     std::fs::write(&path, text + "\n").with_context(|| format!("writing `{}`", path.display()))?;
@@ -134,12 +136,24 @@ fn step(
     Ok(Chunk { rows: rows.to_vec(), played: played.into_iter().flatten().collect() })
 }
 
-/// Each `pass@k` with its value by completion, which is that of the completion's instance.
-type Pass = Vec<(String, Vec<f64>)>;
+/// Numbers by name, of each the value of every completion.
+type Named = Vec<(String, Vec<f64>)>;
+
+/// What was played, and what is told of it.
+struct Episodes<'a> {
+    prompts: &'a Prompts,
+    /// The row of each completion.
+    rows: &'a [usize],
+    played: &'a [Trajectory],
+    /// Each `pass@k`; the value of a completion is that of its instance.
+    pass: &'a Named,
+    /// What the task has to say of episodes beside its verdicts.
+    diagnoses: &'a Named,
+}
 
 /// Every `pass@k` that there are completions for; none where the task measures no `solved`.
-fn pass(params: &Evaluate, prompts: &Prompts, played: &[Trajectory]) -> Pass {
-    let Ok(solved) = prompts.measure("solved") else { return Pass::new() };
+fn pass(params: &Evaluate, prompts: &Prompts, played: &[Trajectory]) -> Named {
+    let Ok(solved) = prompts.measure("solved") else { return Named::new() };
     let draws = params.samples_per_prompt;
     let value = |samples: &[Trajectory], k: u64| {
         let correct = samples.iter().filter(|one| one.measurements[solved] > 0.5).count() as u64;
@@ -152,16 +166,27 @@ fn pass(params: &Evaluate, prompts: &Prompts, played: &[Trajectory]) -> Pass {
     params.pass_at().filter_map(of).collect()
 }
 
+/// The diagnoses of the episodes on `rows`.
+fn diagnose(prompts: &Prompts, rows: &[usize], played: &[Trajectory]) -> anyhow::Result<Named> {
+    let named = prompts.task.diagnoses().iter().map(|measure| (measure.name.clone().into_owned(), Vec::new()));
+    let mut diagnoses: Named = named.collect();
+    if diagnoses.is_empty() {
+        return Ok(diagnoses);
+    }
+    for (&row, one) in rows.iter().zip(played) {
+        let replies: Vec<&str> = one.turns.iter().map(|turn| turn.text.as_str()).collect();
+        let mut told = prompts.task.diagnose(prompts.instance(row)?, &replies, one.finish())?;
+        for (name, values) in &mut diagnoses {
+            values.push(told.remove(name).with_context(|| format!("the diagnosis lacks `{name}`"))?);
+        }
+    }
+    Ok(diagnoses)
+}
+
 /// Writes a row each completion. Of several an instance each has its number, its ids and its length.
-fn write_examples(
-    params: &Evaluate,
-    prompts: &Prompts,
-    rows: &[usize],
-    played: &[Trajectory],
-    pass: &Pass,
-    path: &Path,
-) -> anyhow::Result<()> {
+fn write_examples(params: &Evaluate, episodes: &Episodes<'_>, path: &Path) -> anyhow::Result<()> {
     use ColumnType::{Flag, Integer, Integers, Number, Text};
+    let Episodes { prompts, rows, played, pass, diagnoses } = *episodes;
     let several = params.samples_per_prompt > 1;
     let mut columns = vec![("instance", Text), ("stratum", Text), ("data", Text)];
     columns.extend([("prompt", Text), ("completion", Text), ("turns", Text), ("finish", Text)]);
@@ -170,6 +195,7 @@ fn write_examples(
     columns.extend(pass.iter().map(|(name, _)| (name.as_str(), Number)));
     columns.push(("truncated", Flag));
     columns.extend(prompts.measures().iter().map(|name| (name.as_str(), Number)));
+    columns.extend(diagnoses.iter().map(|(name, _)| (name.as_str(), Number)));
     distinct(&columns)?;
     let rows = || rows.iter().map(|&row| &prompts.tokens.rows[row]);
     let mut values = vec![
@@ -195,43 +221,43 @@ fn write_examples(
         (0..prompts.measures().len())
             .map(|measure| Column::Number(played.iter().map(|one| Some(one.measurements[measure])).collect())),
     );
+    values.extend(diagnoses.iter().map(|(_, told)| Column::Number(told.iter().copied().map(Some).collect())));
     let mut table = TableWriter::create(path, &columns)?;
     table.write(values)?;
     table.finish()
 }
 
-/// The figures: `n`, each measurement's mean, the interval and the strata of `solved`, lengths, truncations, each `pass@k`.
+/// The figures: `n`, the mean of each measurement and diagnosis, the interval and the strata of `solved`, lengths, truncations,
+/// each `pass@k`.
 ///
 /// Every completion counts; one that the token limit cut off is judged as the task judges it, and counted apart. `n` counts
 /// instances, and the interval rests on their means: completions of one instance are not independent.
-fn metrics(
-    params: &Evaluate,
-    prompts: &Prompts,
-    rows: &[usize],
-    played: &[Trajectory],
-    pass: &Pass,
-) -> BTreeMap<String, f64> {
+fn metrics(params: &Evaluate, episodes: &Episodes<'_>) -> BTreeMap<String, f64> {
+    let Episodes { prompts, rows, played, pass, diagnoses } = *episodes;
     let samples = params.samples_per_prompt as usize;
     let solved = prompts.measure("solved").ok();
     let mut metrics = Metrics::default();
     for (place, (&row, one)) in rows.iter().zip(played).enumerate() {
-        let stratum = prompts.tokens.rows[row].stratum.as_ref().filter(|_| solved.is_some());
+        let stratum = prompts.tokens.rows[row].stratum.as_deref().filter(|_| solved.is_some());
+        let classes: Vec<&str> = stratum.map(classes).unwrap_or_default();
         if place.is_multiple_of(samples) {
             metrics.total("n", 1.0);
-            stratum.iter().for_each(|stratum| metrics.total(&format!("n.{stratum}"), 1.0));
+            classes.iter().for_each(|class| metrics.total(&format!("n.{class}"), 1.0));
         }
         metrics.mean(COMPLETION_LENGTH, one.length() as f64, 1.0);
         metrics.mean("truncated", f64::from(u8::from(one.truncated)), 1.0);
         for (name, value) in prompts.measures().iter().zip(&one.measurements) {
             metrics.mean(name, *value, 1.0);
         }
-        if let Some((solved, stratum)) = solved.zip(stratum) {
-            metrics.mean(&format!("solved.{stratum}"), one.measurements[solved], 1.0);
+        let solved = solved.map(|solved| ("solved", one.measurements[solved]));
+        let pass = pass.iter().map(|(name, values)| (name.as_str(), values[place]));
+        pass.clone().for_each(|(name, value)| metrics.mean(name, value, 1.0));
+        for (name, value) in solved.into_iter().chain(pass) {
+            classes.iter().for_each(|class| metrics.mean(&format!("{name}.{class}"), value, 1.0));
         }
-        for (name, values) in pass {
-            metrics.mean(name, values[place], 1.0);
-            stratum.iter().for_each(|stratum| metrics.mean(&format!("{name}.{stratum}"), values[place], 1.0));
-        }
+    }
+    for (name, told) in diagnoses {
+        told.iter().for_each(|value| metrics.mean(name, *value, 1.0));
     }
     let mut values = metrics.values();
     if let Some(solved) = solved {
@@ -246,4 +272,10 @@ fn metrics(
         }
     }
     values
+}
+
+/// The classes that a stratum counts for: itself and, of one like `10x10.long`, each of its parts.
+fn classes(stratum: &str) -> Vec<&str> {
+    let parts = stratum.split('.').filter(|part| *part != stratum);
+    std::iter::once(stratum).chain(parts).collect()
 }
