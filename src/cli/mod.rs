@@ -10,12 +10,16 @@ pub mod audit;
 pub mod bundle;
 pub mod check;
 pub mod comparison;
+mod completions;
 pub mod config;
 pub mod costs;
+pub mod diff;
 pub mod failure;
 pub mod gc;
 pub mod graph;
 pub mod import;
+pub mod inspect;
+pub mod logs;
 pub mod pace;
 pub mod plan;
 pub mod progress;
@@ -24,9 +28,11 @@ pub mod rescore;
 pub mod results;
 pub mod rollouts;
 pub mod run;
+pub mod sample;
 pub mod schema;
 pub mod score;
 pub mod show;
+pub mod status;
 pub mod table;
 pub mod tuning;
 pub mod ui;
@@ -92,15 +98,20 @@ enum Command {
     Bundle(bundle::Args),
     Check(check::Args),
     Config(config::Args),
+    Diff(diff::Args),
     Gc(gc::Args),
     Graph(graph::Args),
     Import(import::Args),
+    Inspect(inspect::Args),
+    Logs(logs::Args),
     Plan(plan::Args),
     Rescore(rescore::Args),
     Run(run::Args),
+    Sample(sample::Args),
     Schema(schema::Args),
     Score(score::Args),
     Show(show::Args),
+    Status(status::Args),
     Table(table::Args),
     Verify(verify::Args),
     Why(why::Args),
@@ -153,15 +164,20 @@ fn dispatch(command: &Command, session: &Session) -> Result<(), Failure> {
         Command::Bundle(args) => bundle::run(args, session),
         Command::Check(args) => check::run(args, session),
         Command::Config(args) => config::run(args, session),
+        Command::Diff(args) => diff::run(args, session),
         Command::Gc(args) => gc::run(args, session),
         Command::Graph(args) => graph::run(args, session),
         Command::Import(args) => import::run(args, session),
+        Command::Inspect(args) => inspect::run(args, session),
+        Command::Logs(args) => logs::run(args, session),
         Command::Plan(args) => plan::run(args, session),
         Command::Rescore(args) => rescore::run(args, session),
         Command::Run(args) => run::run(args, session),
+        Command::Sample(args) => sample::run(args, session),
         Command::Schema(args) => schema::run(args, session),
         Command::Score(args) => score::run(args, session),
         Command::Show(args) => show::run(args, session),
+        Command::Status(args) => status::run(args, session),
         Command::Table(args) => table::run(args, session),
         Command::Verify(args) => verify::run(args, session),
         Command::Why(args) => why::run(args, session),

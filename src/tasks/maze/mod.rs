@@ -6,6 +6,7 @@
 
 mod answer;
 mod attempt;
+pub mod drawing;
 mod format;
 mod grid;
 mod layout;
