@@ -97,14 +97,14 @@ fn kernels(model: &Transformer, chunk: Chunk) -> u64 {
     let layer = |tokens: u64| tokens * (5 * hidden + 2 * (queries + shared) * width + 3 * inner);
     let reading = layer(prompts * length);
     let own = slot * rows * padded(new.saturating_sub(1).max(1));
-    let writing = own + layer(rows) + 3 * rows * size(config.vocab_size);
+    let writing = own + layer(rows) + 4 * rows * size(config.vocab_size);
     // The allocator keeps what reading has freed beside the completions' own, which were laid out before.
     adapted + slot * prompts * padded(length) + reading + writing
 }
 
 /// Bytes that libtorch's operations need: the weights as generation multiplies, rounds and stacks them; then the layers over the
 /// texts with their keys and values, or these copied to every completion, or one token of every completion over a full cache.
-/// Half precision attends in fp32.
+/// In half precision the fused attention has a key head for every query head.
 fn plain(model: &Transformer, chunk: Chunk) -> u64 {
     let Chunk { prompts, rows, length, new } = chunk;
     let config = model.config();
@@ -131,8 +131,7 @@ fn plain(model: &Transformer, chunk: Chunk) -> u64 {
     let slots = length + new;
     let copying = read + element * (cached(rows, slots) + cached(rows, length)) + logits + ELEMENT * rows * vocabulary;
     let scores = 2 * rows * size(config.num_attention_heads) * slots;
-    let widened = if half { 2 * rows * slots * keys } else { 0 };
-    let attending = ELEMENT * (scores + widened);
+    let attending = if half { element * 2 * rows * slots * queries } else { ELEMENT * scores };
     let writing = element * (cached(rows, slots) + layer(rows)) + attending + logits + ELEMENT * 3 * rows * vocabulary;
     weights + reading.max(copying).max(writing)
 }
@@ -143,7 +142,7 @@ mod tests {
     use std::sync::atomic::AtomicBool;
 
     use serde_json::json;
-    use tch::{Device, Tensor};
+    use tch::Device;
 
     use super::*;
     use crate::generate::{Group, Sampling, generate};
@@ -168,18 +167,23 @@ mod tests {
 
     /// How far the peak of a generation lies above what the process held before, and the forecast.
     fn measure(kind: Kind, config: ModelConfig, chunk: Chunk) -> (u64, u64) {
-        let square = Tensor::ones([8, 8], (Kind::Float, Device::Cpu));
-        let _ = square.matmul(&square);
+        // Of a tiny model first: the library's own code and tables are no part of the forecast.
+        let (tiny, _) = cases().swap_remove(0);
+        complete(&Transformer::zeros_in(tiny, kind, Device::Cpu), Chunk { prompts: 1, rows: 2, length: 8, new: 3 });
         let model = Transformer::zeros_in(config, kind, Device::Cpu);
         let before = status("VmRSS:");
+        complete(&model, chunk);
+        (status("VmHWM:") - before, bytes(&model, chunk))
+    }
+
+    fn complete(model: &Transformer, chunk: Chunk) {
         // The first token of a model of zeros is every token alike.
         let group = |at: u64| Group {
             prompt: vec![5; chunk.length as usize],
             samples: (0..chunk.rows / chunk.prompts).map(|sample| vec![at, sample]).collect(),
         };
         let groups: Vec<Group> = (0..chunk.prompts).map(group).collect();
-        generate(&model, &groups, &Sampling::new(1.0, chunk.new), &AtomicBool::new(false), &mut |_| {}).unwrap();
-        (status("VmHWM:") - before, bytes(&model, chunk))
+        generate(model, &groups, &Sampling::new(1.0, chunk.new), &AtomicBool::new(false), &mut |_| {}).unwrap();
     }
 
     #[test]
@@ -190,6 +194,7 @@ mod tests {
             let kind = if engine == "half" { Kind::BFloat16 } else { Kind::Float };
             let measured = || measure(kind, config, chunk);
             let (peak, forecast) = if engine == "plain" { native::without(measured) } else { measured() };
+            println!("peak of the case: {peak}, {forecast} forecast");
             let off = forecast as f64 / peak as f64;
             assert!(
                 (1.0 / 1.5..=1.5).contains(&off),

@@ -70,12 +70,19 @@ impl KvCache {
 /// Attention of one query a row, `[R, 1, heads, D]`, over `keys` and `values` `[R, kv heads, S, D]`; gives `[R, heads * D]`.
 ///
 /// Two products over all heads at once beat the fused kernel here, which is made for many queries a head, and query heads
-/// that share a key head are rows of one product, so nothing is repeated. Half precision attends in fp32.
+/// that share a key head are rows of one product, so nothing is repeated. In half precision that would round scores, which the
+/// fused kernel does not, and training uses the fused one.
 fn attend_last(query: &Tensor, keys: &Tensor, values: &Tensor, mask: Option<&Tensor>) -> Tensor {
     let size = keys.size();
     let [rows, shared, slots, width] = [size[0], size[1], size[2], size[3]];
-    let (heads, kind) = (query.size()[2], query.kind());
-    let [query, keys, values] = [query, keys, values].map(widened);
+    let heads = query.size()[2];
+    if query.kind() == Kind::BFloat16 {
+        let (query, mask) = (query.transpose(1, 2), mask.map(|mask| mask.to_kind(Kind::BFloat16)));
+        let (keys, values) = (repeat_heads(keys, heads), repeat_heads(values, heads));
+        let mixed =
+            Tensor::scaled_dot_product_attention(&query, &keys, &values, mask.as_ref(), 0.0, false, None, false);
+        return mixed.reshape([rows, heads * width]);
+    }
     let query = query.reshape([rows * shared, heads / shared, width]) * (width as f64).powf(-0.5);
     let mut scores = query.bmm(&keys.view([rows * shared, slots, width]).transpose(1, 2));
     if let Some(mask) = mask {
@@ -83,7 +90,7 @@ fn attend_last(query: &Tensor, keys: &Tensor, values: &Tensor, mask: Option<&Ten
         by_row += mask;
     }
     scores = scores.softmax(-1, Kind::Float);
-    scores.bmm(&values.view([rows * shared, slots, width])).view([rows, heads * width]).to_kind(kind)
+    scores.bmm(&values.view([rows * shared, slots, width])).view([rows, heads * width])
 }
 
 /// Causal attention over `[B, T, heads, D]`; gives `[B, T, heads, D]`.
