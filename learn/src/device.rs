@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail, ensure};
 use pipe::pipeline::stage::Resources;
-use tch::{Cuda, Device, Kind, Tensor};
+use tch::{Cuda, Device, Kind};
 
 use crate::native::context;
 use crate::preflight::kernels;
@@ -30,16 +30,6 @@ pub fn open(resources: &Resources) -> Result<Device> {
     let count = Cuda::device_count();
     ensure!((index as i64) < count, "the device `{name}` was asked for, but there are only {count} CUDA devices");
     Ok(Device::Cuda(index))
-}
-
-/// The backward pass of `loss`, deterministic on a GPU, too: see [`context::strictly`].
-pub fn backward(loss: &Tensor) -> Result<()> {
-    if loss.device() == Device::Cpu {
-        loss.backward();
-        return Ok(());
-    }
-    // libtorch reports an operation without a deterministic form as a panic of ours, like any other error.
-    context::strictly(|| loss.backward())
 }
 
 /// Lets the allocator keep the memory of freed tensors for the next ones.

@@ -132,7 +132,7 @@ pub fn generate(
             break;
         }
         decoding.forget(|sample| samples[sample].done);
-        phases::count_decoding(model.config(), decoding.rows().len(), decoding.seen());
+        phases::count_decoding(model, decoding.rows().len(), decoding.seen());
         logits = phases::time("decode", || {
             let logits = decoding.step(|sample| samples[sample].completion.ids.last().copied().unwrap_or(0));
             phases::settle(model.device());

@@ -18,6 +18,8 @@ pub mod model;
 pub mod native;
 pub mod optimizer;
 pub mod order;
+pub mod parity;
+pub mod pass;
 pub mod phases;
 pub mod policy;
 pub mod preflight;

@@ -12,6 +12,7 @@ use clap::Parser;
 use pipe::pipeline::exec::attempt::Request;
 use pipe::pipeline::exec::worker::{Program, serve};
 use pipe::pipeline::stage::Resources;
+use pipe::stages::training::Precision;
 use pipe_learn::kinds::RUNNERS;
 use pipe_learn::model::{ModelConfig, Transformer};
 use pipe_learn::{device, native, score};
@@ -74,7 +75,7 @@ fn run_score(asked: &Score) -> Result<(), Failed> {
     })?;
     let config = ModelConfig::read(&asked.model).map_err(input)?;
     let rows = score::read_rows(&asked.rows, &asked.model, &config).map_err(input)?;
-    let model = Transformer::load_frozen(&asked.model, device).map_err(input)?;
+    let model = Transformer::load_frozen(&asked.model, device, Precision::Fp32).map_err(input)?;
     let scores = score::score(&model, &rows, asked.batch_size)
         .with_context(|| format!("scoring the rows of `{}`", asked.rows.display()))?;
     let Some(output) = &asked.output else {

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::pipeline::stage::{ArtifactType, Checkpoint, Input, Output, Part, Place, Problem, Stage, Tokens, Upstream};
 use crate::rewards::COMPLETION_LENGTH;
 use crate::stages::sampling::Filters;
-use crate::stages::training::{task_of, task_parts, versions};
+use crate::stages::training::{Precision, task_of, task_parts, versions};
 use crate::tasks::DIAGNOSES_VERSION;
 
 /// Let a model act on held-out instances and measure every episode by simulation.
@@ -38,6 +38,9 @@ pub struct Evaluate {
     /// Which tokens may be drawn, and what ends a completion.
     #[serde(flatten)]
     pub filters: Filters,
+    /// The floating-point format of the model's passes.
+    #[serde(default, skip_serializing_if = "Precision::is_default")]
+    pub precision: Precision,
     /// Prompts generated at once.
     #[serde(default = "Evaluate::default_generation_chunk")]
     #[schemars(range(min = 1))]

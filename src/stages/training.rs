@@ -8,6 +8,32 @@ use crate::rewards::unknown_measure;
 use crate::stages::sampling::Filters;
 use crate::tasks::TaskSpec;
 
+/// The floating-point format of a model's passes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// 32 bits throughout.
+    #[default]
+    Fp32,
+    /// bfloat16 in the layers, with fp32 inside norms and rotations; weights that are trained, their gradients and moments, the
+    /// output projection and log-probabilities stay fp32.
+    Bf16,
+}
+
+impl Precision {
+    /// Whether it is the default, which is not written.
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands a reference")]
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Whether an option is off, which is not written.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands a reference")]
+pub(crate) fn is_off(option: &bool) -> bool {
+    !option
+}
+
 /// AdamW and gradient clipping (Loshchilov and Hutter 2019, decoupled weight decay).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -300,6 +326,38 @@ pub fn check(split: &str, micro_batch_size: u64, batch_size: u64, validate: Opti
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn precisions_are_two_and_defaults_are_not_written() {
+        use crate::stages::{evaluate::Evaluate, grpo::Grpo, sft::Sft};
+        fn written<S: Serialize + serde::de::DeserializeOwned>(file: &serde_json::Value) -> Result<String, String> {
+            let stage: S = serde_json::from_value(file.clone()).map_err(|error| error.to_string())?;
+            Ok(serde_json::to_value(stage).unwrap().to_string())
+        }
+        let check =
+            |run: &dyn Fn(&serde_json::Value) -> Result<String, String>, mut file: serde_json::Value, trains: bool| {
+                let plain = run(&file).unwrap();
+                assert!(!plain.contains("precision") && !plain.contains("checkpointing"), "old keys stay: {plain}");
+                file["precision"] = serde_json::json!("fp32");
+                assert_eq!(run(&file).unwrap(), plain, "the default by name is the default");
+                file["precision"] = serde_json::json!("bf16");
+                assert!(run(&file).unwrap().contains(r#""precision":"bf16""#));
+                if trains {
+                    file["activation_checkpointing"] = serde_json::json!(true);
+                    assert!(run(&file).unwrap().contains(r#""activation_checkpointing":true"#));
+                }
+                file["precision"] = serde_json::json!("fp16");
+                let error = run(&file).unwrap_err();
+                assert!(error.contains("`fp16`") && error.contains("`fp32` or `bf16`"), "{error}");
+            };
+        let sft = serde_json::json!({"model": "m", "data": "t", "steps": 1});
+        check(&written::<Sft>, sft, true);
+        let grpo = serde_json::json!({"model": "m", "prompts": "t", "steps": 1, "max_new_tokens": 4, "rewards": {}});
+        check(&written::<Grpo>, grpo, true);
+        check(&written::<Evaluate>, serde_json::json!({"model": "m", "prompts": "t", "max_new_tokens": 4}), false);
+        let schema = schemars::schema_for!(Precision).to_value().to_string();
+        assert!(schema.contains("fp32") && schema.contains("bf16") && !schema.contains("fp16"), "{schema}");
+    }
 
     #[test]
     fn adapters_have_targets_and_no_dropout() {

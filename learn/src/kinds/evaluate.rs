@@ -47,7 +47,7 @@ pub fn run(params: &Evaluate, context: &mut StageContext) -> anyhow::Result<()> 
     let folder = context.input(&params.model)?.to_owned();
     let device = device::open(&context.resources)?;
     let free = memory::free(device);
-    let model = Transformer::load_frozen(&folder, device)?;
+    let model = Transformer::load_frozen(&folder, device, params.precision)?;
     let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?, &context.interrupt)?;
     let mut rows = prompts.tokens.split(&params.split)?;
     if params.samples > 0 {
@@ -86,7 +86,7 @@ pub fn run(params: &Evaluate, context: &mut StageContext) -> anyhow::Result<()> 
     let recorded = (!played.is_empty()).then_some(played.len() as u64);
     let (mut recorder, opened) = Recorder::open(&context.logs, recorded, "");
     tell_failure(context, "metrics are not recorded", &opened);
-    let mut machine = Machine::measure(device, tch::Kind::Float);
+    let mut machine = Machine::measure(device, model.kind());
 
     // Loop.
     for rows in chunks.iter().skip(done) {

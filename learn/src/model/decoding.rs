@@ -11,7 +11,7 @@ use crate::model::Transformer;
 use crate::model::kv_cache::{Decoder, KvCache};
 use crate::model::layout::Layout;
 use crate::model::transformer::{Layer, add_norm, attention, heads, norm};
-use crate::native::{self, LayerCache, Prompts, Rows};
+use crate::native::{LayerCache, Prompts, Rows};
 
 /// Samples under way.
 pub struct Decoding<'a> {
@@ -33,7 +33,7 @@ impl<'a> Decoding<'a> {
     /// Reads `prompts`, none of them empty; sample s goes on from the prompt `owners[s]`, owners never falling. There is room
     /// for `new` tokens a sample. Gives the logits `[samples, V]` of each sample's first token, too.
     pub fn begin(model: &'a Transformer, prompts: &[&[i64]], owners: &[usize], new: usize) -> Result<(Self, Tensor)> {
-        let (engine, logits) = if native::takes(model.base().flat()) {
+        let (engine, logits) = if model.by_kernels() {
             let (engine, logits) = no_grad(|| Native::begin(model, prompts, owners.len(), new))?;
             (Engine::Native(engine), logits)
         } else {

@@ -2,7 +2,7 @@
 //!
 //! `config` says what a folder holds and refuses what is not implemented, `rope` turns heads by position, `weights` keeps
 //! every number in one buffer, `folder` reads and writes it as safetensors, `transformer` is the forward pass for training,
-//! `layout` says where its tokens stand, `plain` holds its steps where no kernel of ours does them, `decoding` is the same
+//! `layer` a layer of it, `layout` says where its tokens stand, `plain` holds its steps where no kernel of ours does them, `decoding` is the same
 //! pass one token at a time for generation, `kv_cache` that without kernels of ours, `lora` adapters beside frozen weights,
 //! `new_tokens` the audit of rows that a training should have moved. It knows nothing of losses, tasks or text.
 
@@ -11,10 +11,13 @@ pub mod config;
 pub mod decoding;
 pub mod folder;
 pub mod kv_cache;
+mod layer;
 pub mod layout;
 pub(crate) mod lora;
 pub mod new_tokens;
 pub(crate) mod plain;
+#[cfg(test)]
+mod precision;
 pub mod rope;
 pub mod transformer;
 pub mod weights;
@@ -22,4 +25,4 @@ pub mod weights;
 pub use companions::save_companions;
 pub use config::ModelConfig;
 pub use layout::Layout;
-pub use transformer::{BASE, Transformer};
+pub use transformer::{BASE, Transformer, kind};

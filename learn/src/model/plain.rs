@@ -7,6 +7,11 @@ use crate::model::layout::{Layout, Rectangle};
 use crate::model::rope::Rotation;
 use crate::native::Heads;
 
+/// `x` in fp32 where it is of half precision, else as it is.
+pub(crate) fn widened(x: &Tensor) -> Tensor {
+    x.to_kind(if x.kind() == Kind::BFloat16 { Kind::Float } else { x.kind() })
+}
+
 /// `x / sqrt(mean(x^2) + epsilon)` over the last dimension (RMSNorm without its weight, Zhang and Sennrich 2019).
 pub(crate) fn normalise(x: &Tensor, epsilon: f64) -> Tensor {
     // The vector norm reads x once and keeps no squares for the backward pass.

@@ -11,6 +11,7 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use crate::model::ModelConfig;
+use crate::model::plain::widened;
 
 /// The rotary positions that a configuration asks for.
 #[derive(Clone, Debug, PartialEq)]
@@ -254,13 +255,14 @@ impl Rotation {
         (&self.cosine, &self.sine)
     }
 
-    /// Rotates heads `[N, heads, D]` by `positions` `[N]`, element i with element i + D/2. Positions occur many times, but no
+    /// Rotates heads `[N, heads, D]` by `positions` `[N]`, element i with element i + D/2, half precision in fp32. Positions occur many times, but no
     /// gradient reaches the tables, so the order of a sum never depends on that.
     pub(crate) fn apply(&self, heads: &Tensor, positions: &Tensor) -> Tensor {
         let [cosine, sine] = [&self.cosine, &self.sine].map(|table| table.index_select(0, positions).unsqueeze(1));
         let half = heads.size()[2] / 2;
-        let (one, two) = (heads.narrow(2, 0, half), heads.narrow(2, half, half));
-        Tensor::cat(&[&one * &cosine - &two * &sine, two * cosine + one * sine], 2)
+        let wide = widened(heads);
+        let (one, two) = (wide.narrow(2, 0, half), wide.narrow(2, half, half));
+        Tensor::cat(&[&one * &cosine - &two * &sine, two * cosine + one * sine], 2).to_kind(heads.kind())
     }
 
     /// Rotations for positions 0 to `length` of every row.
@@ -285,11 +287,11 @@ impl Rotation {
 pub(crate) struct Turn(Tensor);
 
 impl Turn {
-    /// Rotates `[B, T, heads, D]` f32.
+    /// Rotates `[B, T, heads, D]`, half precision in fp32.
     pub(crate) fn apply(&self, x: &Tensor) -> Tensor {
         let size = x.size();
-        let pairs = x.view([size[0], size[1], size[2], size[3] / 2, 2]).view_as_complex();
-        (pairs * &self.0).view_as_real().view(size.as_slice())
+        let pairs = widened(x).view([size[0], size[1], size[2], size[3] / 2, 2]).view_as_complex();
+        (pairs * &self.0).view_as_real().view(size.as_slice()).to_kind(x.kind())
     }
 }
 

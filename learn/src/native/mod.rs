@@ -125,11 +125,16 @@ fn off() -> Result<bool> {
 
 /// Whether the kernels take tensors like this one.
 pub fn takes(tensor: &Tensor) -> bool {
+    takes_kind(tensor.kind(), tensor.device())
+}
+
+/// Whether the kernels take tensors of `kind` on `device`.
+pub fn takes_kind(kind: Kind, device: Device) -> bool {
     #[cfg(test)]
     if WITHOUT.get() {
         return false;
     }
-    tensor.device() == Device::Cpu && matches!(tensor.kind(), Kind::Float | Kind::Double) && !matches!(off(), Ok(true))
+    device == Device::Cpu && matches!(kind, Kind::Float | Kind::Double) && !matches!(off(), Ok(true))
 }
 
 /// With which kernels `device` computes: the instructions of ours on a processor (`avx512`, `avx2` or `base`), or `none`.

@@ -17,7 +17,8 @@ use crate::rewards::{OnError, RewardSpec};
 pub use crate::stages::grpo::axes::{Axes, DynamicSampling};
 use crate::stages::sampling::Filters;
 use crate::stages::training::{
-    Alarm, Lora, Optimizer, Schedule, Validate, check_select, check_start, task_of, task_parts, versions,
+    Alarm, Lora, Optimizer, Precision, Schedule, Validate, check_select, check_start, is_off, task_of, task_parts,
+    versions,
 };
 
 /// Improve a model by its own graded attempts: groups of completions a prompt, policy-gradient loss. The loss is a point in
@@ -92,6 +93,13 @@ pub struct Grpo {
     /// Train low-rank adapters instead of the model's own weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lora: Option<Lora>,
+    /// The floating-point format of the model's passes: of training, generation, validation and the reference.
+    #[serde(default, skip_serializing_if = "Precision::is_default")]
+    pub precision: Precision,
+    /// Keep what each layer reads and compute the rest of its activations again in the backward pass: less memory, a third more
+    /// operations, the same gradient.
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub activation_checkpointing: bool,
     /// Validation on the way; without it `best` equals `last`.
     #[serde(default)]
     pub validate: Option<Validate>,

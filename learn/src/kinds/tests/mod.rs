@@ -5,6 +5,7 @@ mod continuing;
 mod episodes;
 mod new_tokens;
 mod policy;
+mod precision;
 mod replayed;
 mod selected;
 mod supervised;
