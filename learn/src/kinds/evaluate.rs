@@ -218,7 +218,9 @@ fn metrics(
         let stratum = prompts.tokens.rows[row].stratum.as_ref().filter(|_| solved.is_some());
         if place.is_multiple_of(samples) {
             metrics.total("n", 1.0);
-            stratum.iter().for_each(|stratum| metrics.total(&format!("n.{stratum}"), 1.0));
+            if let Some(stratum) = stratum {
+                metrics.total(&format!("n.{stratum}"), 1.0);
+            }
         }
         metrics.mean(COMPLETION_LENGTH, one.length() as f64, 1.0);
         metrics.mean("truncated", f64::from(u8::from(one.truncated)), 1.0);
@@ -230,7 +232,9 @@ fn metrics(
         }
         for (name, values) in pass {
             metrics.mean(name, values[place], 1.0);
-            stratum.iter().for_each(|stratum| metrics.mean(&format!("{name}.{stratum}"), values[place], 1.0));
+            if let Some(stratum) = stratum {
+                metrics.mean(&format!("{name}.{stratum}"), values[place], 1.0);
+            }
         }
     }
     let mut values = metrics.values();
