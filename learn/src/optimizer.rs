@@ -286,7 +286,9 @@ mod tests {
                 assert!((rate(step) - expected).abs() < 1e-12, "{decay:?} {step}: {}", rate(step))
             };
             at(4, 1.0);
-            (9..80).for_each(|step| at(step, 2.0));
+            for step in 9..80 {
+                at(step, 2.0);
+            }
             // Step 89 is half-way of the twenty.
             at(89, 1.1);
             at(99, 0.2);

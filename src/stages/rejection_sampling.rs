@@ -208,7 +208,9 @@ impl Stage for RejectionSampling {
                 !kept.iter().any(|(row, _)| tokens.rows[*row].split == *split),
                 "completions are on the split `{split}`, whose rows cannot be kept beside them"
             );
-            there.into_iter().for_each(|row| selection.take(row));
+            for row in there {
+                selection.take(row);
+            }
         }
         for (row, sample) in &kept {
             selection.take_completed(*row, &sample.ids, &sample.replies);

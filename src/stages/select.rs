@@ -140,16 +140,12 @@ impl Stage for Select {
         let mut holding: Vec<(usize, usize)> = Vec::new();
         for &row in &seen {
             let about = &tokens.rows[row];
-            let means = match &measured {
-                Some(measured) => match measured.of(about)? {
-                    Some(means) => Some(means),
-                    None => {
-                        *dropped.entry("unmeasured").or_default() += 1;
-                        continue;
-                    }
-                },
-                None => None,
-            };
+            let means = measured.as_ref().map(|measured| measured.of(about)).transpose()?;
+            if matches!(means, Some(None)) {
+                *dropped.entry("unmeasured").or_default() += 1;
+                continue;
+            }
+            let means = means.flatten();
             let number = |name: &str| {
                 means.and_then(|means| means.get(name).copied()).or_else(|| number_of(about.data.as_ref(), name))
             };
@@ -204,7 +200,9 @@ impl Select {
         let mut shares: Vec<f64> = self.mix.iter().map(|kind| kind.share).collect();
         shares.push(if self.rest() < NOTHING { 0.0 } else { self.rest() });
         let mut there = vec![0u64; shares.len()];
-        holding.iter().for_each(|(_, kind)| there[*kind] += 1);
+        for (_, kind) in holding {
+            there[*kind] += 1;
+        }
         let mut most = u64::MAX;
         for (place, (&there, &share)) in there.iter().zip(&shares).enumerate().filter(|(_, (_, share))| **share > 0.0) {
             if there == 0 {
@@ -258,7 +256,9 @@ impl Measured {
             *count += 1.0;
         }
         let mean = |(prompt, mut sums, count): (String, BTreeMap<String, f64>, f64)| {
-            sums.values_mut().for_each(|sum| *sum /= count);
+            for sum in sums.values_mut() {
+                *sum /= count;
+            }
             (prompt, sums)
         };
         Ok(Self { instances: instances.into_iter().map(|(instance, sums)| (instance, mean(sums))).collect() })

@@ -242,7 +242,9 @@ fn metrics(params: &Evaluate, episodes: &Episodes<'_>) -> BTreeMap<String, f64> 
         let classes: Vec<&str> = stratum.map(classes).unwrap_or_default();
         if place.is_multiple_of(samples) {
             metrics.total("n", 1.0);
-            classes.iter().for_each(|class| metrics.total(&format!("n.{class}"), 1.0));
+            for class in &classes {
+                metrics.total(&format!("n.{class}"), 1.0);
+            }
         }
         metrics.mean(COMPLETION_LENGTH, one.length() as f64, 1.0);
         metrics.mean("truncated", f64::from(u8::from(one.truncated)), 1.0);
@@ -251,13 +253,19 @@ fn metrics(params: &Evaluate, episodes: &Episodes<'_>) -> BTreeMap<String, f64> 
         }
         let solved = solved.map(|solved| ("solved", one.measurements[solved]));
         let pass = pass.iter().map(|(name, values)| (name.as_str(), values[place]));
-        pass.clone().for_each(|(name, value)| metrics.mean(name, value, 1.0));
+        for (name, value) in pass.clone() {
+            metrics.mean(name, value, 1.0);
+        }
         for (name, value) in solved.into_iter().chain(pass) {
-            classes.iter().for_each(|class| metrics.mean(&format!("{name}.{class}"), value, 1.0));
+            for class in &classes {
+                metrics.mean(&format!("{name}.{class}"), value, 1.0);
+            }
         }
     }
     for (name, told) in diagnoses {
-        told.iter().for_each(|value| metrics.mean(name, *value, 1.0));
+        for value in told {
+            metrics.mean(name, *value, 1.0);
+        }
     }
     let mut values = metrics.values();
     if let Some(solved) = solved {
