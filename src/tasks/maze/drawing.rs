@@ -3,6 +3,7 @@
 //! It judges nothing: how the walk ended is the verdict's to say. What it shows is read as the verdict reads it, so a move
 //! against a wall is seen where the verdict counts it. [`picture`] holds shapes and SVG.
 
+pub mod drawn;
 pub mod picture;
 
 use anyhow::Context as _;
