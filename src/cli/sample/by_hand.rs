@@ -66,7 +66,9 @@ pub(super) fn play(args: &Args, session: &Session) -> Result<Completions, Failur
         seed: args.seed,
     };
     let played = ask(&asked, &args.device)?;
-    Ok(completions(played, &instance))
+    let name =
+        args.generate.map_or_else(|| "by hand".to_owned(), |index| format!("number {index} of seed {}", args.seed));
+    Ok(completions(played, &instance, &name))
 }
 
 /// The checkpoint that a stage has made, or that it was given.
@@ -156,7 +158,7 @@ fn ask(asked: &Asked, device: &str) -> Result<Vec<Played>, Failure> {
 }
 
 /// Episodes as stored completions are.
-fn completions(played: Vec<Played>, instance: &Value) -> Completions {
+fn completions(played: Vec<Played>, instance: &Value, name: &str) -> Completions {
     let mut completions = Completions::default();
     let measures = played.first().map(|one| one.measurements.keys().cloned().collect());
     completions.samples = Samples { measures: measures.unwrap_or_default(), ..Samples::default() };
@@ -165,7 +167,7 @@ fn completions(played: Vec<Played>, instance: &Value) -> Completions {
         completions.samples.rows.push(Sample {
             step: 0,
             sample: number as i64,
-            instance: "by hand".to_owned(),
+            instance: name.to_owned(),
             data: instance.clone(),
             prompt: one.prompt,
             completion: said.collect(),
@@ -199,7 +201,7 @@ mod tests {
     fn episodes_are_told_as_stored_completions_are() {
         let line = r#"{"instance": 0, "prompt": "p", "finish": "stop", "measurements": {"solved": 1.0, "steps": 2.0},
                        "turns": [{"observation": "", "begin": 0, "end": 1, "text": "a", "finish": "stop", "measurements": {}}]}"#;
-        let all = completions(vec![serde_json::from_str(line).unwrap()], &Value::Null);
+        let all = completions(vec![serde_json::from_str(line).unwrap()], &Value::Null, "by hand");
         assert_eq!((all.rows()[0].completion.as_str(), all.is_solved(0)), ("a", Some(true)));
         assert_eq!(all.samples.measures, ["solved", "steps"]);
     }

@@ -135,7 +135,8 @@ impl Drawing {
         let mut told = Vec::new();
         if let Some(at) = self.thought.iter().position(|thought| !thought.is_move) {
             let others = self.thought.iter().filter(|thought| !thought.is_move).count() - 1;
-            let more = if others > 0 { format!(" (and {others} more such steps)") } else { String::new() };
+            let plural = if others == 1 { "" } else { "s" };
+            let more = if others > 0 { format!(" (and {others} more such step{plural})") } else { String::new() };
             let Thought { from, to, .. } = self.thought[at];
             told.push(format!(
                 "step {} of the reasoning goes from {} to {}, where no way leads{more}",
