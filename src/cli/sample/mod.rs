@@ -203,6 +203,7 @@ fn value(completions: &Completions, row: usize) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::completions::Exchange;
     use crate::cli::completions::tests::rollouts;
     use clap::Parser;
 
@@ -253,6 +254,18 @@ mod tests {
         assert_eq!(value["rewards"], json!({"correct": 0.0, "progress": 0.25}));
         assert_eq!((&value["advantages"], &value["solved"]), (&json!([-1.0]), &json!(false)));
         assert!(value["mistakes"][0].as_str().unwrap().contains("runs into a wall"));
+    }
+
+    #[test]
+    fn an_episode_of_another_task_is_told_turn_by_turn() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut completions = rollouts(folder.path());
+        completions.samples.rows[0].data = json!({"position": 3});
+        completions.samples.rows[0].prompt = "The number is 3, the target 5.\n".to_owned();
+        let exchange = |observation: &str, text: &str| Exchange { observation: observation.into(), text: text.into() };
+        let first = exchange("", "{\"thoughts\": \"up, and then up again\", \"action\": \"+\"}");
+        completions.exchanges[0] = vec![first, exchange("The number is 4.", "{\"action\": \"+\"}")];
+        insta::assert_snapshot!(text(&completions, 0, 50, false));
     }
 
     #[test]
