@@ -5,6 +5,7 @@
 
 pub mod advantage;
 pub mod batch;
+pub mod by_hand;
 pub mod codec;
 pub mod credit;
 pub mod device;

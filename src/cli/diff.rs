@@ -154,14 +154,11 @@ fn difference(a: &StageObjects<'_>, b: &StageObjects<'_>) -> Result<Difference, 
         let like = second.outputs.iter().find(|other| other.name == output.name)?;
         Some((output.name.clone(), like.digest == output.digest))
     });
-    let inputs = |manifest: &Manifest| {
-        manifest.inputs.iter().map(|(name, digest)| (name.clone(), digest.short().to_owned())).collect()
-    };
     Ok(Difference {
         is_same: first.key == second.key,
         params: changes(&params(&first.params), &params(&second.params)),
         code: changes(&code(first), &code(second)),
-        inputs: changes(&inputs(first), &inputs(second)),
+        inputs: changes(&inputs(&first.parts.params), &inputs(&second.parts.params)),
         outputs: outputs.collect(),
         metrics: changes(&first.metrics, &second.metrics),
         instances: instances(&one, &other),
@@ -180,6 +177,28 @@ fn params(params: &Value) -> BTreeMap<String, String> {
     let mut lines = Vec::new();
     flatten("", params, &mut lines);
     lines.into_iter().collect()
+}
+
+/// What each input was, by the parameter that names it: another stage's name for the same content is no difference.
+fn inputs(params: &Value) -> BTreeMap<String, String> {
+    let mut found = BTreeMap::new();
+    let mut left = vec![(String::new(), params)];
+    while let Some((path, value)) = left.pop() {
+        let below = |name: &str| if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
+        match value {
+            Value::Object(fields) => match fields.get("$input").and_then(Value::as_str) {
+                Some(digest) => {
+                    found.insert(path, digest.chars().take(10).collect());
+                }
+                None => left.extend(fields.iter().map(|(name, value)| (below(name), value))),
+            },
+            Value::Array(items) => {
+                left.extend(items.iter().enumerate().map(|(at, value)| (below(&at.to_string()), value)))
+            }
+            _ => {}
+        }
+    }
+    found
 }
 
 /// The versions of what a result rests on, and what it was computed with.
@@ -358,6 +377,13 @@ mod tests {
         let place = |word: &str| text.find(word).unwrap_or_else(|| panic!("{word}: {text}"));
         assert!(place("the same: tokens") < place("\nsft\n") && place("\nsft\n") < place("\nevaluate\n"));
         assert!(text.contains("pipe sample maze/seed=2/evaluate --instance t-1") && text.ends_with("only in B: grpo"));
+    }
+
+    #[test]
+    fn inputs_are_found_by_the_parameters_that_name_them() {
+        let params = serde_json::json!({"model": {"$input": "3f2a"}, "list": [{"a": {"$input": "77"}}], "seed": 1});
+        let found: Vec<(String, String)> = inputs(&params).into_iter().collect();
+        assert_eq!(found, [("list.0.a".into(), "77".into()), ("model".into(), "3f2a".into())]);
     }
 
     #[test]

@@ -36,6 +36,9 @@ const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
 /// Without a terminal the run as a whole says how far it is at most this often.
 const PLAIN_OVERALL: Duration = Duration::from_secs(60);
 
+/// Without a terminal the time left is estimated only in runs that take longer.
+const UNSEEN: Duration = Duration::from_secs(5);
+
 /// How often the screen is drawn anew.
 const TICK: Duration = Duration::from_millis(200);
 
@@ -55,6 +58,7 @@ pub struct Progress<'a> {
     board: Shared,
     screen: Option<ProgressBar>,
     time_left: TimeLeft<'a>,
+    begun: Instant,
     /// When the run as a whole said something on a plain line.
     told: Instant,
     /// What failed, to be told again at the end.
@@ -98,6 +102,7 @@ impl<'a> Progress<'a> {
             board: Arc::new(Mutex::new(Board::new(plan, &wanted, tunes))),
             screen: None,
             time_left: TimeLeft::new(plan, store, wanted, again, jobs),
+            begun: Instant::now(),
             told: Instant::now(),
             failures: Vec::new(),
             went_on: false,
@@ -275,7 +280,9 @@ impl<'a> Progress<'a> {
         let now = Instant::now();
         let board = &self.board;
         let pace = |node: usize| open(board).pace_of(node);
-        let new = if self.time_left.is_due(now) { Some(self.time_left.estimate(now, pace)) } else { None };
+        // Where nothing is drawn, runs that are over in seconds need no history.
+        let is_wanted = self.ui.draws_bars() || self.begun.elapsed() >= UNSEEN;
+        let new = if is_wanted && self.time_left.is_due(now) { Some(self.time_left.estimate(now, pace)) } else { None };
         let mut board = open(board);
         let old = board.estimate();
         board.set_estimate(new.unwrap_or_else(|| old.map(Estimate::outdated)));

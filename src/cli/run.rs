@@ -13,7 +13,7 @@ use crate::cli::failure::Failure;
 use crate::cli::progress::publish::Publisher;
 use crate::cli::progress::{Asked, Progress};
 use crate::cli::tuning::{self, Tuned};
-use crate::cli::ui::last_words;
+use crate::cli::ui::{last_words, take_back_echo};
 use crate::cli::{Files, Session, render, same_arms, store_hint, table};
 use crate::pipeline::exec::event::{Event, Outcome};
 use crate::pipeline::exec::{self, ExecError, Options, select};
@@ -352,7 +352,10 @@ fn watch_signals(session: &Session, interrupt: &Arc<AtomicBool>, kill: &Arc<Atom
     let (bars, quiet) = (session.ui.bars().clone(), session.ui.is_quiet());
     #[expect(clippy::disallowed_methods, reason = "the third signal is from someone who wants no more waiting")]
     let watch = move || {
-        for _ in signals.forever() {
+        for signal in signals.forever() {
+            if signal == SIGINT && !bars.is_hidden() {
+                take_back_echo();
+            }
             let said = if !interrupt.swap(true, Ordering::Relaxed) {
                 "saving and stopping; a second interrupt stops at once"
             } else if !kill.swap(true, Ordering::Relaxed) {

@@ -138,3 +138,49 @@ fn two_trials_and_two_stages_are_compared() {
     let files = sandbox.json(&["inspect", "slow/seed=1/after", "--json"]);
     assert_eq!((&files["type"], &files["files"][0]["name"]), (&"files".into(), &"out".into()));
 }
+
+#[test]
+fn what_a_model_says_is_drawn_looked_into_and_asked_for_by_hand() {
+    let sandbox = Sandbox::new();
+    sandbox.write("tiny.toml", crate::learning::TINY);
+    sandbox.ok(&["run", "tiny.toml", "--set", "stages.sft.steps=20", "--set", "stages.grpo.steps=2"]);
+    let drawn = sandbox.ok(&["sample", "tiny/evaluate", "--count", "2", "--svg", "a.svg", "--png", "a.png"]).stdout;
+    assert_eq!(drawn.matches("answers").count(), 2, "{drawn}");
+    assert!(drawn.contains('┌') && drawn.contains('O') && drawn.contains('T'), "{drawn}");
+    assert!(std::fs::read_to_string(sandbox.path("a.svg")).unwrap().ends_with("</svg>\n"));
+    assert!(std::fs::read(sandbox.path("a.png")).unwrap().starts_with(b"\x89PNG"));
+    let rollouts = sandbox.json(&["sample", "tiny/grpo", "--step", "0", "--count", "99", "--json"]);
+    assert_eq!(rollouts.as_array().unwrap().len(), 32, "8 prompts of 4");
+    assert!(rollouts[0]["rewards"]["shaped"].is_number() && rollouts[0]["data"]["walls"].is_array());
+
+    let groups = sandbox.json(&["inspect", "tiny/grpo.rollouts", "--step", "1", "--json"]);
+    assert_eq!(groups["step"]["groups"].as_array().unwrap().len(), 8);
+    let first = &groups["step"]["groups"][0]["samples"];
+    assert_eq!(first.as_array().unwrap().len(), 4);
+    let tokens = sandbox.json(&["inspect", "tiny/tokens", "--split", "train", "--row", "3", "--json"]);
+    let row = &tokens["row"];
+    assert_eq!(row["tokens"].as_array().unwrap().len(), row["mask"].as_array().unwrap().len());
+    assert_eq!((&row["mask"][0], &row["tokens"][0]), (&0.into(), &"<|bos|>".into()));
+    let model = sandbox.json(&["inspect", "tiny/sft", "--json"]);
+    assert!(model["parameters"].as_u64().unwrap() > 10_000 && model["config"]["hidden_size"] == 32);
+    let evaluation = sandbox.json(&["inspect", "tiny/evaluate", "--json"]);
+    let ended: u64 = evaluation["outcomes"].as_object().unwrap().values().map(|count| count.as_u64().unwrap()).sum();
+    assert_eq!((ended, &evaluation["metrics"]["n"]), (30, &30.0.into()));
+
+    // What a model says by hand of an instance that it was measured on is what it said then.
+    let stored = sandbox.json(&["sample", "tiny/evaluate", "--count", "1", "--json"]);
+    sandbox.write("maze.json", &stored[0]["data"].to_string());
+    let asked = ["sample", "tiny/grpo", "--prompt", "maze.json", "--device", "cpu", "--json"];
+    let by_hand = sandbox.json(&asked);
+    assert_eq!(
+        (&by_hand[0]["prompt"], &by_hand[0]["turns"][0]["text"]),
+        (&stored[0]["prompt"], &stored[0]["turns"][0]["text"])
+    );
+    assert_eq!(by_hand[0]["measurements"], stored[0]["measurements"]);
+    let generated = sandbox.ok(&["sample", "tiny/evaluate", "--generate", "5", "--device", "cpu"]).stdout;
+    assert!(generated.starts_with("number 5 of seed 0"), "{generated}");
+    sandbox.write("bad.txt", "no maze");
+    let bad = sandbox.pipe(&["sample", "tiny/grpo", "--prompt", "bad.txt"]);
+    assert_eq!(bad.code, Some(2));
+    assert!(bad.stderr.contains("`bad.txt` is no instance"), "{}", bad.stderr);
+}

@@ -18,7 +18,7 @@ pub(super) fn inspect(folder: &Path, completions: &Completions, look: &Look<'_>)
     let mut text = format!(
         "{} of {}\n",
         render::plural(rows.len(), "completion"),
-        render::plural(completions.samples.groups.len(), "prompt")
+        render::plural(completions.samples.groups.len(), if completions.is_training { "group" } else { "prompt" })
     );
     let mut value = json!({"completions": rows.len(), "prompts": completions.samples.groups.len()});
     if completions.is_training {

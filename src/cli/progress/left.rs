@@ -13,7 +13,7 @@ use crate::pipeline::plan::{Node, Plan};
 use crate::pipeline::store::Store;
 
 /// Estimates may take one part in so many of a run's time,
-const SHARE: u32 = 50;
+const SHARE: u32 = 200;
 
 /// and so much of it at once, since events come together.
 const BURST: Duration = Duration::from_millis(100);
@@ -196,7 +196,7 @@ mod tests {
         time.begin(0, at);
         assert!(time.is_due(at));
         time.spent = Duration::from_secs(1);
-        assert!(!time.is_due(after(40)) && time.is_due(after(50)), "a fiftieth of the time");
+        assert!(!time.is_due(after(170)) && time.is_due(after(190)), "a two-hundredth of the time");
         time.spent = Duration::ZERO;
         let first = time.estimate(at, |_| None).unwrap();
         assert_eq!((first.left, first.is_least, text(&first, at)), (0.0, true, None), "nothing has ever run");

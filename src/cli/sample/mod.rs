@@ -1,5 +1,6 @@
 //! `pipe sample`: what a model says, drawn where the task is a maze, and told turn by turn everywhere else.
 
+mod by_hand;
 mod sheet;
 mod telling;
 
@@ -16,6 +17,9 @@ use crate::cli::{Session, render};
 /// Columns where there is no terminal.
 const COLUMNS: u16 = 100;
 
+/// Stored completions that are shown where nobody says how many.
+const COUNT: usize = 3;
+
 /// Show what a model said: its walk through the maze, its mistakes, its reasoning
 ///
 /// It reads what a stage has stored: every completion of a `grpo` stage, the last of each instance of an `evaluate` stage. In
@@ -26,9 +30,9 @@ pub struct Args {
     /// `EXPERIMENT[/TRIAL]/STAGE` of a `grpo` or an `evaluate` stage, or `FILE.toml[/TRIAL]/STAGE`
     #[arg(value_name = "STAGE")]
     target: String,
-    /// So many
-    #[arg(long, short, value_name = "N", default_value_t = 3)]
-    count: usize,
+    /// So many [default: 3, or 1 by hand]
+    #[arg(long, short, value_name = "N")]
+    count: Option<usize>,
     /// Only what is solved
     #[arg(long, conflicts_with = "failed")]
     solved: bool,
@@ -50,6 +54,24 @@ pub struct Args {
     /// Write the mazes to a PNG file
     #[arg(long, value_name = "FILE")]
     png: Option<PathBuf>,
+    /// By hand: let the stage's model answer the instance in FILE, or `-` for what is pasted; as JSON, or a maze as it is drawn
+    #[arg(long, value_name = "FILE|-", conflicts_with_all = ["solved", "failed", "instance", "step", "generate"], help_heading = "By hand")]
+    prompt: Option<PathBuf>,
+    /// By hand: let it answer instance number INDEX of the task's stream SEED, whatever split that falls in
+    #[arg(long, value_name = "INDEX", conflicts_with_all = ["solved", "failed", "instance", "step"], help_heading = "By hand")]
+    generate: Option<u64>,
+    /// What an instance is drawn with, and what a model draws with
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "By hand")]
+    seed: u64,
+    /// The sampling temperature; 0 is greedy
+    #[arg(long, value_name = "T", default_value_t = 0.0, help_heading = "By hand")]
+    temperature: f64,
+    /// Tokens in a reply, at most [default: as the stage says]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..), help_heading = "By hand")]
+    max_new_tokens: Option<u64>,
+    /// `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`
+    #[arg(long, value_name = "DEVICE", default_value = "auto", help_heading = "By hand")]
+    device: String,
     /// Lay a value over the file, as for `pipe run`
     #[arg(long = "set", value_name = "PATH=VALUE")]
     sets: Vec<String>,
@@ -57,8 +79,16 @@ pub struct Args {
 
 /// With `--json`, an array of completions.
 pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
-    let completions = Completions::of(&find(&args.target, &args.sets, session)?.result())?;
-    let rows = chosen(&completions, args)?;
+    let is_by_hand = args.prompt.is_some() || args.generate.is_some();
+    if !(0.0..=10.0).contains(&args.temperature) {
+        return Err(Failure::wrong(format!("`--temperature` is {}, and lies between 0 and 10", args.temperature)));
+    }
+    let completions = if is_by_hand {
+        by_hand::play(args, session)?
+    } else {
+        Completions::of(&find(&args.target, &args.sets, session)?.result())?
+    };
+    let rows = if is_by_hand { (0..completions.rows().len()).collect() } else { chosen(&completions, args)? };
     let ui = &session.ui;
     write_pictures(&completions, &rows, args)?;
     if ui.is_json() {
@@ -100,13 +130,14 @@ fn chosen(completions: &Completions, args: &Args) -> Result<Vec<usize>, Failure>
             None => failure.hint(format!("the first are `{first}`")),
         });
     }
+    let count = args.count.unwrap_or(COUNT);
     let fits = |row: &usize| match completions.is_solved(*row) {
         _ if !args.solved && !args.failed => true,
         Some(solved) => solved == args.solved,
         None => false,
     };
-    let rows: Vec<usize> = of_instance.iter().copied().filter(fits).skip(args.skip).take(args.count).collect();
-    if rows.is_empty() && args.count > 0 {
+    let rows: Vec<usize> = of_instance.iter().copied().filter(fits).skip(args.skip).take(count).collect();
+    if rows.is_empty() && count > 0 {
         let what = if args.solved { "solved" } else { "that fails" };
         let asked =
             if args.solved || args.failed { format!("no completion {what}") } else { "no completion".to_owned() };
@@ -172,6 +203,7 @@ fn value(completions: &Completions, row: usize) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::completions::Exchange;
     use crate::cli::completions::tests::rollouts;
     use clap::Parser;
 
@@ -222,6 +254,18 @@ mod tests {
         assert_eq!(value["rewards"], json!({"correct": 0.0, "progress": 0.25}));
         assert_eq!((&value["advantages"], &value["solved"]), (&json!([-1.0]), &json!(false)));
         assert!(value["mistakes"][0].as_str().unwrap().contains("runs into a wall"));
+    }
+
+    #[test]
+    fn an_episode_of_another_task_is_told_turn_by_turn() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut completions = rollouts(folder.path());
+        completions.samples.rows[0].data = json!({"position": 3});
+        completions.samples.rows[0].prompt = "The number is 3, the target 5.\n".to_owned();
+        let exchange = |observation: &str, text: &str| Exchange { observation: observation.into(), text: text.into() };
+        let first = exchange("", "{\"thoughts\": \"up, and then up again\", \"action\": \"+\"}");
+        completions.exchanges[0] = vec![first, exchange("The number is 4.", "{\"action\": \"+\"}")];
+        insta::assert_snapshot!(text(&completions, 0, 50, false));
     }
 
     #[test]

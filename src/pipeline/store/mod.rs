@@ -10,6 +10,7 @@
 //! work/<key>/                  survives a kill: training states, the files of a failed attempt
 //! logs/<key>/                  log.txt, metrics.jsonl, tensorboard/: never part of a result
 //! runs/, tensorboard/          views by people's names, which can be rebuilt
+//! runs/.live/                  what running processes say of themselves to other terminals
 //! quarantine/                  what was found damaged
 //! trash/                       objects on their way out, whole
 //! cache/                       what spares hashing unchanged files and reading manifests again

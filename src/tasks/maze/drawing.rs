@@ -3,6 +3,7 @@
 //! It judges nothing: how the walk ended is the verdict's to say. What it shows is read as the verdict reads it, so a move
 //! against a wall is seen where the verdict counts it. [`picture`] holds shapes and SVG.
 
+pub mod drawn;
 pub mod picture;
 
 use anyhow::Context as _;
@@ -135,7 +136,8 @@ impl Drawing {
         let mut told = Vec::new();
         if let Some(at) = self.thought.iter().position(|thought| !thought.is_move) {
             let others = self.thought.iter().filter(|thought| !thought.is_move).count() - 1;
-            let more = if others > 0 { format!(" (and {others} more such steps)") } else { String::new() };
+            let plural = if others == 1 { "" } else { "s" };
+            let more = if others > 0 { format!(" (and {others} more such step{plural})") } else { String::new() };
             let Thought { from, to, .. } = self.thought[at];
             told.push(format!(
                 "step {} of the reasoning goes from {} to {}, where no way leads{more}",

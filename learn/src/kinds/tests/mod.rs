@@ -1,6 +1,7 @@
 //! Tests of the loops, end to end on tiny mazes: same run same bytes, stopped anywhere; laws of rollouts; refusals.
 
 mod adapters;
+mod by_hand;
 mod continuing;
 mod episodes;
 mod new_tokens;
