@@ -10,6 +10,7 @@ use pipe::statistics::alarm::Evaluation;
 use pipe::telemetry::{Metrics, StepLines};
 use serde_json::json;
 
+use crate::exhibits::{self, Shown};
 use crate::generate::Sampling;
 use crate::memory::{self, Generation};
 use crate::model::Transformer;
@@ -128,6 +129,7 @@ impl Validation {
                 metrics.mean("validation/clipped_share", clipped, 1.0);
                 if logged.len() < LOGGED {
                     let about = &prompts.tokens.rows[row];
+                    show(prompts, row, one);
                     logged.push(json!({
                         "step": step, "instance": about.instance, "prompt": about.prompt, "completion": one.text(),
                         "finish": one.finish(), "measurements": prompts.named(&one.measurements),
@@ -147,6 +149,21 @@ impl Validation {
         let evaluation = evaluation.filter(|evaluation| !evaluation.solved.is_empty());
         Ok(Validated { metrics, selecting, evaluation })
     }
+}
+
+/// Shows a completion, and what it does where its task can be drawn.
+fn show(prompts: &Prompts, row: usize, one: &Trajectory) {
+    let about = &prompts.tokens.rows[row];
+    let completion = one.text();
+    let named = prompts.measures().iter().map(String::as_str);
+    let shown = Shown {
+        instance: &about.instance,
+        prompt: &about.prompt,
+        completion: &completion,
+        finish: one.finish(),
+        measurements: named.zip(one.measurements.iter().copied()).collect(),
+    };
+    exhibits::text(&format!("validation/completions/{}", about.instance), exhibits::completions([shown]));
 }
 
 /// Adds the rewards of one episode; that of unsolved episodes also by itself.
