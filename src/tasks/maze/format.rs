@@ -203,7 +203,7 @@ pub(super) fn read_answer(completion: &str) -> Answer {
 }
 
 /// Cuts a text into tokens (`<think>`, `</think>`, `<|...|>`) and whatever stands between them.
-struct Pieces<'a>(&'a str);
+pub(super) struct Pieces<'a>(pub(super) &'a str);
 
 impl<'a> Iterator for Pieces<'a> {
     type Item = &'a str;

@@ -4,6 +4,7 @@
 //! what it answers is read strictly: anything but move tokens after `</think>` spoils the answer, and so does walking on
 //! after the target was reached.
 
+pub mod drawing;
 mod format;
 mod grid;
 
