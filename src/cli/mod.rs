@@ -21,6 +21,7 @@ pub mod pace;
 pub mod plan;
 pub mod progress;
 pub mod render;
+pub mod report;
 pub mod rescore;
 pub mod results;
 pub mod run;
@@ -97,6 +98,7 @@ enum Command {
     Graph(graph::Args),
     Import(import::Args),
     Plan(plan::Args),
+    Report(report::Args),
     Rescore(rescore::Args),
     Run(run::Args),
     Schema(schema::Args),
@@ -158,6 +160,7 @@ fn dispatch(command: &Command, session: &Session) -> Result<(), Failure> {
         Command::Graph(args) => graph::run(args, session),
         Command::Import(args) => import::run(args, session),
         Command::Plan(args) => plan::run(args, session),
+        Command::Report(args) => report::run(args, session),
         Command::Rescore(args) => rescore::run(args, session),
         Command::Run(args) => run::run(args, session),
         Command::Schema(args) => schema::run(args, session),

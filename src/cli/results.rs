@@ -62,6 +62,12 @@ impl StageResult {
         measured.map(Values::Instances).or_else(|| self.metrics.get(metric).copied().map(Values::Whole))
     }
 
+    /// A measurement of every row, in the order of the file.
+    pub fn column(&self, measurement: &str) -> Option<&[Option<f64>]> {
+        let mut columns = self.examples.iter().flat_map(|examples| &examples.measurements);
+        columns.find(|(name, _)| name == measurement).map(|(_, column)| column.as_slice())
+    }
+
     /// The metrics to show where none is asked for: every measurement, or else every headline number.
     pub fn metrics(&self) -> Vec<&str> {
         let measured: Vec<&str> = self.measured().collect();

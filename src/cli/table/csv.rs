@@ -89,7 +89,17 @@ mod tests {
     fn every_number_is_a_row() {
         let mut comparison = comparison();
         comparison.arms[1].parameters = [("drop".to_owned(), "a,\"b\"".into())].into();
-        insta::assert_snapshot!(write(&comparison, true), @"");
+        insta::assert_snapshot!(write(&comparison, true), @r#"
+        experiment,arm,seeds,what,metric,mean,low,high,n,p,p_holm,claim,read_at,drop
+        maze,drop=none,1,mean,sft.solved,0.72,0.7,0.74,1000,,,A,,
+        maze,drop=none,1,mean,grpo.solved,,,,,,,A,,
+        maze,drop=none,1,difference,grpo.solved - sft.solved,0.061,0.04,0.082,1000,0.0001,0.0002,A,,
+        maze,drop=progress,1,mean,sft.solved,0.72,0.7,0.74,1000,,,A,,"a,""b"""
+        maze,drop=progress,1,mean,grpo.solved,,,,,,,A,,"a,""b"""
+        maze,drop=progress,1,difference,grpo.solved - sft.solved,0.061,0.04,0.082,1000,0.0001,0.0002,A,,"a,""b"""
+        maze,drop=progress,1,versus_baseline,sft.solved,-0.01,0.04,0.082,1000,0.0001,0.3,A,,"a,""b"""
+        maze,drop=progress,1,versus_baseline,grpo.solved,,,,,,,A,,"a,""b"""
+        "#);
         assert!(!write(&comparison, false).contains("experiment,"));
     }
 }

@@ -5,6 +5,9 @@ mod order;
 mod paper;
 mod text;
 
+pub(in crate::cli) use paper::{Wide, tables as wide};
+pub(in crate::cli) use text::meaning;
+
 use crate::cli::comparison::{Comparison, View};
 use crate::cli::failure::Failure;
 use crate::cli::ui::Look;

@@ -8,10 +8,13 @@ use crate::cli::table::text;
 use crate::statistics::Estimate;
 
 /// A table before it is written: its first column holds names.
-struct Wide {
-    title: String,
-    header: Vec<String>,
-    rows: Vec<Vec<String>>,
+pub(in crate::cli) struct Wide {
+    /// What it shows; empty for the table of metrics.
+    pub(in crate::cli) title: String,
+    /// As many as a row has.
+    pub(in crate::cli) header: Vec<String>,
+    /// An arm each.
+    pub(in crate::cli) rows: Vec<Vec<String>>,
 }
 
 /// `72.0 % [70.0, 74.0]`.
@@ -34,7 +37,7 @@ fn tested_cell(tested: Option<Tested>, share: bool) -> String {
 }
 
 /// The tables: metrics, differences within arms, differences from the baseline.
-fn tables(comparison: &Comparison) -> Vec<Wide> {
+pub(in crate::cli) fn tables(comparison: &Comparison) -> Vec<Wide> {
     let is_share = |name: &str| comparison.shares.contains(name);
     let named = |arm: &str| if arm.is_empty() { "all runs".to_owned() } else { arm.to_owned() };
     let header = |columns: &mut dyn Iterator<Item = String>| {
@@ -122,7 +125,7 @@ pub(super) fn latex(comparison: &Comparison, question: &str) -> String {
     let mut text = String::from("% \\usepackage{booktabs}\n\\begin{table}\n  \\centering\n");
     for Wide { title, header, rows } in tables(comparison) {
         if !title.is_empty() {
-            let _ = writeln!(text, "  \\medskip\n  {}\\\\[2pt]", tex(&title));
+            let _ = writeln!(text, "  \\par\\medskip\n  {}\\\\[2pt]", tex(&title));
         }
         let _ = writeln!(text, "  \\begin{{tabular}}{{l{}}}\n    \\toprule", "r".repeat(header.len() - 1));
         let line = |cells: &[String]| cells.iter().map(|cell| tex(cell)).collect::<Vec<_>>().join(" & ");
@@ -177,12 +180,73 @@ mod tests {
 
     #[test]
     fn markdown_has_an_arm_a_row() {
-        insta::assert_snapshot!(markdown(&comparison(), "Which part of the reward does the work?"), @"");
+        insta::assert_snapshot!(markdown(&comparison(), "Which part of the reward does the work?"), @r"
+        ### maze
+
+        Which part of the reward does the work?
+
+        | arm | sft.solved (n = 1,000) | grpo.solved |
+        | --- | ---: | ---: |
+        | drop=none | 72.0 % [70.0, 74.0] | - |
+        | drop=progress | 72.0 % [70.0, 74.0] | - |
+
+        Differences within an arm
+
+        | arm | grpo.solved - sft.solved |
+        | --- | ---: |
+        | drop=none | +6.1 pp [+4.0, +8.2], p < 0.001 |
+        | drop=progress | +6.1 pp [+4.0, +8.2], p < 0.001 |
+
+        Minus the baseline drop=none
+
+        | arm | sft.solved | grpo.solved |
+        | --- | ---: | ---: |
+        | drop=progress | -1.0 pp [+4.0, +8.2], p = 0.300 | - |
+
+        Claim A, about these checkpoints: n counts instances; intervals are Wilson's for shares, Student's t otherwise.
+        A claim about the recipe needs at least 5 seeds.
+        Differences are paired by instance and seed: Student's t interval, p from sign flips within instances.
+        Holm's correction is over the tests of a block.
+        ");
     }
 
     #[test]
     fn latex_has_booktabs_and_a_caption() {
-        insta::assert_snapshot!(latex(&comparison(), "Which 50 % of it?"), @"");
+        insta::assert_snapshot!(latex(&comparison(), "Which 50 % of it?"), @r"
+        % \usepackage{booktabs}
+        \begin{table}
+          \centering
+          \begin{tabular}{lrr}
+            \toprule
+            arm & sft.solved (n = 1,000) & grpo.solved \\
+            \midrule
+            drop=none & 72.0 \% [70.0, 74.0] & - \\
+            drop=progress & 72.0 \% [70.0, 74.0] & - \\
+            \bottomrule
+          \end{tabular}
+          \par\medskip
+          Differences within an arm\\[2pt]
+          \begin{tabular}{lr}
+            \toprule
+            arm & grpo.solved - sft.solved \\
+            \midrule
+            drop=none & +6.1 pp [+4.0, +8.2], p $<$ 0.001 \\
+            drop=progress & +6.1 pp [+4.0, +8.2], p $<$ 0.001 \\
+            \bottomrule
+          \end{tabular}
+          \par\medskip
+          Minus the baseline drop=none\\[2pt]
+          \begin{tabular}{lrr}
+            \toprule
+            arm & sft.solved & grpo.solved \\
+            \midrule
+            drop=progress & $-$1.0 pp [+4.0, +8.2], p = 0.300 & - \\
+            \bottomrule
+          \end{tabular}
+          \caption{Which 50 \% of it? Claim A, about these checkpoints: n counts instances; intervals are Wilson's for shares, Student's t otherwise. A claim about the recipe needs at least 5 seeds. Differences are paired by instance and seed: Student's t interval, p from sign flips within instances. Holm's correction is over the tests of a block.}
+          \label{tab:maze}
+        \end{table}
+        ");
     }
 
     #[test]

@@ -135,7 +135,7 @@ fn signed(number: String) -> String {
 }
 
 /// What the numbers claim and how they were made.
-pub(super) fn meaning(comparison: &Comparison) -> String {
+pub(in crate::cli) fn meaning(comparison: &Comparison) -> String {
     let tests = !comparison.differences.is_empty() || comparison.baseline.is_some();
     let fewest = comparison.arms.iter().map(|arm| arm.seeds).filter(|seeds| *seeds > 0).min().unwrap_or(0);
     let mut text = match comparison.claim {
