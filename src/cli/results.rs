@@ -86,7 +86,8 @@ impl StageResult {
         let Some(examples) = &self.examples else { return names };
         let strata: BTreeSet<&str> = examples.strata.iter().flatten().map(String::as_str).collect();
         let passes = examples.passes().into_iter().map(|k| format!("pass@{k}"));
-        names.extend(passes.filter(|name| !self.metrics.contains_key(name)));
+        let passes: Vec<String> = passes.filter(|name| !names.contains(name)).collect();
+        names.extend(passes);
         let parts =
             names.iter().filter(|name| self.measured().any(|measured| measured == *name) || name.starts_with("pass@"));
         let parts = parts.flat_map(|name| strata.iter().map(move |stratum| format!("{name}.{stratum}")));
@@ -163,19 +164,18 @@ impl Examples {
                 .rev()
                 .find_map(|(dot, _)| Some((measured(&metric[..dot])?, Some(&metric[dot + 1..]))))?,
         };
-        let mut sums: BTreeMap<Arc<str>, (f64, u32)> = BTreeMap::new();
-        for ((instance, own), value) in self.instances.iter().zip(&self.strata).zip(column) {
-            if stratum.is_some_and(|wanted| own.as_deref() != Some(wanted)) {
-                continue;
-            }
-            if let Some(value) = value {
-                let (sum, count) = sums.entry(Arc::clone(instance)).or_default();
-                *sum += value;
-                *count += 1;
-            }
-        }
-        (!sums.is_empty())
-            .then(|| sums.into_iter().map(|(instance, (sum, count))| (instance, sum / f64::from(count))).collect())
+        let rows = self.instances.iter().zip(&self.strata).zip(column);
+        let of_stratum = |own: &Option<String>| stratum.is_none_or(|wanted| own.as_deref() == Some(wanted));
+        let mut measured: Vec<(&Arc<str>, f64)> = rows
+            .filter_map(|((instance, own), value)| Some((instance, (*value)?)).filter(|_| of_stratum(own)))
+            .collect();
+        measured.sort_by_key(|(instance, _)| *instance);
+        let means = measured.chunk_by(|one, other| one.0 == other.0).map(|rows| {
+            let sum: f64 = rows.iter().map(|(_, value)| value).sum();
+            (Arc::clone(rows[0].0), sum / rows.len() as f64)
+        });
+        let means: BTreeMap<Arc<str>, f64> = means.collect();
+        (!means.is_empty()).then_some(means)
     }
 
     /// `K[.STRATUM]`: the unbiased pass@k of each instance from its draws; `None` where there are fewer than 2k of one.

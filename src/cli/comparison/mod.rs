@@ -2,6 +2,8 @@
 //!
 //! It reads what the store has for the files as they are now and never runs anything; what is missing is a note.
 
+#[cfg(test)]
+pub(crate) mod fake;
 mod gather;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -272,54 +274,83 @@ fn same(first: &Value, second: &Value) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::fake::{KINDS, ran};
     use super::*;
-    use crate::pipeline::stage::{Kind, Output, StageContext};
-    use crate::pipeline::{exec, spec};
-
-    /// A stage that writes an evaluation in which the first `solved` of ten mazes but the `seed`-th are solved.
-    #[derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
-    #[serde(deny_unknown_fields)]
-    struct Fake {
-        solved: usize,
-        seed: u64,
-    }
-
-    impl crate::pipeline::stage::Stage for Fake {
-        const KIND: &'static str = "fake";
-        const VERSION: u32 = 1;
-        fn outputs(&self) -> Vec<Output> {
-            vec![Output::new("evaluation", ArtifactType::Evaluation)]
-        }
-        fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
-            let names: Vec<String> = (0..10).map(|place| format!("maze{place}")).collect();
-            let rows: Vec<_> = names
-                .iter()
-                .enumerate()
-                .map(|(place, name)| {
-                    let solved = place < self.solved && place as u64 != self.seed;
-                    let stratum = if place < 5 { "short" } else { "long" };
-                    (name.as_str(), Some(stratum), f64::from(u8::from(solved)), Some(place as f64))
-                })
-                .collect();
-            crate::cli::results::fake::evaluation(&context.output("evaluation"), &rows);
-            Ok(())
-        }
-    }
-
-    static KINDS: &[Kind] = &[Kind::of::<Fake>()];
+    use crate::pipeline::spec;
 
     fn compared(text: &str, run: bool) -> Comparison {
+        viewed(text, run, &View::default()).unwrap()
+    }
+
+    fn viewed(text: &str, run: bool, view: &View) -> Result<Comparison, Failure> {
+        let (_place, experiments, store) = ran(text, run);
+        let plan = Plan::new(&experiments, Some(&store)).unwrap();
+        Comparison::new(&experiments[0], &plan, Some(&store), view)
+    }
+
+    const TRAINED: &str = r#"
+        [stages.train]
+        kind = "fake_training"
+        steps = 4
+        rate = 0.1
+        seed = 1
+        [sweep.grid]
+        "stages.train.steps" = [4, 2]
+        [table]
+        metrics = ["train.reward", "train.reward@steps", "train.reward@seconds=6", "train.reward@seconds_to>=0.2", "train.reward@steps_to>=0.4"]
+        baseline = { steps = 4 }
+    "#;
+
+    #[test]
+    fn curves_are_read_at_equal_effort() {
+        let found = compared(TRAINED, true);
+        let arm = |name: &str| found.arms.iter().find(|arm| arm.arm == name).unwrap();
+        let mean = |name: &str, column: &str| arm(name).metrics[column].map(|found| found.mean);
+        assert_eq!(mean("steps=4", "train.reward"), Some(0.4), "the end of each run");
+        assert_eq!(mean("steps=2", "train.reward"), Some(0.2));
+        for name in ["steps=4", "steps=2"] {
+            assert_eq!(mean(name, "train.reward@steps"), Some(0.2), "the most that both have");
+            assert_eq!(mean(name, "train.reward@seconds_to>=0.2"), Some(4.0));
+        }
+        let equal = found.arms[1].versus_baseline.as_ref().unwrap()["train.reward@steps"].unwrap();
+        assert_eq!(equal.difference.mean, 0.0);
+        assert!((mean("steps=4", "train.reward@seconds=6").unwrap() - 0.3).abs() < 1e-12);
+        assert_eq!(mean("steps=2", "train.reward@seconds=6"), None);
+        assert_eq!(found.matched["train.reward@steps"], Matched { axis: "steps", value: 2.0, is_common: true });
+        assert_eq!(found.arms[0].parameters["steps"], 4);
+        assert_eq!(
+            found.notes,
+            [
+                "`train.reward@seconds=6`: 1 of 1 run of steps=2 did not get there, so there is no number",
+                "`train.reward@steps_to>=0.4`: 1 of 1 run of steps=2 did not get there, so there is no number"
+            ]
+        );
+    }
+
+    #[test]
+    fn columns_may_be_asked_for_and_points_given() {
+        let view =
+            View { columns: vec!["t*.re*".to_owned(), "train.length@last".to_owned()], at: Point::parse("steps") };
+        let found = viewed(TRAINED, true, &view).unwrap();
+        assert_eq!(found.metrics, ["train.reward", "train.length@last"]);
+        assert_eq!(found.arms[0].metrics["train.reward"].unwrap().mean, 0.2);
+        assert_eq!(found.matched["train.reward"].value, 2.0);
+        let view = View { columns: vec!["train.x*".to_owned()], at: None };
+        let failure = viewed(TRAINED, true, &view).err().unwrap();
+        assert!(failure.parts().0.contains("has a metric like `train.x*`"), "{:?}", failure.parts());
+        let view = View { columns: vec!["train.reward@kl".to_owned()], at: None };
+        let notes = viewed(TRAINED, true, &view).unwrap().notes;
+        assert!(notes[0].contains("needs `kl.beta` above 0"), "{notes:?}");
+    }
+
+    #[test]
+    fn a_curve_that_no_training_logs_is_told_when_the_file_is_read() {
         let place = tempfile::tempdir().unwrap();
         let file = place.path().join("maze.toml");
-        std::fs::write(&file, text).unwrap();
-        let experiments = spec::read(&[file], &[], KINDS).unwrap_or_else(|mistakes| panic!("{mistakes}"));
-        let store = Store::open(&place.path().join("store")).unwrap();
-        let plan = Plan::new(&experiments, Some(&store)).unwrap();
-        if run {
-            exec::execute(&plan, &store, &exec::Options::default(), &mut |_| {}).unwrap();
-        }
-        let plan = Plan::new(&experiments, Some(&store)).unwrap();
-        Comparison::new(&experiments[0], &plan, Some(&store), &View::default()).unwrap()
+        std::fs::write(&file, TRAINED.replace("\"train.reward\"", "\"train.rewrd@best\"")).unwrap();
+        let mistakes = spec::read(&[file], &[], KINDS).err().unwrap().to_string();
+        assert!(mistakes.contains("stage `train` measures no `rewrd@best`"), "{mistakes}");
+        assert!(mistakes.contains("`length`, `reward`") || mistakes.contains("`reward`, `length`"), "{mistakes}");
     }
 
     const SWEPT: &str = r#"

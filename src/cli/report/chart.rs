@@ -21,21 +21,21 @@ const POINTS: usize = 1600;
 const FEWEST: usize = 40;
 
 /// The colours that the page's style names.
-pub const COLORS: usize = 8;
+pub(super) const COLORS: usize = 8;
 
 /// One arm.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Line {
+pub(super) struct Line {
     /// Its name.
-    pub label: String,
+    pub(super) label: String,
     /// Its place among the colours.
-    pub color: usize,
+    pub(super) color: usize,
     /// Step, mean, least and greatest over the seeds.
-    pub points: Vec<(f64, f64, f64, f64)>,
+    pub(super) points: Vec<(f64, f64, f64, f64)>,
 }
 
 /// A chart of `lines` over steps, under the name of what they show. Empty without points.
-pub fn chart(name: &str, axis: &str, lines: &[Line]) -> String {
+pub(super) fn chart(name: &str, axis: &str, lines: &[Line]) -> String {
     let banded = lines.len() <= BANDED;
     let all = || lines.iter().flat_map(|line| &line.points);
     let heights = || all().flat_map(|(_, mean, low, high)| if banded { [*low, *high] } else { [*mean, *mean] });

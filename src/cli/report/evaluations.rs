@@ -61,7 +61,7 @@ fn endings(result: &StageResult) -> Option<[usize; ENDINGS.len()]> {
 }
 
 /// A bar an evaluation and arm.
-pub fn bars(experiment: &Experiment, plan: &Plan, store: &Store) -> String {
+pub(super) fn bars(experiment: &Experiment, plan: &Plan, store: &Store) -> String {
     let arms = arms(experiment);
     let mut asked: Vec<(usize, String, String, Vec<usize>)> = Vec::new();
     for (arm, trials) in &arms {
@@ -146,7 +146,7 @@ struct Row {
 }
 
 /// Rows of the evaluation that stands last in the pipeline among `stages` (or all), of the first arms.
-pub fn walks(experiment: &Experiment, plan: &Plan, store: &Store, stages: &[&str]) -> String {
+pub(super) fn walks(experiment: &Experiment, plan: &Plan, store: &Store, stages: &[&str]) -> String {
     let mut text = String::new();
     for (arm, trials) in arms(experiment).iter().take(ARMS) {
         let Some(first) = trials.first() else { continue };

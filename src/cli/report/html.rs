@@ -8,12 +8,12 @@ const STYLE: &str = include_str!("style.css");
 const SCRIPT: &str = include_str!("script.js");
 
 /// Text as HTML shows it, also in an attribute.
-pub fn escaped(text: &str) -> String {
+pub(super) fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
 /// A whole page under `title`.
-pub fn page(title: &str, body: &str) -> String {
+pub(super) fn page(title: &str, body: &str) -> String {
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
@@ -24,7 +24,7 @@ pub fn page(title: &str, body: &str) -> String {
 }
 
 /// A table whose first column holds names; what stands in brackets is less loud. `baseline` is the name of a row that is marked.
-pub fn table(wide: &Wide, baseline: Option<&str>) -> String {
+pub(super) fn table(wide: &Wide, baseline: Option<&str>) -> String {
     let mut text = String::new();
     if !wide.title.is_empty() {
         let _ = writeln!(text, "<h3>{}</h3>", escaped(&wide.title));

@@ -100,3 +100,71 @@ fn part(session: &Session, experiment: &Experiment, plan: &Plan, store: &Store) 
     text.push_str(&evaluations::walks(experiment, plan, store, &stages));
     Ok(text)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::comparison::fake::ran;
+    use crate::cli::ui::{Color, Ui};
+
+    const TEXT: &str = r#"
+        description = "Do more steps <help>?"
+        [stages.train]
+        kind = "fake_training"
+        steps = 5
+        rate = 0.1
+        seed = 1
+        [stages.evaluate]
+        kind = "fake"
+        solved = 8
+        seed = 1
+        [sweep]
+        seeds = { path = "stages.train.seed", values = [1, 2] }
+        [sweep.grid]
+        "stages.train.rate" = [0.1, 0.2]
+        [table]
+        metrics = ["evaluate.solved", "train.reward@auc"]
+        baseline = { rate = 0.1 }
+    "#;
+
+    fn body(run: bool) -> String {
+        let (place, experiments, store) = ran(TEXT, run);
+        let ui = Ui::new(false, true, Color::Never);
+        let session = Session { ui, store: place.path().join("store"), store_is_named: true };
+        let plan = Plan::new(&experiments, Some(&store)).unwrap();
+        let text = part(&session, &experiments[0], &plan, &store).unwrap();
+        text + &graph::timed(&plan).unwrap() + &provenance::section(&experiments, &plan, &store)
+    }
+
+    #[test]
+    fn a_report_has_every_part() {
+        let text = body(true);
+        for wanted in [
+            "Do more steps &lt;help&gt;?",
+            "4 trials, 2 arms",
+            "Minus the baseline rate=0.1",
+            "Claim A",
+            "<h2>Training</h2>",
+            "<figcaption>reward</figcaption>",
+            "data-label=\"rate=0.2\"",
+            "<h2>How attempts end</h2>",
+            "<h2>Attempts</h2>",
+            "maze9: not solved",
+            "<h2>Where it comes from</h2>",
+            "fake_training 1",
+        ] {
+            assert!(text.contains(wanted), "no `{wanted}` in {text}");
+        }
+        let (opened, closed) = (text.matches("<div").count(), text.matches("</div>").count());
+        assert_eq!(opened, closed);
+        assert_eq!(text.matches("<section>").count(), text.matches("</section>").count());
+        assert!(!text.contains("NaN") && !text.contains("inf"), "{text}");
+    }
+
+    #[test]
+    fn a_report_of_nothing_says_so() {
+        let text = body(false);
+        assert!(text.contains("`evaluate` has no result yet in 4 of 4 trials"), "{text}");
+        assert!(!text.contains("<h2>Training</h2>") && text.contains("no result"), "{text}");
+    }
+}

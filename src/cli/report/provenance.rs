@@ -10,7 +10,7 @@ use crate::pipeline::spec::Experiment;
 use crate::pipeline::store::Store;
 
 /// The section of all experiments together.
-pub fn section(experiments: &[Experiment], plan: &Plan, store: &Store) -> String {
+pub(super) fn section(experiments: &[Experiment], plan: &Plan, store: &Store) -> String {
     let mut text = String::from("<section>\n<h2>Where it comes from</h2>\n");
     let mut machines: BTreeMap<Vec<(String, String)>, usize> = BTreeMap::new();
     let mut keys = String::new();

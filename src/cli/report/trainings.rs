@@ -49,7 +49,7 @@ struct Run {
 }
 
 /// Arms in the order of the file, each with its trials.
-pub fn arms(experiment: &Experiment) -> Vec<(&str, Vec<&Trial>)> {
+pub(super) fn arms(experiment: &Experiment) -> Vec<(&str, Vec<&Trial>)> {
     let mut arms: Vec<(&str, Vec<&Trial>)> = Vec::new();
     for trial in experiment.reported() {
         match arms.iter_mut().rev().find(|(arm, _)| *arm == trial.arm) {
@@ -68,7 +68,7 @@ struct Group {
 }
 
 /// The sections of every training that has curves.
-pub fn sections(experiment: &Experiment, plan: &Plan, store: &Store) -> String {
+pub(super) fn sections(experiment: &Experiment, plan: &Plan, store: &Store) -> String {
     let arms = arms(experiment);
     let places: BTreeMap<&str, &BTreeMap<String, usize>> = plan
         .trials
