@@ -96,7 +96,8 @@ impl StageResult {
         names
     }
 
-    fn measured(&self) -> impl Iterator<Item = &str> {
+    /// The names of its measurements.
+    pub fn measured(&self) -> impl Iterator<Item = &str> {
         self.examples.iter().flat_map(|examples| &examples.measurements).map(|(name, _)| name.as_str())
     }
 }

@@ -107,11 +107,9 @@ impl EventFile {
         counts.set_num(histogram.counts.iter().sum());
         counts.set_sum(histogram.sum);
         counts.set_sum_squares(histogram.squares);
-        // A bucket begins where the one before it ends; the first would begin at minus infinity.
-        let width = histogram.limits.get(1).map_or(0.0, |second| second - histogram.limits[0]);
-        let first = if width > 0.0 { histogram.limits[0] - width } else { histogram.min };
-        counts.set_bucket_limit([&[first][..], &histogram.limits].concat());
-        counts.set_bucket([&[0.0][..], &histogram.counts].concat());
+        // A bucket begins where the one before it ends, the first at the least value.
+        counts.set_bucket_limit(histogram.limits.clone());
+        counts.set_bucket(histogram.counts.clone());
         let mut value = Summary_Value::new();
         value.set_tag(tag.to_owned());
         value.set_histo(counts);
@@ -249,10 +247,7 @@ pub(super) mod tests {
         file.flush().unwrap();
         let events = read(file.path());
         let counts = events[2].get_summary().get_value()[0].get_histo();
-        assert_eq!(
-            (counts.get_bucket_limit(), counts.get_bucket()),
-            (&[2.5, 3.5, 4.5, 5.5][..], &[0.0, 2.0, 0.0, 1.0][..])
-        );
+        assert_eq!((counts.get_bucket_limit(), counts.get_bucket()), (&[3.5, 4.5, 5.5][..], &[2.0, 0.0, 1.0][..]));
         assert_eq!((counts.get_num(), counts.get_sum(), counts.get_min()), (3.0, 11.0, 3.0));
         let image = events[3].get_summary().get_value()[0].get_image();
         assert_eq!((image.get_width(), image.get_height(), image.get_encoded_image_string()), (4, 2, &[1u8, 2, 3][..]));

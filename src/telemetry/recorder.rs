@@ -41,12 +41,14 @@ pub struct Recorder {
 impl Recorder {
     /// Opens both views in `logs`, keeping what was recorded up to `resumed_step` (`None`: the run begins anew).
     ///
-    /// `config_text` (Markdown) is shown beside the curves of a run that begins. The second value is what went wrong, if
+    /// `config_text` (Markdown), where there is any, is shown beside the curves of a run that begins. The second value is what went wrong, if
     /// anything did; the recorder is usable either way.
     pub fn open(logs: &Path, resumed_step: Option<u64>, config_text: &str) -> (Self, io::Result<()>) {
         let mut recorder = Self { folder: logs.to_owned(), last_step: resumed_step, ..Self::default() };
         let opened = recorder.reopen().and_then(|()| match (&mut recorder.events, resumed_step) {
-            (Some(events), None) => events.text(0, "config", config_text).and_then(|()| events.flush()),
+            (Some(events), None) if !config_text.is_empty() => {
+                events.text(0, "config", config_text).and_then(|()| events.flush())
+            }
             _ => Ok(()),
         });
         let opened = recorder.once(opened);

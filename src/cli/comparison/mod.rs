@@ -302,6 +302,27 @@ mod tests {
     "#;
 
     #[test]
+    fn sixty_four_arms_by_five_metrics_are_compared_quickly() {
+        let seeds: Vec<String> = (0..64).map(|seed| seed.to_string()).collect();
+        let text = format!(
+            "[stages.test]\nkind = \"fake\"\nsolved = 700\nseed = 0\nmazes = 1000\n[sweep.grid]\n\"stages.test.seed\" = [{}]\n\
+             [table]\nmetrics = [\"test.solved\", \"test.solved.short\", \"test.solved.long\", \"test.steps\", \"test.steps.long\"]\n\
+             baseline = {{ seed = 0 }}\n",
+            seeds.join(", ")
+        );
+        let (_place, experiments, store) = ran(&text, true);
+        let plan = Plan::new(&experiments, Some(&store)).unwrap();
+        let begin = std::time::Instant::now();
+        let found = Comparison::new(&experiments[0], &plan, Some(&store), &View::default()).unwrap();
+        let taken = begin.elapsed();
+        assert_eq!((found.arms.len(), found.arms[9].metrics.len()), (64, 5));
+        assert_eq!(found.arms[63].versus_baseline.as_ref().unwrap()["test.solved"].unwrap().difference.n, 1000);
+        // Generous for an unoptimised build on a busy machine: it takes a tenth of a second where it is built to be used.
+        assert!(taken < std::time::Duration::from_secs(10), "{taken:?}");
+        eprintln!("64 arms: {taken:?}");
+    }
+
+    #[test]
     fn curves_are_read_at_equal_effort() {
         let found = compared(TRAINED, true);
         let arm = |name: &str| found.arms.iter().find(|arm| arm.arm == name).unwrap();

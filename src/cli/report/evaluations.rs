@@ -22,9 +22,15 @@ use crate::pipeline::stage::ArtifactType;
 use crate::pipeline::store::Store;
 use crate::tasks::maze::drawing::Drawing;
 
-/// The ways in which a row may end, each with its colour in the page's style. The first that fits counts.
-const ENDINGS: [(&str, &str); 5] =
-    [("solved", "good"), ("cut off", "cut"), ("malformed", "form"), ("against a wall", "wall"), ("elsewhere", "else")];
+/// Colours of the page's style for the ways in which a row may end, each with what its name has in it.
+const COLORS: [(&str, &str); 5] =
+    [("solved", "good"), ("tokens", "cut"), ("cut off", "cut"), ("malformed", "form"), ("wall", "wall")];
+
+/// The colours of the others, in their order.
+const OTHERS: [&str; 5] = ["s5", "s3", "s7", "s1", "else"];
+
+/// The columns of a task that says by itself how a row went wrong begin so.
+const ERROR: &str = "error_";
 
 /// Arms whose rows are shown, and rows of each that are solved and that are not.
 const ARMS: usize = 4;
@@ -36,34 +42,45 @@ const LOOKED_AT: usize = 400;
 /// Characters of a completion that are shown.
 const LONGEST: usize = 1200;
 
-/// Counts of the endings.
-fn endings(result: &StageResult) -> Option<[usize; ENDINGS.len()]> {
-    let solved = result.column("solved")?;
-    let is = |name: &str, row: usize, wanted: &dyn Fn(f64) -> bool| {
+/// How many rows ended in which way; the first way that fits a row counts. Where the task has columns `error_*`, these are the
+/// ways; else they are read from what every task measures, and from what mazes do.
+fn endings(result: &StageResult) -> Option<Vec<(String, usize)>> {
+    let rows = result.column("solved")?.len();
+    let holds = |name: &str, row: usize, wanted: &dyn Fn(f64) -> bool| {
         result.column(name).and_then(|column| column.get(row).copied().flatten()).is_some_and(wanted)
     };
-    let mut counts = [0; ENDINGS.len()];
-    for (row, solved) in solved.iter().enumerate() {
-        let ending = if solved.is_some_and(|solved| solved >= 1.0) {
-            0
-        } else if is("truncated", row, &|cut| cut > 0.0) || is("finished", row, &|finished| finished < 1.0) {
-            1
-        } else if is("format", row, &|format| format < 1.0) {
-            2
-        } else if is("wall_hits", row, &|hits| hits > 0.0) {
-            3
-        } else {
-            4
-        };
-        counts[ending] += 1;
+    let yes: &dyn Fn(f64) -> bool = &|value| value > 0.0;
+    let no: &dyn Fn(f64) -> bool = &|value| value < 1.0;
+    let solved: &dyn Fn(f64) -> bool = &|value| value >= 1.0;
+    let mut ways: Vec<(String, Vec<(&str, &dyn Fn(f64) -> bool)>)> =
+        vec![("solved".to_owned(), vec![("solved", solved)])];
+    let own: Vec<&str> = result.measured().filter(|name| name.starts_with(ERROR)).collect();
+    if own.is_empty() {
+        ways.push(("cut off".to_owned(), vec![("truncated", yes), ("finished", no)]));
+        ways.push(("malformed".to_owned(), vec![("format", no)]));
+        ways.push(("against a wall".to_owned(), vec![("wall_hits", yes)]));
     }
-    Some(counts)
+    ways.extend(own.iter().map(|name| (name[ERROR.len()..].replace('_', " "), vec![(*name, yes)])));
+    ways.push((if own.is_empty() { "elsewhere" } else { "other" }.to_owned(), Vec::new()));
+    let mut counts = vec![0; ways.len()];
+    for row in 0..rows {
+        let way = ways.iter().position(|(_, signs)| signs.iter().any(|(name, wanted)| holds(name, row, *wanted)));
+        counts[way.unwrap_or(ways.len() - 1)] += 1;
+    }
+    Some(ways.into_iter().map(|(name, _)| name).zip(counts).collect())
 }
 
-/// A bar an evaluation and arm.
-pub(super) fn bars(experiment: &Experiment, plan: &Plan, store: &Store) -> String {
+/// The results of one evaluation that one bar is drawn of.
+struct Asked {
+    arms: Vec<String>,
+    stage: String,
+    nodes: Vec<usize>,
+}
+
+/// A bar an evaluation and arm; the evaluations in the order of `stages`, then of the plan.
+pub(super) fn bars(experiment: &Experiment, plan: &Plan, store: &Store, stages: &[&str]) -> String {
     let arms = arms(experiment);
-    let mut asked: Vec<(usize, String, String, Vec<usize>)> = Vec::new();
+    let mut asked: Vec<Asked> = Vec::new();
     for (arm, trials) in &arms {
         let of_arm: Vec<_> = plan
             .trials
@@ -72,56 +89,84 @@ pub(super) fn bars(experiment: &Experiment, plan: &Plan, store: &Store) -> Strin
             .filter(|planned| trials.iter().any(|trial| trial.name == planned.trial))
             .collect();
         let Some(first) = of_arm.first() else { continue };
-        for (stage, place) in &first.stages {
-            if !is_evaluation(plan, *place) {
-                continue;
-            }
+        for (stage, _) in first.stages.iter().filter(|(_, place)| is_evaluation(plan, **place)) {
             let mut nodes: Vec<usize> = of_arm.iter().filter_map(|trial| trial.stages.get(stage).copied()).collect();
             nodes.sort_unstable();
             nodes.dedup();
             // What arms share is one bar.
-            if !asked.iter().any(|(_, _, known, other)| known == stage && *other == nodes) {
-                asked.push((*place, (*arm).to_owned(), stage.clone(), nodes));
+            match asked.iter_mut().find(|known| known.stage == *stage && known.nodes == nodes) {
+                Some(known) => known.arms.push((*arm).to_owned()),
+                None => asked.push(Asked { arms: vec![(*arm).to_owned()], stage: stage.clone(), nodes }),
             }
         }
     }
-    let order: BTreeMap<String, usize> =
-        asked.iter().rev().map(|(place, _, stage, _)| (stage.clone(), *place)).collect();
-    asked.sort_by_key(|(place, _, stage, _)| (order[stage], *place));
-    let counted = asked.into_par_iter().filter_map(|(_, arm, stage, nodes)| {
-        let mut sum = [0; ENDINGS.len()];
+    let place = |stage: &str| stages.iter().position(|known| *known == stage).unwrap_or(stages.len());
+    let mut order: Vec<String> = Vec::new();
+    for one in &asked {
+        if !order.contains(&one.stage) {
+            order.push(one.stage.clone());
+        }
+    }
+    asked.sort_by_key(|one| (place(&one.stage), order.iter().position(|stage| *stage == one.stage)));
+    let several = arms.len();
+    let label = |shared: &[String]| match shared {
+        _ if several == 1 => String::new(),
+        shared if shared.len() == several => "all arms".to_owned(),
+        [arm] => arm.clone(),
+        [arm, others @ ..] => format!("{arm} and {}", render::plural(others.len(), "other")),
+        [] => String::new(),
+    };
+    let counted = asked.into_par_iter().filter_map(|Asked { arms, stage, nodes }| {
+        let mut sum: Vec<(String, usize)> = Vec::new();
         for node in nodes {
             let node = &plan.nodes[node];
             let key = node.key.as_ref().filter(|_| node.state == State::Cached)?;
             let manifest = store.manifest_of(key).ok()??;
-            let counts = endings(&StageResult::read(&manifest, store).ok()?)?;
-            sum.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+            for (ending, count) in endings(&StageResult::read(&manifest, store).ok()?)? {
+                match sum.iter_mut().find(|(known, _)| *known == ending) {
+                    Some((_, sum)) => *sum += count,
+                    None => sum.push((ending, count)),
+                }
+            }
         }
-        Some((arm, stage, sum))
+        Some((label(&arms), stage, sum))
     });
     let counted: Vec<_> = counted.collect();
     if counted.is_empty() {
         return String::new();
     }
-    let mut text = String::from("<section>\n<h2>How attempts end</h2>\n<ul class=\"legend\">");
-    for (place, (name, color)) in ENDINGS.iter().enumerate() {
-        if counted.iter().any(|(_, _, counts)| counts[place] > 0) {
-            let _ = write!(text, "<li><i style=\"background: var(--{color})\"></i>{name}</li>");
+    let mut names: Vec<&str> = Vec::new();
+    for (ending, _) in counted.iter().flat_map(|(_, _, counts)| counts).filter(|(_, count)| *count > 0) {
+        if !names.contains(&ending.as_str()) {
+            names.push(ending);
         }
     }
+    let mut others = OTHERS.iter();
+    let mut colors: BTreeMap<&str, &str> = BTreeMap::new();
+    for name in &names {
+        let known = COLORS.iter().find(|(part, _)| name.contains(part)).map(|(_, color)| *color);
+        let color = known.or_else(|| others.next().copied()).unwrap_or("else");
+        colors.insert(name, color);
+    }
+    let mut text = String::from("<section>\n<h2>How attempts end</h2>\n<ul class=\"legend\">");
+    for name in &names {
+        let _ = write!(text, "<li><i style=\"background: var(--{})\"></i>{}</li>", colors[name], escaped(name));
+    }
     text.push_str("</ul>\n<div class=\"bars\">\n");
-    let several = arms.len() > 1;
     for (arm, stage, counts) in &counted {
-        let all: usize = counts.iter().sum();
-        let name = if several { format!("{stage}<br><small>{}</small>", escaped(arm)) } else { escaped(stage) };
+        let all: usize = counts.iter().map(|(_, count)| count).sum();
+        let stage = escaped(stage);
+        let name = if arm.is_empty() { stage } else { format!("{stage}<br><small>{}</small>", escaped(arm)) };
         let _ = write!(text, "<div class=\"name\">{name}</div><div class=\"bar\">");
-        for ((ending, color), count) in ENDINGS.iter().zip(counts).filter(|(_, count)| **count > 0) {
+        for (ending, count) in counts.iter().filter(|(_, count)| *count > 0) {
             let share = *count as f64 / all as f64;
             let label = if share > 0.09 { format!("{} %", render::percent(share)) } else { String::new() };
             let _ = write!(
                 text,
-                "<span style=\"width: {:.2}%; background: var(--{color})\" title=\"{ending}: {} of {}\">{label}</span>",
+                "<span style=\"width: {:.2}%; background: var(--{})\" title=\"{}: {} of {}\">{label}</span>",
                 100.0 * share,
+                colors[ending.as_str()],
+                escaped(ending),
                 render::count(*count as u64),
                 render::count(all as u64)
             );

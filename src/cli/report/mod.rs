@@ -95,8 +95,8 @@ fn part(session: &Session, experiment: &Experiment, plan: &Plan, store: &Store) 
     if !trained.is_empty() {
         let _ = write!(text, "<h2>Training</h2>\n{trained}");
     }
-    text.push_str(&evaluations::bars(experiment, plan, store));
     let stages: Vec<&str> = comparison.metrics.iter().map(|name| split(name).0).collect();
+    text.push_str(&evaluations::bars(experiment, plan, store, &stages));
     text.push_str(&evaluations::walks(experiment, plan, store, &stages));
     Ok(text)
 }

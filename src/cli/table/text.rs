@@ -160,6 +160,10 @@ pub(in crate::cli) fn meaning(comparison: &Comparison) -> String {
         });
         text.push_str(".\nHolm's correction is over the tests of a block.");
     }
+    let mut shown = comparison.arms.iter().flat_map(|arm| arm.metrics.values().flatten());
+    if comparison.claim == Claim::Checkpoints && shown.any(|found| found.low.is_none()) {
+        text.push_str("\nWhere a run has but one number, n counts runs, and fewer than 5 of them give no interval.");
+    }
     for line in places(comparison) {
         text.push('\n');
         text.push_str(&line);
