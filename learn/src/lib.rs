@@ -10,6 +10,7 @@ pub mod codec;
 pub mod credit;
 pub mod device;
 pub mod draw;
+pub mod exhibits;
 pub mod generate;
 pub mod journal;
 pub mod kinds;

@@ -16,7 +16,7 @@ use crate::loss::{PolicySums, PolicyTokens, Segments, entropy, estimate, policy_
 use crate::model::Transformer;
 use crate::parity::Mismatch;
 use crate::pass::Pass;
-use crate::phases;
+use crate::{exhibits, phases};
 
 /// One trajectory to train on. "Targets" are the model's own tokens, in order.
 #[derive(Clone, Debug)]
@@ -134,11 +134,13 @@ pub fn backward(
         let of_targets = |values: &dyn Fn(&PolicyRow<'_>) -> Vec<f32>| {
             Tensor::from_slice(&rows.iter().flat_map(|row| values(row)).collect::<Vec<f32>>()).to_device(model.device())
         };
+        let old = of_targets(&|row| row.old.to_vec());
+        show_ratios(&new, &old, &share);
         let made = policy_loss(
             axes,
             &PolicyTokens {
                 new: &new,
-                old: &of_targets(&|row| row.old.to_vec()),
+                old: &old,
                 reference: reference.as_ref(),
                 entropy: &spread,
                 advantages: &of_targets(&|row| row.advantages.clone()),
@@ -159,6 +161,13 @@ pub fn backward(
         sums.merge(&made.sums);
     }
     Ok(sums)
+}
+
+/// Shows how the log-ratios of the tokens in the policy term lie; all tensors `[N]`.
+fn show_ratios(new: &Tensor, old: &Tensor, share: &Tensor) {
+    let ratios = no_grad(|| (new - old).masked_select(&share.gt(0.0)).to_kind(Kind::Double).to_device(Device::Cpu));
+    // What cannot be read is not shown.
+    exhibits::distribution("policy/log_ratio", Vec::<f64>::try_from(&ratios).unwrap_or_default());
 }
 
 /// What each target costs where the KL is a part of the reward: `beta` times the estimate of KL(old || reference), `[row]

@@ -20,6 +20,7 @@ use pipe::telemetry::Metrics;
 use serde::{Deserialize, Serialize};
 
 use crate::credit::{policy_row, set_advantages, set_penalties};
+use crate::exhibits;
 use crate::generate::Sampling;
 use crate::journal::Journal;
 use crate::model::Transformer;
@@ -370,6 +371,9 @@ impl<'a> Rollouts<'a> {
             let distinct: BTreeSet<&[i64]> =
                 group.samples.iter().map(|sample| sample.trajectory.ids.as_slice()).collect();
             metrics.mean("completions/unique_share", distinct.len() as f64, group.samples.len() as f64);
+            let lengths = group.samples.iter().map(|sample| sample.trajectory.length() as f64);
+            exhibits::distribution("completions/length", lengths);
+            exhibits::distribution("reward/total", group.samples.iter().filter_map(|sample| sample.total));
             for sample in &group.samples {
                 if let Some(total) = sample.total {
                     metrics.mean("reward", total, 1.0);

@@ -10,6 +10,7 @@ use pipe::pipeline::stage::{StageContext, StageEvent};
 use pipe::telemetry::Recorder;
 use serde::Serialize;
 
+use crate::exhibits;
 use crate::model::Transformer;
 use crate::phases::Machine;
 
@@ -44,7 +45,8 @@ impl Session {
     /// Records and tells the metrics of the finished step `step`, with where its time went.
     pub fn record(&mut self, context: &mut StageContext, step: u64, mut values: BTreeMap<String, f64>) {
         values.extend(self.machine.metrics());
-        let recorded = self.recorder.record(step, &values);
+        let shown = self.recorder.show(step, &exhibits::take());
+        let recorded = self.recorder.record(step, &values).and(shown);
         tell_failure(context, "metrics are not recorded", &recorded);
         context.progress(step, self.steps, "steps");
         context.tell(StageEvent::Metrics { values });

@@ -7,9 +7,11 @@ use anyhow::Context as _;
 use pipe::pipeline::stage::StageContext;
 use pipe::stages::training::Validate;
 use pipe::statistics::alarm::Evaluation;
-use pipe::telemetry::{Metrics, StepLines};
+use pipe::tasks::maze::drawing::Drawing;
+use pipe::telemetry::{Metrics, Picture, StepLines};
 use serde_json::json;
 
+use crate::exhibits::{self, Shown};
 use crate::generate::Sampling;
 use crate::memory::{self, Generation};
 use crate::model::Transformer;
@@ -22,7 +24,7 @@ use crate::trajectory::{Request, Trajectory, play};
 /// Prompts generated at once. Batch shapes move the last bits of logits, so it is fixed.
 const CHUNK: usize = 128;
 /// Completions that are logged each time.
-const LOGGED: usize = 8;
+pub const LOGGED: usize = 8;
 /// The log of completions.
 const LOG_FILE: &str = "validation.jsonl";
 
@@ -128,6 +130,7 @@ impl Validation {
                 metrics.mean("validation/clipped_share", clipped, 1.0);
                 if logged.len() < LOGGED {
                     let about = &prompts.tokens.rows[row];
+                    show("validation", prompts, row, one);
                     logged.push(json!({
                         "step": step, "instance": about.instance, "prompt": about.prompt, "completion": one.text(),
                         "finish": one.finish(), "measurements": prompts.named(&one.measurements),
@@ -146,6 +149,27 @@ impl Validation {
         let selecting = metrics[&format!("validation/{}", prompts.measures()[self.select])];
         let evaluation = evaluation.filter(|evaluation| !evaluation.solved.is_empty());
         Ok(Validated { metrics, selecting, evaluation })
+    }
+}
+
+/// Shows a completion, and what it does where its task can be drawn.
+pub fn show(section: &str, prompts: &Prompts, row: usize, one: &Trajectory) {
+    let about = &prompts.tokens.rows[row];
+    let completion = one.text();
+    let named = prompts.measures().iter().map(String::as_str);
+    let shown = Shown {
+        instance: &about.instance,
+        prompt: &about.prompt,
+        completion: &completion,
+        finish: one.finish(),
+        measurements: named.zip(one.measurements.iter().copied()).collect(),
+    };
+    let instance = &about.instance;
+    exhibits::text(&format!("{section}/completions/{instance}"), exhibits::completions([shown]));
+    let walk = about.data.as_ref().and_then(|maze| Drawing::read(maze, Some(&completion)).ok());
+    if let Some(png) = walk.and_then(|walk| walk.picture().png().ok()) {
+        let picture = Picture { width: png.width, height: png.height, png: png.bytes };
+        exhibits::picture(&format!("{section}/walks/{instance}"), picture);
     }
 }
 

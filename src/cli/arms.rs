@@ -64,7 +64,7 @@ impl Sample {
 
     /// This minus `other`, paired by instance and seed; `None` where no pair is shared.
     pub fn minus(&self, other: &Self, claim: Claim) -> Option<Difference> {
-        let mut by_instance: BTreeMap<&Arc<str>, Vec<f64>> = BTreeMap::new();
+        let mut paired: Vec<(&Arc<str>, f64)> = Vec::new();
         let mut by_seed = Vec::new();
         let mut whole = false;
         for (seed, first) in &self.seeds {
@@ -74,15 +74,18 @@ impl Sample {
                 by_seed.push(mean(first) - mean(second));
                 continue;
             };
-            let mut differences = Vec::new();
+            // Both are sorted, so one walk along the two finds the pairs.
+            let (begin, mut others) = (paired.len(), second.iter().peekable());
             for (instance, value) in first {
-                if let Some(against) = second.get(instance) {
-                    differences.push(value - against);
-                    by_instance.entry(instance).or_default().push(value - against);
+                while others.next_if(|(other, _)| *other < instance).is_some() {}
+                if let Some((_, against)) = others.next_if(|(other, _)| *other == instance) {
+                    paired.push((instance, value - against));
                 }
             }
+            let differences = &paired[begin..];
             if !differences.is_empty() {
-                by_seed.push(average(&differences));
+                let sum: f64 = differences.iter().map(|(_, difference)| difference).sum();
+                by_seed.push(sum / differences.len() as f64);
             }
         }
         let unproven = || {
@@ -92,7 +95,12 @@ impl Sample {
         match claim {
             Claim::Recipe => difference_over_seeds(&by_seed, LEVEL).ok().or_else(unproven),
             Claim::Checkpoints if whole => unproven(),
-            Claim::Checkpoints => clustered_difference(&by_instance.into_values().collect::<Vec<_>>(), LEVEL),
+            Claim::Checkpoints => {
+                paired.sort_by_key(|(instance, _)| *instance);
+                let clusters = paired.chunk_by(|one, other| one.0 == other.0);
+                let clusters = clusters.map(|cluster| cluster.iter().map(|(_, difference)| *difference).collect());
+                clustered_difference(&clusters.collect::<Vec<Vec<f64>>>(), LEVEL)
+            }
         }
     }
 

@@ -13,6 +13,7 @@ pub mod comparison;
 mod completions;
 pub mod config;
 pub mod costs;
+pub mod curves;
 pub mod diff;
 pub mod failure;
 pub mod gc;
@@ -24,6 +25,7 @@ pub mod pace;
 pub mod plan;
 pub mod progress;
 pub mod render;
+pub mod report;
 pub mod rescore;
 pub mod results;
 pub mod rollouts;
@@ -31,6 +33,7 @@ pub mod run;
 pub mod sample;
 pub mod schema;
 pub mod score;
+pub mod sessions;
 pub mod show;
 pub mod status;
 pub mod table;
@@ -105,6 +108,7 @@ enum Command {
     Inspect(inspect::Args),
     Logs(logs::Args),
     Plan(plan::Args),
+    Report(report::Args),
     Rescore(rescore::Args),
     Run(run::Args),
     Sample(sample::Args),
@@ -171,6 +175,7 @@ fn dispatch(command: &Command, session: &Session) -> Result<(), Failure> {
         Command::Inspect(args) => inspect::run(args, session),
         Command::Logs(args) => logs::run(args, session),
         Command::Plan(args) => plan::run(args, session),
+        Command::Report(args) => report::run(args, session),
         Command::Rescore(args) => rescore::run(args, session),
         Command::Run(args) => run::run(args, session),
         Command::Sample(args) => sample::run(args, session),

@@ -4,7 +4,7 @@
 //! and a number or truth value a measurement. Columns of other types (prompts, completions) are never read, nor is the
 //! number of a completion among those of its instance (`sample`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
@@ -20,6 +20,7 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use crate::cli::rollouts;
 use crate::pipeline::stage::ArtifactType;
 use crate::pipeline::store::{Manifest, Store};
+use crate::statistics::mean::pass_at_k;
 
 /// The rows of an evaluation, in the order of the file.
 #[derive(Clone, Debug, Default)]
@@ -67,6 +68,12 @@ impl StageResult {
         measured.map(Values::Instances).or_else(|| self.metrics.get(metric).copied().map(Values::Whole))
     }
 
+    /// A measurement of every row, in the order of the file.
+    pub fn column(&self, measurement: &str) -> Option<&[Option<f64>]> {
+        let mut columns = self.examples.iter().flat_map(|examples| &examples.measurements);
+        columns.find(|(name, _)| name == measurement).map(|(_, column)| column.as_slice())
+    }
+
     /// The metrics to show where none is asked for: every measurement, or else every headline number.
     pub fn metrics(&self) -> Vec<&str> {
         let measured: Vec<&str> = self.measured().collect();
@@ -79,7 +86,24 @@ impl StageResult {
         self.measured().chain(headlines.filter(|name| !self.measured().any(|measured| measured == *name))).collect()
     }
 
-    fn measured(&self) -> impl Iterator<Item = &str> {
+    /// The same with each measurement over each stratum of instances, and with pass@k where instances have several draws.
+    pub fn every_name(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.known().into_iter().map(str::to_owned).collect();
+        let Some(examples) = &self.examples else { return names };
+        let strata: BTreeSet<&str> = examples.strata.iter().flatten().map(String::as_str).collect();
+        let passes = examples.passes().into_iter().map(|k| format!("pass@{k}"));
+        let passes: Vec<String> = passes.filter(|name| !names.contains(name)).collect();
+        names.extend(passes);
+        let parts =
+            names.iter().filter(|name| self.measured().any(|measured| measured == *name) || name.starts_with("pass@"));
+        let parts = parts.flat_map(|name| strata.iter().map(move |stratum| format!("{name}.{stratum}")));
+        let parts: Vec<String> = parts.filter(|name| !names.contains(name)).collect();
+        names.extend(parts);
+        names
+    }
+
+    /// The names of its measurements.
+    pub fn measured(&self) -> impl Iterator<Item = &str> {
         self.examples.iter().flat_map(|examples| &examples.measurements).map(|(name, _)| name.as_str())
     }
 }
@@ -137,6 +161,9 @@ impl Examples {
     fn values(&self, metric: &str) -> Option<BTreeMap<Arc<str>, f64>> {
         let measured =
             |wanted: &str| self.measurements.iter().find(|(name, _)| name == wanted).map(|(_, column)| column);
+        if let (Some(passed), None) = (metric.strip_prefix("pass@"), measured(metric)) {
+            return self.pass_at(passed);
+        }
         let (column, stratum) = match measured(metric) {
             Some(column) => (column, None),
             // Either name may hold dots: the split is at the dot that leaves a measurement before it.
@@ -145,19 +172,49 @@ impl Examples {
                 .rev()
                 .find_map(|(dot, _)| Some((measured(&metric[..dot])?, Some(&metric[dot + 1..]))))?,
         };
-        let mut sums: BTreeMap<Arc<str>, (f64, u32)> = BTreeMap::new();
-        for ((instance, own), value) in self.instances.iter().zip(&self.strata).zip(column) {
-            if stratum.is_some_and(|wanted| !own.as_deref().is_some_and(|own| is_within(own, wanted))) {
-                continue;
-            }
-            if let Some(value) = value {
-                let (sum, count) = sums.entry(Arc::clone(instance)).or_default();
-                *sum += value;
-                *count += 1;
+        let rows = self.instances.iter().zip(&self.strata).zip(column);
+        let of_stratum = |own: &Option<String>| stratum.is_none_or(|wanted| own.as_deref().is_some_and(|own| is_within(own, wanted)));
+        let mut measured: Vec<(&Arc<str>, f64)> = rows
+            .filter_map(|((instance, own), value)| Some((instance, (*value)?)).filter(|_| of_stratum(own)))
+            .collect();
+        measured.sort_by_key(|(instance, _)| *instance);
+        let means = measured.chunk_by(|one, other| one.0 == other.0).map(|rows| {
+            let sum: f64 = rows.iter().map(|(_, value)| value).sum();
+            (Arc::clone(rows[0].0), sum / rows.len() as f64)
+        });
+        let means: BTreeMap<Arc<str>, f64> = means.collect();
+        (!means.is_empty()).then_some(means)
+    }
+
+    /// `K[.STRATUM]`: the unbiased pass@k of each instance from its draws; `None` where there are fewer than 2k of one.
+    fn pass_at(&self, which: &str) -> Option<BTreeMap<Arc<str>, f64>> {
+        let (k, stratum) = which.split_once('.').map_or((which, None), |(k, stratum)| (k, Some(stratum)));
+        let k: u64 = k.parse().ok()?;
+        let mut passed = BTreeMap::new();
+        for (instance, (draws, correct)) in self.draws(stratum) {
+            passed.insert(instance, pass_at_k(draws, correct, k)?);
+        }
+        (!passed.is_empty()).then_some(passed)
+    }
+
+    /// By instance, how often it was drawn and how often it was solved.
+    fn draws(&self, stratum: Option<&str>) -> BTreeMap<Arc<str>, (u64, u64)> {
+        let mut draws: BTreeMap<Arc<str>, (u64, u64)> = BTreeMap::new();
+        let solved = self.measurements.iter().find(|(name, _)| name == "solved").map(|(_, column)| column.as_slice());
+        for ((instance, own), solved) in self.instances.iter().zip(&self.strata).zip(solved.unwrap_or_default()) {
+            if stratum.is_none_or(|wanted| own.as_deref().is_some_and(|own| is_within(own, wanted))) {
+                let (all, correct) = draws.entry(Arc::clone(instance)).or_default();
+                *all += 1;
+                *correct += u64::from(solved.is_some_and(|solved| solved >= 1.0));
             }
         }
-        (!sums.is_empty())
-            .then(|| sums.into_iter().map(|(instance, (sum, count))| (instance, sum / f64::from(count))).collect())
+        draws
+    }
+
+    /// The powers of two for which pass@k can be told; none where every instance was drawn once.
+    fn passes(&self) -> Vec<u64> {
+        let least = self.draws(None).values().map(|(draws, _)| *draws).min().unwrap_or(0);
+        std::iter::successors(Some(1), |k| Some(2 * k)).take_while(|k| 2 * k <= least).collect()
     }
 }
 
@@ -282,6 +339,28 @@ mod tests {
         assert_eq!(pairs("steps"), [pair("a", 4.0), pair("c", 7.0)]);
         assert_eq!(examples.values("solved.huge"), None);
         assert_eq!(examples.values("completion"), None, "text is no measurement");
+    }
+
+    #[test]
+    fn several_draws_of_an_instance_give_pass_at_k() {
+        let draw = |name: &'static str, solved: f64| (name, Some("short"), solved, None);
+        let mut rows = vec![draw("a", 1.0), draw("a", 0.0), draw("a", 0.0), draw("a", 0.0)];
+        rows.extend([0.0; 4].map(|solved| draw("b", solved)));
+        let result = StageResult { metrics: BTreeMap::new(), examples: Some(read(&rows)) };
+        let pass = |name: &str| match result.values(name) {
+            Some(Values::Instances(values)) => values.into_values().collect::<Vec<_>>(),
+            _ => Vec::new(),
+        };
+        assert_eq!(pass("pass@1"), [0.25, 0.0]);
+        // Of the C(4, 2) = 6 pairs of draws of `a`, 3 hold the one that solves.
+        assert_eq!(pass("pass@2"), [0.5, 0.0]);
+        assert_eq!(pass("pass@2.short"), [0.5, 0.0]);
+        assert!(pass("pass@4").is_empty(), "it wants eight draws");
+        let names = result.every_name();
+        assert!(
+            ["pass@1", "pass@2", "pass@2.short", "solved.short"].iter().all(|name| names.iter().any(|n| n == name))
+        );
+        assert!(!names.iter().any(|name| name == "pass@4"));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::cli::progress::publish::Publisher;
 use crate::cli::progress::{Asked, Progress};
 use crate::cli::tuning::{self, Tuned};
 use crate::cli::ui::{last_words, take_back_echo};
-use crate::cli::{Files, Session, render, same_arms, store_hint, table};
+use crate::cli::{Files, Session, render, same_arms, sessions, store_hint, table};
 use crate::pipeline::exec::event::{Event, Outcome};
 use crate::pipeline::exec::{self, ExecError, Options, select};
 use crate::pipeline::plan::{Node, Plan, State};
@@ -86,6 +86,10 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     let (plan, is_old) = ended?;
     told?;
     ui.note(&summary(&whole));
+    // Planned anew where something ran: only now are its keys known.
+    let is_stale = whole.run > 0 || is_old;
+    let plan = if is_stale { session.plan(&experiments, Some(&store))? } else { plan };
+    sessions::show(session, &experiments, &plan, &store, whole.run == 0);
     if whole.failed > 0 {
         return Err(Failure::silent(1));
     }
@@ -94,9 +98,6 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         return Err(Failure::silent(130));
     }
     if !ui.is_json() {
-        // Planned anew where something ran: only now are its keys known.
-        let is_stale = whole.run > 0 || is_old;
-        let plan = if is_stale { session.plan(&experiments, Some(&store))? } else { plan };
         table::print_after_run(session, &experiments, &plan, &store)?;
     }
     let curves = session.store.join("tensorboard");

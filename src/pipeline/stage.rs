@@ -218,6 +218,12 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
         None
     }
 
+    /// The names of the curves that it logs step by step, which tables may read at a point; a name that ends in `*` stands for
+    /// every name that begins so.
+    fn curves(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// The split of the data that its metrics are measured on, where they are of one.
     fn split(&self) -> Option<&str> {
         None
@@ -246,6 +252,8 @@ pub trait AnyStage: Send + Sync {
     fn check(&self, upstream: &Upstream<'_>) -> Vec<Problem>;
     /// See [`Stage::metrics`].
     fn metrics(&self, upstream: &Upstream<'_>) -> Option<Vec<String>>;
+    /// See [`Stage::curves`].
+    fn curves(&self) -> &'static [&'static str];
     /// See [`Stage::split`].
     fn split(&self) -> Option<&str>;
     /// See [`Stage::normal_form`].
@@ -268,6 +276,9 @@ impl<S: Stage> AnyStage for S {
     }
     fn metrics(&self, upstream: &Upstream<'_>) -> Option<Vec<String>> {
         Stage::metrics(self, upstream)
+    }
+    fn curves(&self) -> &'static [&'static str] {
+        Stage::curves(self)
     }
     fn split(&self) -> Option<&str> {
         Stage::split(self)

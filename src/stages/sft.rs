@@ -110,6 +110,24 @@ impl Stage for Sft {
         Some(Vec::new())
     }
 
+    fn curves(&self) -> &'static [&'static str] {
+        &[
+            "loss",
+            "token_accuracy",
+            "learning_rate",
+            "gradient_norm",
+            "tokens",
+            "tokens_per_second",
+            "tokens_per_second/*",
+            "validation/*",
+            "seconds/*",
+            "mfu",
+            "decode_bandwidth_share",
+            "padding_share",
+            "peak_memory_bytes",
+        ]
+    }
+
     fn check(&self, upstream: &Upstream<'_>) -> Vec<Problem> {
         let validate = self.validate.as_ref();
         let mut problems =

@@ -2,10 +2,11 @@
 //!
 //! Pure functions over slices; nothing here knows a pipeline, a file or a model. Each formula names its source.
 //! [`mean`] holds intervals of one mean, [`paired`] differences on the same instances, [`permutation`] their exact test,
-//! [`seeds`] claims about a recipe, [`family`] the correction for many tests, [`power`] what a sample can show.
+//! [`seeds`] claims about a recipe, [`curve`] what runs had at equal effort, [`family`] the correction for many tests, [`power`] what a sample can show.
 
 pub mod alarm;
 pub mod components;
+pub mod curve;
 pub mod family;
 pub mod mean;
 pub mod paired;

@@ -11,19 +11,36 @@ use std::time::SystemTime;
 
 use protobuf::{Message as _, RepeatedField};
 use tensorboard_proto::event::{Event, SessionLog, SessionLog_SessionStatus};
-use tensorboard_proto::summary::{Summary, Summary_Value, SummaryMetadata, SummaryMetadata_PluginData};
+use tensorboard_proto::summary::{
+    HistogramProto, Summary, Summary_Image, Summary_Value, SummaryMetadata, SummaryMetadata_PluginData,
+};
 use tensorboard_proto::tensor::TensorProto;
 use tensorboard_proto::tensor_shape::TensorShapeProto;
 use tensorboard_proto::types::DataType;
 use tensorboard_rs::record_writer::RecordWriter;
 
+use crate::telemetry::Histogram;
+
 /// The part of a file's name by which TensorBoard knows it.
-const PREFIX: &str = "events.out.tfevents.";
+pub(super) const PREFIX: &str = "events.out.tfevents.";
 
 /// One event file, open for writing.
 pub struct EventFile {
     records: RecordWriter<BufWriter<File>>,
     path: PathBuf,
+    /// Seconds since 1970 that events carry instead of the time at which they are written.
+    clock: Option<f64>,
+}
+
+/// A picture as a PNG.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Picture {
+    /// In pixels.
+    pub width: u32,
+    /// In pixels.
+    pub height: u32,
+    /// The file.
+    pub png: Vec<u8>,
 }
 
 impl EventFile {
@@ -42,7 +59,18 @@ impl EventFile {
                 Err(error) => return Err(error),
             }
         };
-        let mut events = Self { records: RecordWriter::new(BufWriter::new(file)), path };
+        Self::begin(file, path, first_step, None)
+    }
+
+    /// A new file of the given `name` for what was done at `clock` (seconds since 1970): the same events give the same file.
+    pub fn create(folder: &Path, name: &str, clock: f64) -> io::Result<Self> {
+        std::fs::create_dir_all(folder)?;
+        let path = folder.join(format!("{PREFIX}{name}"));
+        Self::begin(File::create_new(&path)?, path, 0, Some(clock))
+    }
+
+    fn begin(file: File, path: PathBuf, first_step: u64, clock: Option<f64>) -> io::Result<Self> {
+        let mut events = Self { records: RecordWriter::new(BufWriter::new(file)), path, clock };
         let mut version = Event::new();
         version.set_file_version("brain.Event:2".to_owned());
         events.write(version, 0)?;
@@ -71,12 +99,49 @@ impl EventFile {
         self.summary(step, values.collect())
     }
 
+    /// How values lie at one step.
+    pub fn histogram(&mut self, step: u64, tag: &str, histogram: &Histogram) -> io::Result<()> {
+        let mut counts = HistogramProto::new();
+        counts.set_min(histogram.min);
+        counts.set_max(histogram.max);
+        counts.set_num(histogram.counts.iter().sum());
+        counts.set_sum(histogram.sum);
+        counts.set_sum_squares(histogram.squares);
+        // A bucket begins where the one before it ends, the first at the least value.
+        counts.set_bucket_limit(histogram.limits.clone());
+        counts.set_bucket(histogram.counts.clone());
+        let mut value = Summary_Value::new();
+        value.set_tag(tag.to_owned());
+        value.set_histo(counts);
+        self.summary(step, vec![value])
+    }
+
+    /// A picture by tag at one step.
+    pub fn image(&mut self, step: u64, tag: &str, picture: &Picture) -> io::Result<()> {
+        let mut image = Summary_Image::new();
+        image.set_width(picture.width as i32);
+        image.set_height(picture.height as i32);
+        image.set_colorspace(3);
+        image.set_encoded_image_string(picture.png.clone());
+        let mut value = Summary_Value::new();
+        value.set_tag(tag.to_owned());
+        value.set_image(image);
+        self.summary(step, vec![value])
+    }
+
+    /// What a plugin reads that keeps its data in the metadata of a tag.
+    pub fn plugin(&mut self, step: u64, tag: &str, plugin: &str, content: Vec<u8>) -> io::Result<()> {
+        let mut metadata = metadata(plugin);
+        metadata.mut_plugin_data().set_content(content);
+        let mut value = Summary_Value::new();
+        value.set_tag(tag.to_owned());
+        value.set_metadata(metadata);
+        self.summary(step, vec![value])
+    }
+
     /// A text by tag at one step, shown as Markdown.
     pub fn text(&mut self, step: u64, tag: &str, text: &str) -> io::Result<()> {
-        let mut plugin = SummaryMetadata_PluginData::new();
-        plugin.set_plugin_name("text".to_owned());
-        let mut metadata = SummaryMetadata::new();
-        metadata.set_plugin_data(plugin);
+        let metadata = metadata("text");
         let mut tensor = TensorProto::new();
         tensor.set_dtype(DataType::DT_STRING);
         tensor.set_tensor_shape(TensorShapeProto::new());
@@ -102,12 +167,21 @@ impl EventFile {
     }
 
     fn write(&mut self, mut event: Event, step: u64) -> io::Result<()> {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64());
-        event.set_wall_time(now);
+        let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64());
+        event.set_wall_time(self.clock.unwrap_or_else(now));
         event.set_step(step as i64);
         let bytes = event.write_to_bytes().map_err(io::Error::other)?;
         self.records.write(&bytes)
     }
+}
+
+/// The metadata of a tag that belongs to `plugin`.
+fn metadata(plugin: &str) -> SummaryMetadata {
+    let mut named = SummaryMetadata_PluginData::new();
+    named.set_plugin_name(plugin.to_owned());
+    let mut metadata = SummaryMetadata::new();
+    metadata.set_plugin_data(named);
+    metadata
 }
 
 /// The highest number among the event files of a folder; 0 where there is none.
@@ -164,6 +238,22 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn histograms_and_pictures_read_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut file = EventFile::open(folder.path(), 0).unwrap();
+        file.histogram(2, "completions/length", &Histogram::of(&[3.0, 5.0, 3.0]).unwrap()).unwrap();
+        let picture = Picture { width: 4, height: 2, png: vec![1, 2, 3] };
+        file.image(2, "validation/walks", &picture).unwrap();
+        file.flush().unwrap();
+        let events = read(file.path());
+        let counts = events[2].get_summary().get_value()[0].get_histo();
+        assert_eq!((counts.get_bucket_limit(), counts.get_bucket()), (&[3.5, 4.5, 5.5][..], &[2.0, 0.0, 1.0][..]));
+        assert_eq!((counts.get_num(), counts.get_sum(), counts.get_min()), (3.0, 11.0, 3.0));
+        let image = events[3].get_summary().get_value()[0].get_image();
+        assert_eq!((image.get_width(), image.get_height(), image.get_encoded_image_string()), (4, 2, &[1u8, 2, 3][..]));
+    }
+
+    #[test]
     fn two_openings_never_share_a_file_and_sort_in_their_order() {
         let folder = tempfile::tempdir().unwrap();
         let paths: Vec<_> =
@@ -178,7 +268,8 @@ pub(super) mod tests {
     #[test]
     fn a_full_disk_is_an_error_and_no_panic() {
         let full = File::options().write(true).open("/dev/full").unwrap();
-        let mut file = EventFile { records: RecordWriter::new(BufWriter::new(full)), path: "/dev/full".into() };
+        let mut file =
+            EventFile { records: RecordWriter::new(BufWriter::new(full)), path: "/dev/full".into(), clock: None };
         file.scalars(1, [("loss", 1.0)]).unwrap();
         assert_eq!(file.flush().unwrap_err().kind(), io::ErrorKind::StorageFull);
     }

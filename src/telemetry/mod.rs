@@ -4,12 +4,15 @@
 //! handed back once so that the stage can tell of it and go on.
 
 pub mod event_file;
+pub mod histogram;
+pub mod hparams;
 pub mod logging;
 pub mod metrics;
 pub mod recorder;
 pub mod step_lines;
 
-pub use event_file::EventFile;
+pub use event_file::{EventFile, Picture};
+pub use histogram::Histogram;
 pub use metrics::Metrics;
-pub use recorder::{METRICS_FILE, Recorder};
+pub use recorder::{EVENTS_FOLDER, Exhibit, METRICS_FILE, Recorder};
 pub use step_lines::StepLines;

@@ -6,10 +6,24 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use crate::telemetry::{EventFile, StepLines};
+use crate::telemetry::{EventFile, Histogram, Picture, StepLines};
 
 /// The exact metrics: `{"step": .., "name": value, ..}` a line, f64, null where a value is not finite.
 pub const METRICS_FILE: &str = "metrics.jsonl";
+
+/// The folder of event files among a run's logs, to which TensorBoard's view has a link.
+pub const EVENTS_FOLDER: &str = "tensorboard";
+
+/// What a step shows beside its numbers; in TensorBoard alone.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Exhibit {
+    /// How values lie.
+    Distribution(Vec<f64>),
+    /// Markdown.
+    Text(String),
+    /// A picture.
+    Picture(Picture),
+}
 
 /// Metrics of one stage's run, over all its attempts.
 ///
@@ -27,12 +41,14 @@ pub struct Recorder {
 impl Recorder {
     /// Opens both views in `logs`, keeping what was recorded up to `resumed_step` (`None`: the run begins anew).
     ///
-    /// `config_text` (Markdown) is shown beside the curves of a run that begins. The second value is what went wrong, if
+    /// `config_text` (Markdown), where there is any, is shown beside the curves of a run that begins. The second value is what went wrong, if
     /// anything did; the recorder is usable either way.
     pub fn open(logs: &Path, resumed_step: Option<u64>, config_text: &str) -> (Self, io::Result<()>) {
         let mut recorder = Self { folder: logs.to_owned(), last_step: resumed_step, ..Self::default() };
         let opened = recorder.reopen().and_then(|()| match (&mut recorder.events, resumed_step) {
-            (Some(events), None) => events.text(0, "config", config_text).and_then(|()| events.flush()),
+            (Some(events), None) if !config_text.is_empty() => {
+                events.text(0, "config", config_text).and_then(|()| events.flush())
+            }
             _ => Ok(()),
         });
         let opened = recorder.once(opened);
@@ -46,6 +62,27 @@ impl Recorder {
         self.once(written)
     }
 
+    /// Shows what a step has to show beside its numbers, by tag. To be called before the step is recorded, so that what an
+    /// attempt showed after its last saved state is dropped with its numbers.
+    pub fn show(&mut self, step: u64, exhibits: &[(String, Exhibit)]) -> io::Result<()> {
+        let shown = self.reopen().and_then(|()| {
+            let Some(events) = &mut self.events else { return Ok(()) };
+            let shown = exhibits.iter().try_for_each(|(tag, exhibit)| match exhibit {
+                Exhibit::Distribution(values) => {
+                    Histogram::of(values).map_or(Ok(()), |histogram| events.histogram(step, tag, &histogram))
+                }
+                Exhibit::Text(text) => events.text(step, tag, text),
+                Exhibit::Picture(picture) => events.image(step, tag, picture),
+            });
+            let shown = shown.and_then(|()| events.flush());
+            if shown.is_err() {
+                self.events = None;
+            }
+            shown
+        });
+        self.once(shown)
+    }
+
     /// Hands what is buffered to the system; [`Recorder::record`] has done so already.
     pub fn flush(&mut self) -> io::Result<()> {
         let flushed = self.events.as_mut().map_or(Ok(()), EventFile::flush);
@@ -57,7 +94,8 @@ impl Recorder {
             self.lines = Some(StepLines::open(&self.folder.join(METRICS_FILE), self.last_step)?);
         }
         if self.events.is_none() {
-            self.events = Some(EventFile::open(&self.folder, self.last_step.map_or(0, |step| step + 1))?);
+            let folder = self.folder.join(EVENTS_FOLDER);
+            self.events = Some(EventFile::open(&folder, self.last_step.map_or(0, |step| step + 1))?);
         }
         Ok(())
     }
@@ -96,7 +134,8 @@ mod tests {
 
     /// What TensorBoard shows of a folder: later files override from their START step on.
     fn curve(folder: &Path) -> Vec<(i64, f32)> {
-        let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        let mut files: Vec<_> =
+            std::fs::read_dir(folder.join(EVENTS_FOLDER)).unwrap().map(|entry| entry.unwrap().path()).collect();
         files.retain(|path| path.to_str().unwrap().contains(".tfevents."));
         files.sort();
         let mut points: Vec<(i64, f32)> = Vec::new();
@@ -132,6 +171,37 @@ mod tests {
         let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         assert_eq!(lines.len(), 9);
         assert_eq!((&lines[4]["loss"], &lines[8]["loss"]), (&Value::from(5.0), &Value::from(9.1)));
+    }
+
+    #[test]
+    fn what_is_shown_beside_numbers_resumes_with_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let shown = |recorder: &mut Recorder, steps: std::ops::RangeInclusive<u64>| {
+            for step in steps {
+                let exhibits = [
+                    ("completions/length".to_owned(), Exhibit::Distribution(vec![step as f64, 9.0])),
+                    ("validation/completions".to_owned(), Exhibit::Text(format!("at {step}"))),
+                ];
+                recorder.show(step, &exhibits).unwrap();
+                recorder.record(step, &values(step as f64)).unwrap();
+            }
+        };
+        shown(&mut Recorder::open(folder.path(), None, "").0, 1..=5);
+        shown(&mut Recorder::open(folder.path(), Some(3), "").0, 4..=6);
+        let events = folder.path().join(EVENTS_FOLDER);
+        let mut files: Vec<_> = std::fs::read_dir(events).unwrap().map(|entry| entry.unwrap().path()).collect();
+        files.retain(|path| path.to_str().unwrap().contains(".tfevents."));
+        files.sort();
+        let mut steps: Vec<i64> = Vec::new();
+        for event in files.iter().flat_map(|file| read(file)) {
+            if event.has_session_log() {
+                steps.retain(|step| *step < event.get_step());
+            }
+            steps.extend(
+                event.get_summary().get_value().iter().filter(|value| value.has_histo()).map(|_| event.get_step()),
+            );
+        }
+        assert_eq!(steps, [1, 2, 3, 4, 5, 6]);
     }
 
     #[test]

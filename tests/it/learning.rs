@@ -155,6 +155,39 @@ fn a_changed_learning_rate_reruns_its_stage_and_what_rests_on_it() {
 }
 
 #[test]
+fn tensorboard_has_a_run_a_stage_and_a_session_a_trial() {
+    let sandbox = Sandbox::new();
+    let sweep = "[sweep.grid]\n\"stages.grpo.learning_rate\" = [1e-4, 2e-4]\n";
+    sandbox.write("tiny.toml", &format!("{TINY}{sweep}"));
+    sandbox.ok(&["run", "tiny.toml", "--set", "stages.sft.steps=4", "--set", "stages.grpo.steps=1"]);
+    let events = |run: &str| {
+        let folder = sandbox.path("artifacts/tensorboard/tiny").join(run);
+        let entries = std::fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+        let path = entries.map(|entry| entry.unwrap().path()).next().unwrap();
+        assert!(path.to_str().unwrap().contains("events.out.tfevents."), "{}", path.display());
+        std::fs::read(path).unwrap()
+    };
+    let has = |bytes: &[u8], text: &str| bytes.windows(text.len()).any(|window| window == text.as_bytes());
+    for trial in ["learning_rate=0.0001", "learning_rate=0.0002"] {
+        for stage in ["sft", "grpo"] {
+            let run = events(&format!("{trial}/{stage}"));
+            for tag in ["loss", "validation/solved", "validation/completions/", "validation/walks/"] {
+                assert!(has(&run, tag), "{stage} shows no {tag}");
+            }
+        }
+        let rollout = events(&format!("{trial}/grpo"));
+        for tag in ["completions/length", "reward/total", "policy/log_ratio"] {
+            assert!(has(&rollout, tag), "no {tag}");
+        }
+        assert!(has(&events(&format!("{trial}/evaluate")), "evaluation/walks/"));
+        let session = events(&format!("{trial}/hparams"));
+        for tag in ["_hparams_/session_start_info", "learning_rate", "evaluate/solved", "_hparams_/session_end_info"] {
+            assert!(has(&session, tag), "the session has no {tag}");
+        }
+    }
+}
+
+#[test]
 fn scores_are_those_of_transformers_and_bad_rows_are_located() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("learn/tests/fixtures/models/qwen3");
     let golden = std::fs::read_to_string(folder.join("golden.json")).unwrap();

@@ -10,6 +10,7 @@ mod explanation;
 mod generated;
 mod learning;
 mod lifecycle;
+mod metric_names;
 mod proof;
 mod rewards;
 mod sandbox;

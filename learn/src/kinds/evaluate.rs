@@ -25,7 +25,8 @@ use crate::prompts::{Prompts, Purpose};
 use crate::rollout::{distinct, finish_name, turns_column};
 use crate::session::{states, tell_failure};
 use crate::trajectory::{Request, Trajectory, play};
-use crate::{device, memory, preflight};
+use crate::validate::{LOGGED, show};
+use crate::{device, exhibits, memory, preflight};
 
 /// A row each completion.
 const EXAMPLES_FILE: &str = "examples.parquet";
@@ -100,6 +101,12 @@ pub fn run(params: &Evaluate, context: &mut StageContext) -> anyhow::Result<()> 
     }
 
     // Finish.
+    for (&row, one) in rows.iter().zip(&played).take(LOGGED) {
+        show("evaluation", &prompts, row, one);
+    }
+    exhibits::distribution("completions/length", played.iter().map(|one| one.length() as f64));
+    let shown = recorder.show(total, &exhibits::take());
+    tell_failure(context, "completions are not shown", &shown);
     let out = context.output("evaluation");
     // The row of each completion.
     let rows: Vec<usize> = rows.into_iter().flat_map(|row| std::iter::repeat_n(row, samples as usize)).collect();

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use serde::Serialize;
 
 use crate::cli::plan::state_name;
+use crate::cli::render;
 use crate::pipeline::plan::{Plan, State};
 
 /// States from the one that asks for most to the one that asks for least.
@@ -36,6 +37,9 @@ pub(super) struct Vertex {
     pub(super) trials: usize,
     /// How many of its results are in which state, in the order of [`STATES`].
     pub(super) states: BTreeMap<&'static str, usize>,
+    /// What its results took in all, where that is to be shown instead of their states.
+    #[serde(skip)]
+    pub(super) took: Option<String>,
 }
 
 /// An edge between vertices.
@@ -50,8 +54,8 @@ pub(super) struct Arrow {
 }
 
 impl Drawing {
-    /// The drawing of every trial, or of those that are called `only`.
-    pub(super) fn of(plan: &Plan, only: Option<&str>) -> Self {
+    /// The drawing of every trial, or of those that are called `only`; `timed` shows what results took.
+    pub(super) fn of(plan: &Plan, only: Option<&str>, timed: bool) -> Self {
         let trials = || plan.trials.iter().filter(|trial| only.is_none_or(|only| trial.trial == only));
         let experiments: BTreeSet<&str> = trials().map(|trial| trial.experiment.as_str()).collect();
         let several = experiments.len() > 1;
@@ -78,6 +82,7 @@ impl Drawing {
                         count: 0,
                         trials: 0,
                         states: BTreeMap::new(),
+                        took: None,
                     });
                     nodes.push(BTreeSet::new());
                     vertices.len() - 1
@@ -101,6 +106,11 @@ impl Drawing {
             }
         }
         for (vertex, nodes) in vertices.iter_mut().zip(&nodes) {
+            let seconds =
+                nodes.iter().filter_map(|node| plan.nodes[*node].result.as_ref()).map(|result| result.seconds);
+            vertex.took = timed
+                .then(|| render::duration(seconds.sum()))
+                .filter(|_| nodes.iter().any(|node| plan.nodes[*node].result.is_some()));
             let kinds: BTreeSet<&str> = nodes.iter().map(|node| plan.nodes[*node].spec.kind.name).collect();
             vertex.kind = kinds.into_iter().collect::<Vec<_>>().join(", ");
             vertex.count = nodes.len();
@@ -134,6 +144,9 @@ impl Vertex {
 
     /// `run`, or `61 run, 3 cached` where its results differ.
     pub(super) fn state_text(&self) -> String {
+        if let Some(took) = &self.took {
+            return took.clone();
+        }
         if self.states.len() == 1 {
             return state_name(self.state()).to_owned();
         }
@@ -165,6 +178,7 @@ pub(super) mod tests {
             count: 1,
             trials: 1,
             states: BTreeMap::from([("run", 1)]),
+            took: None,
         };
         let arrow = |(from, to, label): &(usize, usize, &str)| Arrow {
             from: *from,

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use crate::cli::failure::Failure;
 use crate::cli::graph::drawing::Drawing;
 use crate::cli::{Files, Session, render};
+use crate::pipeline::plan::Plan;
 
 /// More stages than these are no picture any more.
 const DRAWABLE: usize = 500;
@@ -59,6 +60,12 @@ impl Format {
     }
 }
 
+/// The whole plan as SVG, with what each stage took; `None` where it is too large to look at.
+pub fn timed(plan: &Plan) -> Option<String> {
+    let drawing = Drawing::of(plan, None, true);
+    (drawing.vertices.len() <= DRAWABLE).then(|| svg::write(&drawing))
+}
+
 /// With `--json`, `{stages: [{experiment, stage, kind, count, trials, states}], edges: [{from, to, outputs}]}`, where `from`
 /// and `to` count the stages from 0.
 pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
@@ -82,7 +89,7 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
             None => failure.hint("`pipe plan` names the trials"),
         });
     }
-    let drawing = Drawing::of(&plan, args.trial.as_deref());
+    let drawing = Drawing::of(&plan, args.trial.as_deref(), false);
     if session.ui.is_json() {
         return session.ui.json_pretty(&drawing);
     }

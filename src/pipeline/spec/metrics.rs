@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::pipeline::spec::diagnostic::{Mistake, Report, did_you_mean, expected};
 use crate::pipeline::spec::graph::{Checked, CheckedStages};
+use crate::pipeline::spec::point::Point;
 use crate::pipeline::spec::source::Span;
 use crate::pipeline::spec::tree::Node;
 use crate::pipeline::stage::Upstream;
@@ -69,10 +70,17 @@ impl Wanted {
         let measured = |checked: &Checked| checked.spec.as_ref().and_then(|spec| spec.stage.metrics(&upstream));
         self.open.retain_mut(|metric| {
             let Some(checked) = trial.get(metric.stage.as_str()) else { return true };
-            let Some(names) = measured(checked) else { return false };
+            // Tables read curves too; nothing is tuned by the end of one.
+            let curves = checked.spec.as_ref().filter(|_| metric.section == "table").map(|spec| spec.stage.curves());
+            let (curve, _) = Point::split(&metric.name);
+            if curves.is_some_and(|curves| curves.iter().any(|name| covers(name, curve))) {
+                return false;
+            }
+            let Some(mut names) = measured(checked) else { return false };
             if names.iter().any(|name| covers(name, &metric.name)) {
                 return false;
             }
+            names.extend(curves.into_iter().flatten().map(|name| (*name).to_owned()));
             if metric.known.is_none() {
                 // Nothing is tuned on the split `test`, so it is no place to point to.
                 let is_tuned = metric.section != "table";
@@ -115,7 +123,7 @@ impl Wanted {
                 Some(known) => {
                     let names = || known.iter().map(String::as_str);
                     // Of a measurement over a part of the instances, the other parts are what one wants to see.
-                    let measurement = |name: &str| name.split('.').next().map(str::to_owned);
+                    let measurement = |name: &str| name.split(['.', '/']).next().map(str::to_owned);
                     let akin: Vec<&str> = names().filter(|known| measurement(known) == measurement(name)).collect();
                     let label = if akin.is_empty() { expected(names()) } else { expected(akin) };
                     let mistake = Mistake::at(*span, format!("stage `{stage}` measures no `{name}`"));

@@ -19,6 +19,7 @@ mod interpolate;
 mod metrics;
 pub mod origin;
 mod parse;
+pub mod point;
 mod resolve;
 mod resolved;
 mod schema;
@@ -72,7 +73,7 @@ pub struct Experiment {
 /// The `[table]` of an experiment.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct TableSpec {
-    /// `stage.metric`, in the order to show; empty shows every metric of every evaluation.
+    /// `stage.metric` or `stage.curve[@point]`, in the order to show; empty shows every metric of every evaluation.
     pub metrics: Vec<String>,
     /// The assignment of the arm that others are compared with; fixes every axis but the seeds.
     pub baseline: Option<BTreeMap<String, Value>>,

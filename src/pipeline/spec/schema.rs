@@ -63,7 +63,7 @@ impl Section {
                 "description": "What `pipe table` shows.",
                 "additionalProperties": false,
                 "properties": {
-                    "metrics": {"description": "`STAGE.METRIC`, in the order to show.", "type": "array", "items": {"type": "string"}},
+                    "metrics": {"description": "`STAGE.METRIC`, or `STAGE.CURVE@POINT` of a training's curve (`@best`, `@steps=100`, `@completions`, `@steps_to>=0.5`, `@auc`), in the order to show.", "type": "array", "items": {"type": "string"}},
                     "baseline": {
                         "type": "object",
                         "description": "The arm that others are compared with: a value for every axis but the seeds.",

@@ -17,6 +17,8 @@ use super::disk::{Disk, Sort};
 use super::error::At as _;
 use super::{Digest, FileStat, Store, StoreError};
 use crate::pipeline::plan::NodeName;
+use crate::telemetry::EVENTS_FOLDER;
+use crate::telemetry::hparams::SESSION_RUN;
 
 /// The file of a trial.
 const JOURNAL: &str = "stages.jsonl";
@@ -323,7 +325,7 @@ impl Store {
         }
         let folder = link.clone();
         link.push(segment(&name.stage));
-        target.extend(["logs", &key.0, "tensorboard"]);
+        target.extend(["logs", &key.0, EVENTS_FOLDER]);
         let old = self.disk.read_link(&link).ok();
         if !self.has_curves(key) {
             if old.is_some() {
@@ -340,9 +342,18 @@ impl Store {
         self.disk.rename(&new, &link).at("link", &link)
     }
 
+    /// The folder of a trial's session in TensorBoard's view, beside those of its stages. Who writes it makes it.
+    pub fn tensorboard_session(&self, experiment: &str, trial: &str) -> PathBuf {
+        let mut folder = self.folder("tensorboard").join(segment(experiment));
+        if !trial.is_empty() {
+            folder.push(segment(trial));
+        }
+        folder.join(SESSION_RUN)
+    }
+
     /// Whether `key` has written event files.
     pub(crate) fn has_curves(&self, key: &Digest) -> bool {
-        let curves = self.logs(key).join("tensorboard");
+        let curves = self.logs(key).join(EVENTS_FOLDER);
         self.disk.stat(&curves).is_ok_and(|stat| stat.sort == Sort::Folder)
     }
 

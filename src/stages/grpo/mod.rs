@@ -253,6 +253,38 @@ impl Stage for Grpo {
         problems
     }
 
+    fn curves(&self) -> &'static [&'static str] {
+        &[
+            "loss",
+            "loss/*",
+            "reward",
+            "reward/*",
+            "rewards/*",
+            "rollout/*",
+            "validation/*",
+            "completions/*",
+            "episodes/*",
+            "groups/*",
+            "samples/excluded",
+            "policy/*",
+            "sampling/*",
+            "updates/*",
+            "alarm",
+            "alarms",
+            "learning_rate",
+            "gradient_norm",
+            "gradient_norm_clipped",
+            "tokens",
+            "tokens_per_second/*",
+            "seconds/*",
+            "mfu",
+            "decode_bandwidth_share",
+            "shared_prompt_share",
+            "padding_share",
+            "peak_memory_bytes",
+        ]
+    }
+
     fn normal_form(&self) -> Option<Value> {
         // Stored completions are another policy's, so the ratio moves from the first update on.
         let updates = if self.replay.is_some() { u64::MAX } else { self.updates_per_step };

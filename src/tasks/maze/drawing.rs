@@ -1,10 +1,11 @@
 //! A maze drawn with what a completion does in it: as lines of text, and as shapes for pictures.
 //!
 //! It judges nothing: how the walk ended is the verdict's to say. What it shows is read as the verdict reads it, so a move
-//! against a wall is seen where the verdict counts it. [`picture`] holds shapes and SVG.
+//! against a wall is seen where the verdict counts it. [`picture`] holds shapes and SVG, [`pixels`] PNG.
 
 pub mod drawn;
 pub mod picture;
+pub mod pixels;
 
 use anyhow::Context as _;
 use serde::Deserialize as _;

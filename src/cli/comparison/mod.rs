@@ -2,22 +2,30 @@
 //!
 //! It reads what the store has for the files as they are now and never runs anything; what is missing is a note.
 
-use std::collections::{BTreeMap, BTreeSet};
+#[cfg(test)]
+pub(crate) mod fake;
+mod gather;
 
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::cli::arms::{Claim, Sample};
+use crate::cli::curves::Matched;
 use crate::cli::failure::Failure;
-use crate::cli::render;
-use crate::cli::results::StageResult;
 use crate::cli::tuning::{self, Tuned};
-use crate::pipeline::plan::{Plan, State};
+use crate::pipeline::plan::Plan;
+use crate::pipeline::spec::point::Point;
 use crate::pipeline::spec::{Experiment, Trial};
 use crate::pipeline::stage::ArtifactType;
-use crate::pipeline::store::{Lookup, Store};
+use crate::pipeline::store::Store;
 use crate::statistics::family::holm;
 use crate::statistics::{Difference, Estimate};
+
+use gather::Results;
+pub use gather::{View, fits, split};
 
 /// What `pipe table` knows of an experiment; its JSON is what scripts rely on.
 #[derive(Debug, Serialize)]
@@ -37,7 +45,13 @@ pub struct Comparison {
     pub arms: Vec<Arm>,
     /// What is missing or wrong, in sentences.
     pub notes: Vec<String>,
-    /// Metrics whose every value is 0 or 1.
+    /// By column, how much every run had spent where its curve is read.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub matched: BTreeMap<String, Matched>,
+    /// By evaluation, the output of the stage whose weights it evaluates, as `grpo.last`.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub checkpoints: BTreeMap<String, String>,
+    /// Metrics that are shares of instances, shown as percentages.
     #[serde(skip)]
     pub shares: BTreeSet<String>,
     /// The names of differences, in the order to show.
@@ -50,6 +64,8 @@ pub struct Comparison {
 pub struct Arm {
     /// Its name; empty where nothing but seeds is swept.
     pub arm: String,
+    /// What is swept, by its name in tables, without the seeds.
+    pub parameters: BTreeMap<String, Value>,
     /// Seeds that have any result.
     pub seeds: usize,
     /// By metric.
@@ -76,21 +92,23 @@ impl Comparison {
         self.arms.iter().any(|arm| arm.metrics.values().any(Option::is_some))
     }
 
-    /// Gathers the table of `experiment`, one of those that `plan` was made of.
-    pub fn new(experiment: &Experiment, plan: &Plan, store: Option<&Store>) -> Result<Self, Failure> {
+    /// Gathers the table of `experiment`, one of those that `plan` was made of, as `view` wants to see it.
+    pub fn new(experiment: &Experiment, plan: &Plan, store: Option<&Store>, view: &View) -> Result<Self, Failure> {
         let mut notes = Vec::new();
-        let results = Results::gather(experiment, plan, store, &mut notes)?;
-        let metrics = if experiment.table.metrics.is_empty() {
-            results.every_metric(experiment)
-        } else {
-            experiment.table.metrics.clone()
+        let mut results = Results::gather(experiment, plan, store, view, &mut notes)?;
+        let metrics = match (view.columns.is_empty(), experiment.table.metrics.is_empty()) {
+            (false, _) => results.expand(experiment, &view.columns)?,
+            (true, true) => results.every_metric(experiment),
+            (true, false) => experiment.table.metrics.clone(),
         };
         let mut arms: Vec<(&str, Vec<&Trial>)> = Vec::new();
+        let mut places: HashMap<&str, usize> = HashMap::new();
         for trial in experiment.reported() {
-            match arms.iter_mut().find(|(arm, _)| *arm == trial.arm) {
-                Some((_, trials)) => trials.push(trial),
-                None => arms.push((&trial.arm, vec![trial])),
-            }
+            let place = *places.entry(&trial.arm).or_insert_with(|| {
+                arms.push((&trial.arm, Vec::new()));
+                arms.len() - 1
+            });
+            arms[place].1.push(trial);
         }
 
         let pairs = &experiment.table.differences;
@@ -98,13 +116,19 @@ impl Comparison {
         wanted.extend(pairs.iter().flat_map(|(first, second)| [first, second]));
         wanted.sort();
         wanted.dedup();
+        let trials: Vec<&Trial> = experiment.reported().collect();
+        results.settle(&trials, wanted.iter().copied(), &mut notes);
+        let mut unreached = BTreeSet::new();
         let samples: Vec<BTreeMap<&str, Sample>> = arms
             .iter()
-            .map(|(_, trials)| wanted.iter().map(|name| (name.as_str(), results.sample(trials, name))).collect())
+            .map(|(_, trials)| {
+                wanted.iter().map(|name| (name.as_str(), results.sample(trials, name, &mut unreached))).collect()
+            })
             .collect();
         notes.extend(tuning::chosen(experiment));
         notes.extend(tuning::waiting(experiment));
-        results.note_missing(&experiment.reported().collect::<Vec<_>>(), &wanted, &mut notes);
+        results.note_missing(&trials, &wanted, &mut notes);
+        notes.extend(unreached);
 
         let seeds_of = |samples: &BTreeMap<&str, Sample>| {
             samples.values().flat_map(|sample| sample.seeds.keys()).collect::<BTreeSet<_>>().len()
@@ -113,8 +137,7 @@ impl Comparison {
         let claim = Claim::of(fewest);
         let baseline = baseline(experiment, &arms, &mut notes);
 
-        let mut rows = Vec::new();
-        for (place, ((arm, _), own)) in arms.iter().zip(&samples).enumerate() {
+        let row = |(place, ((arm, trials), own)): (usize, (&(&str, Vec<&Trial>), &BTreeMap<&str, Sample>))| {
             let tested =
                 |difference: Option<Difference>| difference.map(|difference| Tested { difference, p_holm: None });
             let differences = pairs.iter().map(|(first, second)| {
@@ -125,33 +148,78 @@ impl Comparison {
                 let against = |name: &String| own[name.as_str()].minus(&samples[baseline][name.as_str()], claim);
                 metrics.iter().map(|name| (name.clone(), tested(against(name)))).collect()
             });
-            rows.push(Arm {
+            Arm {
                 arm: (*arm).to_owned(),
+                parameters: trials.first().map(|trial| parameters(trial)).unwrap_or_default(),
                 seeds: seeds_of(own),
                 metrics: metrics.iter().map(|name| (name.clone(), own[name.as_str()].estimate(claim))).collect(),
                 differences: differences.collect(),
                 versus_baseline: versus,
-            });
-        }
+            }
+        };
+        // Permutations take their time: arms side by side.
+        let together: Vec<_> = arms.iter().zip(&samples).enumerate().collect();
+        let mut rows: Vec<Arm> = together.into_par_iter().map(row).collect();
         correct(rows.iter_mut().flat_map(|arm| arm.differences.values_mut()));
         correct(rows.iter_mut().filter_map(|arm| arm.versus_baseline.as_mut()).flat_map(BTreeMap::values_mut));
         let shares = wanted
             .iter()
-            .filter(|name| samples.iter().all(|own| own[name.as_str()].is_share()))
+            .filter(|name| is_share_by_name(name) || samples.iter().all(|own| own[name.as_str()].is_share()))
             .map(|name| (*name).clone())
             .collect();
+        let checkpoints = checkpoints(experiment, plan, &wanted);
         Ok(Self {
             experiment: experiment.name.clone(),
-            metrics,
+            metrics: metrics.clone(),
             claim,
             tuning: experiment.tuning.as_ref().map(Tuned::of),
             baseline: baseline.map(|place| arms[place].0.to_owned()),
             arms: rows,
             notes,
+            matched: results.matched,
+            checkpoints,
             shares,
             differences: pairs.clone(),
         })
     }
+}
+
+/// Whether a metric is a share of instances by its definition, also where several draws make an instance's value a fraction.
+fn is_share_by_name(name: &str) -> bool {
+    let metric = Point::split(split(name).1).0;
+    let metric = metric.strip_prefix("validation/").or_else(|| metric.strip_prefix("rollout/")).unwrap_or(metric);
+    metric == "solved" || metric.starts_with("solved.") || metric.starts_with("pass@")
+}
+
+/// What a trial's arm fixes: the last segment of each path, or the path where two end alike.
+pub fn parameters(trial: &Trial) -> BTreeMap<String, Value> {
+    let last = |path: &str| path.rsplit('.').next().unwrap_or_default().to_owned();
+    let mut named = BTreeMap::new();
+    for (path, value) in &trial.assignment {
+        let alike = trial.assignment.keys().filter(|other| last(other) == last(path)).count();
+        let name = if alike > 1 { path.clone() } else { last(path) };
+        // What is left out of the arm's name is the seed.
+        let is_in_arm = trial.arm.split(',').any(|part| part.split_once('=').is_some_and(|(label, _)| label == name));
+        if is_in_arm || trial.seed.as_ref() != Some(value) {
+            named.insert(name, value.clone());
+        }
+    }
+    named
+}
+
+/// By evaluation among `wanted`, whose weights it evaluates: `grpo.last`, `base.checkpoint`.
+fn checkpoints(experiment: &Experiment, plan: &Plan, wanted: &[&String]) -> BTreeMap<String, String> {
+    let mut found = BTreeMap::new();
+    let Some(trial) = plan.trials.iter().find(|trial| trial.experiment == experiment.name) else { return found };
+    for stage in wanted.iter().map(|name| split(name).0) {
+        let Some(node) = trial.stages.get(stage).map(|place| &plan.nodes[*place]) else { continue };
+        let of = node.edges.iter().find(|edge| edge.artifact == ArtifactType::Checkpoint);
+        if let Some(edge) = of.filter(|_| !found.contains_key(stage)) {
+            let from = trial.stages.iter().find(|(_, place)| **place == edge.from).map_or("", |(name, _)| name);
+            found.insert(stage.to_owned(), format!("{from}.{}", edge.output));
+        }
+    }
+    found
 }
 
 /// `a - b`, the name of a difference.
@@ -204,173 +272,106 @@ fn same(first: &Value, second: &Value) -> bool {
     }
 }
 
-/// The results of an experiment, by trial and stage.
-struct Results {
-    by_trial: BTreeMap<String, BTreeMap<String, usize>>,
-    by_node: BTreeMap<usize, StageResult>,
-}
-
-impl Results {
-    fn gather(
-        experiment: &Experiment,
-        plan: &Plan,
-        store: Option<&Store>,
-        notes: &mut Vec<String>,
-    ) -> Result<Self, Failure> {
-        let table = &experiment.table;
-        let named: BTreeSet<&str> = table
-            .metrics
-            .iter()
-            .chain(table.differences.iter().flat_map(|(first, second)| [first, second]))
-            .map(|name| split(name).0)
-            .collect();
-        let mut results = Self { by_trial: BTreeMap::new(), by_node: BTreeMap::new() };
-        for trial in plan.trials.iter().filter(|trial| trial.experiment == experiment.name) {
-            results.by_trial.insert(trial.trial.clone(), trial.stages.clone());
-            for (stage, &place) in &trial.stages {
-                let node = &plan.nodes[place];
-                let evaluates =
-                    node.spec.stage.outputs().iter().any(|output| output.artifact == ArtifactType::Evaluation);
-                if !(named.contains(stage.as_str()) || table.metrics.is_empty() && evaluates) {
-                    continue;
-                }
-                let (Some(store), State::Cached, Some(key)) = (store, node.state, &node.key) else { continue };
-                if results.by_node.contains_key(&place) {
-                    continue;
-                }
-                match store.lookup(key).map_err(|error| Failure::stage(&error))? {
-                    Lookup::Hit(manifest) => {
-                        let result = StageResult::read(&manifest, store)
-                            .map_err(|error| Failure::failed(format!("stage `{stage}`: {error:#}")))?;
-                        results.by_node.insert(place, result);
-                    }
-                    Lookup::Miss => {}
-                    Lookup::Damaged { what } => notes.push(format!("`{stage}` is damaged: {what}")),
-                }
-            }
-        }
-        Ok(results)
-    }
-
-    fn result(&self, trial: &Trial, stage: &str) -> Option<&StageResult> {
-        self.by_node.get(self.by_trial.get(&trial.name)?.get(stage)?)
-    }
-
-    fn sample(&self, trials: &[&Trial], name: &str) -> Sample {
-        let (stage, metric) = split(name);
-        let mut sample = Sample::default();
-        for trial in trials {
-            if let Some(values) = self.result(trial, stage).and_then(|result| result.values(metric)) {
-                let seed = trial.seed.as_ref().map(ToString::to_string).unwrap_or_default();
-                sample.seeds.insert(seed, values);
-            }
-        }
-        sample
-    }
-
-    /// Every metric of every evaluation, stages in the order in which they run.
-    fn every_metric(&self, experiment: &Experiment) -> Vec<String> {
-        let mut stages: Vec<(usize, &str)> = Vec::new();
-        let mut seen = BTreeSet::new();
-        for trial in experiment.reported() {
-            for (stage, &place) in self.by_trial.get(&trial.name).into_iter().flatten() {
-                if self.by_node.contains_key(&place) && seen.insert(stage.as_str()) {
-                    stages.push((place, stage));
-                }
-            }
-        }
-        stages.sort_unstable();
-        stages
-            .into_iter()
-            .flat_map(|(place, stage)| {
-                self.by_node[&place].metrics().into_iter().map(move |metric| format!("{stage}.{metric}"))
-            })
-            .collect()
-    }
-
-    /// Says why cells are empty.
-    fn note_missing(&self, trials: &[&Trial], wanted: &[&String], notes: &mut Vec<String>) {
-        let mut told = BTreeSet::new();
-        for name in wanted {
-            let (stage, metric) = split(name);
-            let having: Vec<&&Trial> = trials.iter().filter(|trial| trial.stages.contains_key(stage)).collect();
-            let without = having.iter().filter(|trial| self.result(trial, stage).is_none()).count();
-            if having.is_empty() {
-                let known: BTreeSet<&str> =
-                    trials.iter().flat_map(|trial| trial.stages.keys().map(String::as_str)).collect();
-                let near = render::near(stage, known);
-                let meant = near.first().map(|near| format!("; did you mean `{near}`?")).unwrap_or_default();
-                notes.push(format!("`{name}`: there is no stage `{stage}`{meant}"));
-            } else if without > 0 && told.insert(stage) {
-                let of =
-                    if having.len() > 1 { format!(" in {without} of {} trials", having.len()) } else { String::new() };
-                notes.push(format!("`{stage}` has no result yet{of}"));
-            }
-            let Some(result) = having.iter().find_map(|trial| self.result(trial, stage)) else { continue };
-            if result.values(metric).is_none() {
-                let known = result.known();
-                let known = if known.is_empty() { "no metrics".to_owned() } else { known.join(", ") };
-                notes.push(format!("`{stage}` measured no `{metric}`; it has {known}"));
-            }
-        }
-    }
-}
-
-/// `stage` and `metric` of `stage.metric`.
-fn split(name: &str) -> (&str, &str) {
-    name.split_once('.').unwrap_or((name, ""))
-}
-
 #[cfg(test)]
 mod tests {
+    use super::fake::{KINDS, ran};
     use super::*;
-    use crate::pipeline::stage::{Kind, Output, StageContext};
-    use crate::pipeline::{exec, spec};
-
-    /// A stage that writes an evaluation in which the first `solved` of ten mazes but the `seed`-th are solved.
-    #[derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
-    #[serde(deny_unknown_fields)]
-    struct Fake {
-        solved: usize,
-        seed: u64,
-    }
-
-    impl crate::pipeline::stage::Stage for Fake {
-        const KIND: &'static str = "fake";
-        const VERSION: u32 = 1;
-        fn outputs(&self) -> Vec<Output> {
-            vec![Output::new("evaluation", ArtifactType::Evaluation)]
-        }
-        fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
-            let names: Vec<String> = (0..10).map(|place| format!("maze{place}")).collect();
-            let rows: Vec<_> = names
-                .iter()
-                .enumerate()
-                .map(|(place, name)| {
-                    let solved = place < self.solved && place as u64 != self.seed;
-                    let stratum = if place < 5 { "short" } else { "long" };
-                    (name.as_str(), Some(stratum), f64::from(u8::from(solved)), Some(place as f64))
-                })
-                .collect();
-            crate::cli::results::fake::evaluation(&context.output("evaluation"), &rows);
-            Ok(())
-        }
-    }
-
-    static KINDS: &[Kind] = &[Kind::of::<Fake>()];
+    use crate::pipeline::spec;
 
     fn compared(text: &str, run: bool) -> Comparison {
+        viewed(text, run, &View::default()).unwrap()
+    }
+
+    fn viewed(text: &str, run: bool, view: &View) -> Result<Comparison, Failure> {
+        let (_place, experiments, store) = ran(text, run);
+        let plan = Plan::new(&experiments, Some(&store)).unwrap();
+        Comparison::new(&experiments[0], &plan, Some(&store), view)
+    }
+
+    const TRAINED: &str = r#"
+        [stages.train]
+        kind = "fake_training"
+        steps = 4
+        rate = 0.1
+        seed = 1
+        [sweep.grid]
+        "stages.train.steps" = [4, 2]
+        [table]
+        metrics = ["train.reward", "train.reward@steps", "train.reward@seconds=6", "train.reward@seconds_to>=0.2", "train.reward@steps_to>=0.4"]
+        baseline = { steps = 4 }
+    "#;
+
+    #[test]
+    fn sixty_four_arms_by_five_metrics_are_compared_quickly() {
+        let seeds: Vec<String> = (0..64).map(|seed| seed.to_string()).collect();
+        let text = format!(
+            "[stages.test]\nkind = \"fake\"\nsolved = 700\nseed = 0\nmazes = 1000\n[sweep.grid]\n\"stages.test.seed\" = [{}]\n\
+             [table]\nmetrics = [\"test.solved\", \"test.solved.short\", \"test.solved.long\", \"test.steps\", \"test.steps.long\"]\n\
+             baseline = {{ seed = 0 }}\n",
+            seeds.join(", ")
+        );
+        let (_place, experiments, store) = ran(&text, true);
+        let plan = Plan::new(&experiments, Some(&store)).unwrap();
+        let begin = std::time::Instant::now();
+        let found = Comparison::new(&experiments[0], &plan, Some(&store), &View::default()).unwrap();
+        let taken = begin.elapsed();
+        assert_eq!((found.arms.len(), found.arms[9].metrics.len()), (64, 5));
+        assert_eq!(found.arms[63].versus_baseline.as_ref().unwrap()["test.solved"].unwrap().difference.n, 1000);
+        // Generous for an unoptimised build on a busy machine: it takes a tenth of a second where it is built to be used.
+        assert!(taken < std::time::Duration::from_secs(10), "{taken:?}");
+        eprintln!("64 arms: {taken:?}");
+    }
+
+    #[test]
+    fn curves_are_read_at_equal_effort() {
+        let found = compared(TRAINED, true);
+        let arm = |name: &str| found.arms.iter().find(|arm| arm.arm == name).unwrap();
+        let mean = |name: &str, column: &str| arm(name).metrics[column].map(|found| found.mean);
+        assert_eq!(mean("steps=4", "train.reward"), Some(0.4), "the end of each run");
+        assert_eq!(mean("steps=2", "train.reward"), Some(0.2));
+        for name in ["steps=4", "steps=2"] {
+            assert_eq!(mean(name, "train.reward@steps"), Some(0.2), "the most that both have");
+            assert_eq!(mean(name, "train.reward@seconds_to>=0.2"), Some(4.0));
+        }
+        let equal = found.arms[1].versus_baseline.as_ref().unwrap()["train.reward@steps"].unwrap();
+        assert_eq!(equal.difference.mean, 0.0);
+        assert!((mean("steps=4", "train.reward@seconds=6").unwrap() - 0.3).abs() < 1e-12);
+        assert_eq!(mean("steps=2", "train.reward@seconds=6"), None);
+        assert_eq!(found.matched["train.reward@steps"], Matched { axis: "steps", value: 2.0, is_common: true });
+        assert_eq!(found.arms[0].parameters["steps"], 4);
+        assert_eq!(
+            found.notes,
+            [
+                "`train.reward@seconds=6`: 1 of 1 run of steps=2 did not get there, so there is no number",
+                "`train.reward@steps_to>=0.4`: 1 of 1 run of steps=2 did not get there, so there is no number"
+            ]
+        );
+    }
+
+    #[test]
+    fn columns_may_be_asked_for_and_points_given() {
+        let view =
+            View { columns: vec!["t*.re*".to_owned(), "train.length@last".to_owned()], at: Point::parse("steps") };
+        let found = viewed(TRAINED, true, &view).unwrap();
+        assert_eq!(found.metrics, ["train.reward", "train.length@last"]);
+        assert_eq!(found.arms[0].metrics["train.reward"].unwrap().mean, 0.2);
+        assert_eq!(found.matched["train.reward"].value, 2.0);
+        let view = View { columns: vec!["train.x*".to_owned()], at: None };
+        let failure = viewed(TRAINED, true, &view).err().unwrap();
+        assert!(failure.parts().0.contains("has a metric like `train.x*`"), "{:?}", failure.parts());
+        let view = View { columns: vec!["train.reward@kl".to_owned()], at: None };
+        let notes = viewed(TRAINED, true, &view).unwrap().notes;
+        assert!(notes[0].contains("needs `kl.beta` above 0"), "{notes:?}");
+    }
+
+    #[test]
+    fn a_curve_that_no_training_logs_is_told_when_the_file_is_read() {
         let place = tempfile::tempdir().unwrap();
         let file = place.path().join("maze.toml");
-        std::fs::write(&file, text).unwrap();
-        let experiments = spec::read(&[file], &[], KINDS).unwrap_or_else(|mistakes| panic!("{mistakes}"));
-        let store = Store::open(&place.path().join("store")).unwrap();
-        let plan = Plan::new(&experiments, Some(&store)).unwrap();
-        if run {
-            exec::execute(&plan, &store, &exec::Options::default(), &mut |_| {}).unwrap();
-        }
-        let plan = Plan::new(&experiments, Some(&store)).unwrap();
-        Comparison::new(&experiments[0], &plan, Some(&store)).unwrap()
+        std::fs::write(&file, TRAINED.replace("\"train.reward\"", "\"train.rewrd@best\"")).unwrap();
+        let mistakes = spec::read(&[file], &[], KINDS).err().unwrap().to_string();
+        assert!(mistakes.contains("stage `train` measures no `rewrd@best`"), "{mistakes}");
+        assert!(mistakes.contains("`length`, `reward`") || mistakes.contains("`reward`, `length`"), "{mistakes}");
     }
 
     const SWEPT: &str = r#"
@@ -428,11 +429,6 @@ mod tests {
         let solved = found.arms[0].metrics["test.solved"].unwrap();
         assert_eq!(solved.n, 5);
         assert!((solved.mean - 0.72).abs() < 1e-12, "four seeds miss one maze each");
-    }
-
-    #[test]
-    fn a_name_splits_at_its_first_dot() {
-        assert_eq!(split("evaluate.solved.long"), ("evaluate", "solved.long"));
     }
 
     #[test]
