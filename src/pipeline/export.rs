@@ -58,10 +58,11 @@ pub fn export(
     about: &BTreeMap<String, String>,
     folder: &Path,
 ) -> Result<u64, ExportError> {
-    match fs::read_dir(folder) {
-        Ok(entries) if entries.count() > 0 => return Err(ExportError::Occupied(folder.to_owned())),
-        Err(error) if !matches!(error.kind(), std::io::ErrorKind::NotFound) => return Err(error).at("list", folder),
-        _ => {}
+    match fs::read_dir(folder).map(Iterator::count) {
+        Ok(0) => {}
+        Ok(_) => return Err(ExportError::Occupied(folder.to_owned())),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error).at("list", folder),
     }
     if store.is_writable() {
         store.lease(&[&manifest.key])?;

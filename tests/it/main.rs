@@ -4,7 +4,9 @@
 
 mod architecture;
 mod continuing;
+mod documentation;
 mod engine;
+mod errors;
 mod explanation;
 mod generated;
 mod learning;

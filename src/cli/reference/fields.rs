@@ -32,11 +32,11 @@ impl<'a> Fields<'a> {
 
     /// The fields of the file itself, and of the tables `opened` in it.
     pub(super) fn root(&self, root: &Value, opened: &[&str]) -> String {
-        let mut text = self.table(root, &[]);
+        let mut text = self.table(root, &[], opened);
         for name in opened {
             let schema = &root["properties"][*name];
             let description = cell(schema["description"].as_str().unwrap_or_default());
-            let _ = write!(text, "\n### `[{name}]`\n\n{description}\n\n{}", self.table(schema, &[]));
+            let _ = write!(text, "\n### `[{name}]`\n\n{description}\n\n{}", self.table(schema, &[], &[]));
         }
         text
     }
@@ -48,7 +48,7 @@ impl<'a> Fields<'a> {
         let mut text = format!("{}\n", cell(schema["description"].as_str().unwrap_or_default()));
         let forms = alternatives(&schema);
         if forms.is_empty() {
-            let _ = write!(text, "\n{}", self.table(&schema, &[]));
+            let _ = write!(text, "\n{}", self.table(&schema, &[], &[]));
         } else if forms.iter().all(|form| form.get("const").is_some() || form.get("enum").is_some()) {
             text.push_str("\n| choice | what |\n|---|---|\n");
             for form in forms {
@@ -67,7 +67,7 @@ impl<'a> Fields<'a> {
                 let description = cell(form["description"].as_str().unwrap_or_default());
                 if let Some((tag, constant)) = tag {
                     let _ = write!(text, "\n**`{tag} = \"{constant}\"`**: {description}\n");
-                    let table = self.table(form, &[tag]);
+                    let table = self.table(form, &[tag], &[]);
                     if !table.is_empty() {
                         let _ = write!(text, "\n{table}");
                     }
@@ -84,17 +84,17 @@ impl<'a> Fields<'a> {
         sections.collect::<Vec<_>>().join("\n")
     }
 
-    /// The fields of a table but those `without`; empty where there are none.
-    pub(super) fn table(&self, schema: &Value, without: &[&str]) -> String {
+    /// The fields of a table but those `without`; empty where there are none. What is in the tables `closed` is not shown.
+    pub(super) fn table(&self, schema: &Value, without: &[&str], closed: &[&str]) -> String {
         let mut rows = Vec::new();
-        self.rows("", schema, without, &mut rows);
+        self.rows("", schema, (without, closed), &mut rows);
         if rows.is_empty() {
             return String::new();
         }
         format!("| field | type | default | what |\n|---|---|---|---|\n{}\n", rows.join("\n"))
     }
 
-    fn rows(&self, path: &str, schema: &Value, without: &[&str], rows: &mut Vec<String>) {
+    fn rows(&self, path: &str, schema: &Value, (without, closed): (&[&str], &[&str]), rows: &mut Vec<String>) {
         let required: Vec<&str> =
             schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
         let fields = schema["properties"].as_object().into_iter().flatten();
@@ -111,14 +111,17 @@ impl<'a> Fields<'a> {
             let what = field.get("description").and_then(Value::as_str).map(cell);
             let what = what.or_else(|| self.described(&field)).unwrap_or_default();
             rows.push(format!("| `{path}{name}` | {} | {default} | {what} |", self.type_of(&field)));
+            if closed.contains(&name.as_str()) {
+                continue;
+            }
             if field.get("properties").is_some() {
-                self.rows(&format!("{path}{name}."), &field, &[], rows);
+                self.rows(&format!("{path}{name}."), &field, (&[], &[]), rows);
             }
             if let Some(items) = field.get("items").filter(|items| items.get("properties").is_some()) {
-                self.rows(&format!("{path}{name}[]."), items, &[], rows);
+                self.rows(&format!("{path}{name}[]."), items, (&[], &[]), rows);
             }
             for form in alternatives(&field).into_iter().filter(|form| form.get("properties").is_some()) {
-                self.rows(&format!("{path}{name}."), form, &[], rows);
+                self.rows(&format!("{path}{name}."), form, (&[], &[]), rows);
             }
         }
     }
