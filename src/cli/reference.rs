@@ -35,7 +35,7 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     }
     let text = reference();
     let Some(path) = &args.write else { return session.ui.data(&text) };
-    if std::fs::read_to_string(path).is_ok_and(|old| old == text) {
+    if path.is_file() && std::fs::read_to_string(path).is_ok_and(|old| old == text) {
         return Ok(());
     }
     std::fs::write(path, text)
