@@ -38,8 +38,13 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     let output = found.output()?;
     let show::StageObjects { store, manifest } = found.result();
     let lineage = Lineage::of(&found, store).map_err(|error| Failure::stage(&error))?;
-    let mut about = BTreeMap::new();
-    about.insert("README.md".to_owned(), card::text(&args.target, manifest, output, &lineage));
+    let mut about = match output.artifact {
+        ArtifactType::Checkpoint => own_tokenizer(store, output)?,
+        _ => BTreeMap::new(),
+    };
+    let changed: Vec<&str> = about.keys().map(String::as_str).collect();
+    let card = card::text(&args.target, manifest, output, &lineage, &changed);
+    about.insert("README.md".to_owned(), card);
     let provenance = json!({
         "result": args.target,
         "output": output.name,
@@ -59,9 +64,6 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     });
     let text = serde_json::to_string_pretty(&provenance).expect("provenance is plain data");
     about.insert("pipe.json".to_owned(), text + "\n");
-    if output.artifact == ArtifactType::Checkpoint {
-        about.extend(own_tokenizer(store, output)?);
-    }
     let bytes = export(store, manifest, output, &about, &args.folder).map_err(failure)?;
     if session.ui.is_json() {
         return session.ui.json_pretty(&json!({
@@ -75,6 +77,9 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     }
     let folder = args.folder.display();
     session.ui.note(&format!("wrote {} ({}) to {folder}", output.artifact, render::bytes(bytes as f64)));
+    if session.ui.is_quiet() {
+        return Ok(());
+    }
     session.ui.hint(&match output.artifact {
         ArtifactType::Checkpoint => format!("AutoModelForCausalLM.from_pretrained(\"{folder}\")"),
         ArtifactType::Dataset => format!("datasets.load_dataset(\"{folder}\")"),

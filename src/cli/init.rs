@@ -103,6 +103,9 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     for (written, _) in &files {
         session.ui.note(&format!("wrote {}", written.display()));
     }
+    if session.ui.is_quiet() {
+        return Ok(());
+    }
     session.ui.hint(&format!("`pipe plan {0}` shows what would run, `pipe run {0}` runs it", path.display()));
     Ok(())
 }

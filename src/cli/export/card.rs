@@ -12,8 +12,14 @@ use crate::pipeline::store::{Manifest, StoredOutput};
 /// The kind of the stages that begin a model.
 const MODEL: Option<&str> = Some("model");
 
-/// `README.md` of a result that is called `target`.
-pub(super) fn text(target: &str, manifest: &Manifest, output: &StoredOutput, lineage: &Lineage) -> String {
+/// `README.md` of a result that is called `target`, whose export has the files `changed` in place of the stored or beside them.
+pub(super) fn text(
+    target: &str,
+    manifest: &Manifest,
+    output: &StoredOutput,
+    lineage: &Lineage,
+    changed: &[&str],
+) -> String {
     let mut text = front_matter(target, manifest, output, lineage);
     let _ = write!(text, "\n# {target}\n\n{}\n", what(manifest, output, lineage));
     let mut section = |title: &str, body: String| {
@@ -24,7 +30,7 @@ pub(super) fn text(target: &str, manifest: &Manifest, output: &StoredOutput, lin
     section("Use", usage(output, lineage));
     section("Evaluation", evaluations(lineage));
     section("Parameters", parameters(&manifest.params));
-    section("Files", files(output));
+    section("Files", files(output, changed));
     section("Where it comes from", provenance(manifest, output, lineage));
     text
 }
@@ -218,13 +224,18 @@ fn show_flat(path: &str, value: &Value, lines: &mut Vec<(String, String)>) {
     }
 }
 
-fn files(output: &StoredOutput) -> String {
+fn files(output: &StoredOutput, changed: &[&str]) -> String {
     let rows = output
         .files
         .iter()
         .map(|file| format!("| `{}` | {} | `{}` |", file.path, render::bytes(file.size as f64), file.digest.short()));
+    let changed: Vec<String> = changed.iter().map(|name| format!("`{name}`")).collect();
+    let except = match changed.as_slice() {
+        [] => String::new(),
+        names => format!(" {} differ, so that `AutoTokenizer` takes `tokenizer.json` as it is.", names.join(" and ")),
+    };
     format!(
-        "As they are stored, with the beginning of each one's BLAKE3 digest; this card and `pipe.json` are about them.\n\n\
+        "As they are stored, with the beginning of each one's BLAKE3 digest; this card and `pipe.json` are about them.{except}\n\n\
          | file | size | digest |\n|---|---:|---|\n{}\n",
         rows.collect::<Vec<_>>().join("\n")
     )
