@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::cli::completions::SOLVED;
+use crate::cli::stored::SOLVED;
 use crate::cli::failure::Failure;
 use crate::cli::results::{StageResult, Values};
 use crate::cli::show::{StageObjects, find, flatten};

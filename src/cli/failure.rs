@@ -6,6 +6,16 @@ use std::panic::PanicHookInfo;
 /// The exit code of a bug.
 pub const BUG: u8 = 70;
 
+/// Every exit code, and when a command ends with it.
+pub const CODES: &[(u8, &str)] = &[
+    (0, "done"),
+    (1, "a stage failed, or the world around it; `--check` and `--deny` found something"),
+    (2, "the input is wrong: a file, an argument, the store's place"),
+    (3, "`pipe plan --exit-code`: something would run"),
+    (BUG, "a bug of pipe's"),
+    (130, "interrupted; running stages have saved their state, and the next `run` goes on where they stopped"),
+];
+
 /// Why a command failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {

@@ -83,6 +83,21 @@ impl Found<'_> {
     pub fn result(&self) -> StageObjects<'_> {
         StageObjects { store: &self.store, manifest: &self.manifest }
     }
+
+    /// The experiment's name and the stage's.
+    pub fn name(&self) -> (String, &str) {
+        let experiment = if self.target.is_file {
+            Path::new(self.target.experiment).file_stem().unwrap_or_default().to_string_lossy().into_owned()
+        } else {
+            self.target.experiment.to_owned()
+        };
+        (experiment, self.target.stage)
+    }
+
+    /// The output that was named, or the first.
+    pub fn output(&self) -> Result<&StoredOutput, Failure> {
+        output(&self.target, &self.manifest)
+    }
 }
 
 /// Looks up `EXPERIMENT[/TRIAL]/STAGE[.OUTPUT]` as it last ran, or `FILE.toml[/TRIAL]/STAGE[.OUTPUT]` as the file is now.

@@ -49,6 +49,7 @@ pub enum RewardSpec {
         expression: String,
         /// What it reads: the episode's verdict, or each turn's own measurements, whose values are summed.
         #[serde(default, skip_serializing_if = "Per::is_episode")]
+        #[schemars(extend("default" = "episode"))]
         per: Per,
         /// What the reward is multiplied by before rewards are summed.
         #[serde(default = "one")]

@@ -362,3 +362,55 @@ fn a_program_that_crashes_or_hangs_is_an_error_and_no_zero() {
     let hang = outcomes(&hang, &[verdict([1.0; 5])]).unwrap_err();
     assert!(chain(&hang).contains("no answer within 0.3 s"), "{}", chain(&hang));
 }
+
+#[test]
+fn what_a_program_does_once_does_not_end_the_run() {
+    let place = tempfile::tempdir().unwrap();
+    let mark = place.path().join("tried");
+    for (trouble, seconds) in [("raise SystemExit(1)", 60.0), ("import time; time.sleep(99)", 2.0)] {
+        // The first to answer leaves a mark, and then fails; what is started after it finds the mark.
+        let script = format!(
+            "import json, os, sys\nfor line in sys.stdin:\n  n = len(json.loads(line)['samples'])\n  \
+             if n == 2 and not os.path.exists({mark:?}):\n    open({mark:?}, 'w')\n    {trouble}\n  \
+             print(json.dumps({{'rewards': [0.5] * n}}), flush=True)"
+        );
+        let verdicts = vec![verdict([1.0; 5]); 4];
+        let spec = python(&script, &json!({"batch_size": 2, "timeout_seconds": seconds}));
+        assert_eq!(outcomes(&spec, &verdicts).unwrap(), vec![Outcome::Value(0.5); 4], "{trouble}");
+        assert!(mark.exists());
+        std::fs::remove_file(&mark).unwrap();
+    }
+}
+
+#[test]
+fn a_python_reward_scores_ten_thousand_completions_a_second() {
+    let script = "import json, sys\nfor line in sys.stdin:\n  s = json.loads(line)['samples']\n  \
+                  print(json.dumps({'rewards': [x['measurements']['solved'] / len(x['completion']) for x in s]}), flush=True)";
+    let spec = python(script, &json!({}));
+    let mut scorer = Scorer::new(&BTreeMap::from([("r".to_owned(), spec)]), None).unwrap();
+    // As large as those of mazes: a layout, a trace and its answer.
+    let instance = json!({"walls": vec![9; 25], "origin": 3, "target": 21, "rows": 5, "columns": 5, "length": 12});
+    let (prompt, completion) = ("<|cell|><|wall|>".repeat(20), "<|up|><|3-2|>".repeat(20));
+    let measurements = verdict([1.0; 5]);
+    let sample = ScoreInput {
+        instance: &instance,
+        prompt: &prompt,
+        completion: &completion,
+        finish: Finish::Stop,
+        measurements: &measurements,
+        turns: std::slice::from_ref(&measurements),
+    };
+    let samples = vec![sample; 2_000];
+    scorer.score(&samples[..1]).unwrap();
+    // A busy machine may be slow for a while, and not each of thirty times.
+    let mut best = 0.0_f64;
+    for _ in 0..30 {
+        let began = std::time::Instant::now();
+        let scored = scorer.score(&samples).unwrap();
+        best = best.max(scored.len() as f64 / began.elapsed().as_secs_f64());
+        if best >= 10_000.0 {
+            break;
+        }
+    }
+    assert!(best >= 10_000.0, "{best:.0} completions a second");
+}

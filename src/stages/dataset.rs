@@ -45,6 +45,7 @@ pub struct Dataset {
     pub completion_column: String,
     /// The column with conversations: lists of `{ role, content }`.
     #[serde(default = "Dataset::default_messages_column", skip_serializing_if = "Dataset::is_default_messages_column")]
+    #[schemars(extend("default" = "messages"))]
     pub messages_column: String,
     /// The task whose instances the prompts show; other columns are left aside.
     #[serde(default, skip_serializing_if = "Option::is_none")]

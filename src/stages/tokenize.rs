@@ -99,6 +99,7 @@ pub struct Tokenize {
     /// Whether the tokenizer's chat template writes a task's episodes. Messages always need one; prompts and completions
     /// of your own never use it.
     #[serde(default, skip_serializing_if = "Template::is_default")]
+    #[schemars(extend("default" = "auto"))]
     pub template: Template,
     /// Decides what demonstrations draw at random.
     #[serde(default)]

@@ -57,6 +57,7 @@ pub struct Tokenizer {
     /// Tokens to add to the tokenizer in `from`, in the order of their ids; those that it has keep their ids. A token that
     /// the chat template writes, as `<|im_end|>`, becomes a special one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("default" = []))]
     pub added_tokens: Vec<String>,
     /// A chat template in Jinja, in place of the one that the folder has.
     #[serde(default, skip_serializing_if = "Option::is_none")]

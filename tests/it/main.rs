@@ -5,7 +5,9 @@
 mod architecture;
 mod cockpit;
 mod continuing;
+mod documentation;
 mod engine;
+mod errors;
 mod explanation;
 mod generated;
 mod learning;

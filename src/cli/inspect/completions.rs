@@ -7,7 +7,7 @@ use anyhow::ensure;
 use serde_json::{Value, json};
 
 use super::{Look, Seen, more};
-use crate::cli::completions::{Completions, SOLVED, outcome};
+use crate::cli::stored::{Completions, SOLVED, outcome};
 use crate::cli::render;
 
 /// Gaps that are shown on either side.
@@ -164,7 +164,7 @@ fn outcomes(completions: &Completions, rows: &[usize]) -> (String, Value) {
 mod tests {
     use super::super::tests::look_at;
     use super::*;
-    use crate::cli::completions::tests::rollouts;
+    use crate::cli::stored::tests::rollouts;
 
     #[test]
     fn groups_rewards_advantages_and_gaps_of_a_step() {

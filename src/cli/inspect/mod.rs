@@ -108,11 +108,11 @@ fn completions_of(
     args: &Args,
     session: &Session,
     artifact: &Artifact,
-) -> Result<crate::cli::completions::Completions, Failure> {
+) -> Result<crate::cli::stored::Completions, Failure> {
     if Path::new(&args.target).is_dir() {
-        return crate::cli::completions::Completions::open(&artifact.folder);
+        return crate::cli::stored::Completions::open(&artifact.folder);
     }
-    crate::cli::completions::Completions::of(&find(&args.target, &args.sets, session)?.result())
+    crate::cli::stored::Completions::of(&find(&args.target, &args.sets, session)?.result())
 }
 
 /// What a folder holds, by its files.

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::Args;
 use crate::cli::Session;
-use crate::cli::completions::{Completions, Exchange};
+use crate::cli::stored::{Completions, Exchange};
 use crate::cli::failure::Failure;
 use crate::cli::show::{Found, find};
 use crate::pipeline::exec;

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use crate::cli::completions::Completions;
+use crate::cli::stored::Completions;
 use crate::cli::failure::Failure;
 use crate::cli::sample::telling::{drawing, text};
 use crate::cli::show::find;
@@ -203,8 +203,8 @@ fn value(completions: &Completions, row: usize) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::completions::Exchange;
-    use crate::cli::completions::tests::rollouts;
+    use crate::cli::stored::Exchange;
+    use crate::cli::stored::tests::rollouts;
     use clap::Parser;
 
     #[derive(Parser)]

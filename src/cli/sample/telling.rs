@@ -1,6 +1,6 @@
 //! One completion as text: the drawing on the left where there is one, beside it or below what was thought and said.
 
-use crate::cli::completions::Completions;
+use crate::cli::stored::Completions;
 use crate::cli::render;
 use crate::cli::ui::Look;
 use crate::tasks::maze::drawing::{Drawing, Ink, Span};
@@ -53,7 +53,7 @@ fn title(completions: &Completions, row: usize, color: bool) -> String {
         Some(false) => Look::Red.on("not solved", color),
         None => String::new(),
     });
-    let is_told = |name: &&String| *name != crate::cli::completions::SOLVED;
+    let is_told = |name: &&String| *name != crate::cli::stored::SOLVED;
     let measured: Vec<String> = completions
         .samples
         .measures

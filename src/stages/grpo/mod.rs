@@ -76,6 +76,7 @@ pub struct Grpo {
     pub rewards: BTreeMap<String, RewardSpec>,
     /// What an error of a reward on one sample does.
     #[serde(default, skip_serializing_if = "OnError::is_stop")]
+    #[schemars(extend("default" = "stop"))]
     pub on_error: OnError,
     /// The loss.
     #[serde(flatten)]
