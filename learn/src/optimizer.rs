@@ -283,7 +283,7 @@ mod tests {
         for decay in [Decay::Cosine, Decay::Linear] {
             let rate = |step| learning_rate(&schedule(decay, 0.2), 2.0, step, 100);
             let at = |step, expected: f64| {
-                assert!((rate(step) - expected).abs() < 1e-12, "{decay:?} {step}: {}", rate(step))
+                assert!((rate(step) - expected).abs() < 1e-12, "{decay:?} {step}: {}", rate(step));
             };
             at(4, 1.0);
             for step in 9..80 {
