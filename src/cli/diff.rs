@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::cli::stored::SOLVED;
 use crate::cli::failure::Failure;
 use crate::cli::results::{StageResult, Values};
 use crate::cli::show::{StageObjects, find, flatten};
+use crate::cli::stored::SOLVED;
 use crate::cli::ui::Look;
 use crate::cli::{Session, render};
 use crate::pipeline::store::{Digest, Lookup, Manifest, Store};

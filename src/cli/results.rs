@@ -173,7 +173,9 @@ impl Examples {
                 .find_map(|(dot, _)| Some((measured(&metric[..dot])?, Some(&metric[dot + 1..]))))?,
         };
         let rows = self.instances.iter().zip(&self.strata).zip(column);
-        let of_stratum = |own: &Option<String>| stratum.is_none_or(|wanted| own.as_deref().is_some_and(|own| is_within(own, wanted)));
+        let of_stratum = |own: &Option<String>| {
+            stratum.is_none_or(|wanted| own.as_deref().is_some_and(|own| is_within(own, wanted)))
+        };
         let mut measured: Vec<(&Arc<str>, f64)> = rows
             .filter_map(|((instance, own), value)| Some((instance, (*value)?)).filter(|_| of_stratum(own)))
             .collect();

@@ -70,7 +70,7 @@ impl Found<'_> {
     }
 
     /// The output that was named, or else the first.
-    pub(super) fn output(&self) -> Result<&StoredOutput, Failure> {
+    pub fn output(&self) -> Result<&StoredOutput, Failure> {
         output(&self.target, &self.manifest)
     }
 
@@ -92,11 +92,6 @@ impl Found<'_> {
             self.target.experiment.to_owned()
         };
         (experiment, self.target.stage)
-    }
-
-    /// The output that was named, or the first.
-    pub fn output(&self) -> Result<&StoredOutput, Failure> {
-        output(&self.target, &self.manifest)
     }
 }
 

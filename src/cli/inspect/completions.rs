@@ -7,8 +7,8 @@ use anyhow::ensure;
 use serde_json::{Value, json};
 
 use super::{Look, Seen, more};
-use crate::cli::stored::{Completions, SOLVED, outcome};
 use crate::cli::render;
+use crate::cli::stored::{Completions, SOLVED, outcome};
 
 /// Gaps that are shown on either side.
 const GAPS: usize = 5;

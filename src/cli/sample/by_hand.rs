@@ -9,9 +9,9 @@ use serde_json::Value;
 
 use super::Args;
 use crate::cli::Session;
-use crate::cli::stored::{Completions, Exchange};
 use crate::cli::failure::Failure;
 use crate::cli::show::{Found, find};
+use crate::cli::stored::{Completions, Exchange};
 use crate::pipeline::exec;
 use crate::pipeline::stage::ArtifactType;
 use crate::pipeline::store::Digest;
@@ -172,6 +172,11 @@ fn completions(played: Vec<Played>, instance: &Value, name: &str) -> Completions
             prompt: one.prompt,
             completion: said.collect(),
             finish: one.finish,
+            truncated: one.finish != Finish::Stop,
+            lengths: Vec::new(),
+            ids: Vec::new(),
+            replies: Vec::new(),
+            kept: true,
             turns: vec![one.measurements.clone()],
             measurements: one.measurements,
             rewards: Vec::new(),

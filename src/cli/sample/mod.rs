@@ -8,10 +8,10 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use crate::cli::stored::Completions;
 use crate::cli::failure::Failure;
 use crate::cli::sample::telling::{drawing, text};
 use crate::cli::show::find;
+use crate::cli::stored::Completions;
 use crate::cli::{Session, render};
 
 /// Columns where there is no terminal.

@@ -1,7 +1,7 @@
 //! One completion as text: the drawing on the left where there is one, beside it or below what was thought and said.
 
-use crate::cli::stored::Completions;
 use crate::cli::render;
+use crate::cli::stored::Completions;
 use crate::cli::ui::Look;
 use crate::tasks::maze::drawing::{Drawing, Ink, Span};
 
