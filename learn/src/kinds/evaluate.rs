@@ -123,13 +123,13 @@ fn step(
     Ok(Chunk { rows: rows.to_vec(), played: played.into_iter().flatten().collect() })
 }
 
-/// What a task has to say of episodes beside its verdicts: the name of each diagnosis and its value by episode.
-type Diagnoses = Vec<(String, Vec<f64>)>;
+/// What a task has to say of episodes beside its verdicts: the name of a diagnosis and its value by episode.
+type Diagnosis = (String, Vec<f64>);
 
 /// The diagnoses of the episodes on `rows`.
-fn diagnose(prompts: &Prompts, rows: &[usize], played: &[Trajectory]) -> anyhow::Result<Diagnoses> {
+fn diagnose(prompts: &Prompts, rows: &[usize], played: &[Trajectory]) -> anyhow::Result<Vec<Diagnosis>> {
     let named = prompts.task.diagnoses().iter().map(|measure| (measure.name.clone().into_owned(), Vec::new()));
-    let mut diagnoses: Diagnoses = named.collect();
+    let mut diagnoses: Vec<Diagnosis> = named.collect();
     if diagnoses.is_empty() {
         return Ok(diagnoses);
     }
@@ -147,7 +147,7 @@ fn write_examples(
     prompts: &Prompts,
     rows: &[usize],
     played: &[Trajectory],
-    diagnoses: &Diagnoses,
+    diagnoses: &[Diagnosis],
     path: &Path,
 ) -> anyhow::Result<()> {
     use ColumnType::{Flag, Number, Text};
@@ -181,7 +181,7 @@ fn write_examples(
 /// truncations.
 ///
 /// Every instance counts; a completion that the token limit cut off is judged as the task judges it, and counted apart.
-fn metrics(prompts: &Prompts, rows: &[usize], played: &[Trajectory], diagnoses: &Diagnoses) -> BTreeMap<String, f64> {
+fn metrics(prompts: &Prompts, rows: &[usize], played: &[Trajectory], diagnoses: &[Diagnosis]) -> BTreeMap<String, f64> {
     let solved = prompts.measure("solved").ok();
     let mut metrics = Metrics::default();
     for (&row, one) in rows.iter().zip(played) {
