@@ -201,7 +201,9 @@ fn metrics(prompts: &Prompts, rows: &[usize], played: &[Trajectory], diagnoses: 
         }
     }
     for (name, told) in diagnoses {
-        told.iter().for_each(|value| metrics.mean(name, *value, 1.0));
+        for value in told {
+            metrics.mean(name, *value, 1.0);
+        }
     }
     let mut values = metrics.values();
     if let Some(solved) = solved {
