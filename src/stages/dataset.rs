@@ -100,7 +100,7 @@ impl Stage for Dataset {
     }
 
     fn parts(&self) -> Vec<Part> {
-        self.task.iter().map(|task| task.part()).map(|(name, version)| Part::new(name, version)).collect()
+        self.task.iter().map(TaskSpec::part).map(|(name, version)| Part::new(name, version)).collect()
     }
 
     fn check(&self, _: &Upstream<'_>) -> Vec<Problem> {

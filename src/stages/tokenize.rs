@@ -270,7 +270,9 @@ impl Tokenize {
             mask.fill(1);
         }
         mask[0] = 0;
-        masked.iter().for_each(|&place| mask[place] = 0);
+        for &place in &masked {
+            mask[place] = 0;
+        }
         let masked = masked.len();
         let retokenized = match template {
             Some(template) => {

@@ -15,6 +15,7 @@ use crate::random;
 use crate::tasks::maze::answer::Form;
 use crate::tasks::maze::attempt::{Attempt, attempts, search};
 use crate::tasks::maze::grid::{CLOSED, Direction, Maze};
+use crate::tasks::maze::lines::text_cell;
 use crate::tasks::{Demonstrated, FormatSpec, MazePrompt, Retry, SearchOrder, SearchTrace, Signs, Trace};
 
 /// Padding; never part of a text.
@@ -285,7 +286,7 @@ impl Format {
         let mask = maze.walls[cell];
         match self.signs {
             Signs::Tokens => format!("{}{}<|{marker}|>", coordinate(cell, maze.columns), wall_token(mask)),
-            Signs::Text => self.text_cell(maze, cell, marker),
+            Signs::Text => text_cell(maze, cell, marker),
         }
     }
 }

@@ -5,6 +5,7 @@
 //! the whole maze, in which the cell that is left shows the move; an attempt that fails ends with a message and the line
 //! `RESET`, and counting begins anew. The wording of the prompt is our own.
 
+use std::fmt::Write as _;
 use std::ops::Range;
 
 use crate::tasks::maze::answer::token_length;
@@ -52,12 +53,6 @@ impl Format {
             Signs::Tokens => "",
             Signs::Text => " ",
         }
-    }
-
-    /// A cell in plain characters, such as `0-3:UL:.`: row, column, walls, what is in it.
-    pub(super) fn text_cell(&self, maze: &Maze, cell: usize, marker: &str) -> String {
-        let letter = LETTERS.iter().find(|(name, _)| *name == marker).map_or("?", |(_, letter)| letter);
-        format!("{}-{}:{}:{letter}", cell / maze.columns, cell % maze.columns, wall_letters(maze.walls[cell]))
     }
 
     fn place(&self, cell: usize, columns: usize) -> String {
@@ -118,10 +113,11 @@ impl Format {
         for attempt in wrong {
             mistakes.push(self.steps(&mut text, maze, &attempt.steps, attempt.right));
             let end = if self.thought == Thought::Reprint { "\n\n" } else { "\n" };
-            text += &format!("{end}{}\n{RESET_LINE}\n", message(attempt.dead_end, attempt.brief));
+            let message = message(attempt.dead_end, attempt.brief);
+            let _ = write!(text, "{end}{message}\n{RESET_LINE}\n");
         }
         self.steps(&mut text, maze, path, 0);
-        text += &format!("\n{END_THINK}\n\n{answer}");
+        let _ = write!(text, "\n{END_THINK}\n\n{answer}");
         Demonstrated { text, mistakes }
     }
 
@@ -143,7 +139,7 @@ impl Format {
             let next = maze.step(cell, direction).expect("a walk of a demonstration goes through no wall");
             if self.thought == Thought::Reprint {
                 let board = self.board(maze, Some((cell, direction)));
-                *text += &format!("{}\n{board}", step_line(place + 1, direction));
+                let _ = write!(text, "{}\n{board}", step_line(place + 1, direction));
             } else {
                 *text += &[join, &self.move_word(direction), join, &self.place(next, maze.columns)].concat();
             }
@@ -175,6 +171,12 @@ impl Format {
         let pieces = texts.iter().flat_map(|text| cut(text)).filter(|piece| token_length(piece).is_none());
         digits().chain(pieces.map(str::to_owned)).collect()
     }
+}
+
+/// A cell in plain characters, such as `0-3:UL:.`: row, column, walls, what is in it.
+pub(super) fn text_cell(maze: &Maze, cell: usize, marker: &str) -> String {
+    let letter = LETTERS.iter().find(|(name, _)| *name == marker).map_or("?", |(_, letter)| letter);
+    format!("{}-{}:{}:{letter}", cell / maze.columns, cell % maze.columns, wall_letters(maze.walls[cell]))
 }
 
 /// Text as tokens, words, digits and characters.

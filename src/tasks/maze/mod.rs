@@ -128,12 +128,11 @@ impl MazeTask {
 
     /// The instance number `index` of the stream `seed`.
     fn maze(&self, seed: u64, index: u64) -> Maze {
-        let (rows, columns) = match self.sizes[..] {
-            [size] => size,
-            _ => {
-                let mut random = random::rng("task.maze.size", &[seed, index]);
-                self.sizes[random::below(&mut random, self.sizes.len() as u64) as usize]
-            }
+        let (rows, columns) = if let [size] = self.sizes[..] {
+            size
+        } else {
+            let mut random = random::rng("task.maze.size", &[seed, index]);
+            self.sizes[random::below(&mut random, self.sizes.len() as u64) as usize]
         };
         let mut random = random::rng("task.maze", &[seed, rows as u64, columns as u64, index]);
         self.layouts.draw(rows, columns, &mut random)

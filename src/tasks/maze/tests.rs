@@ -346,7 +346,7 @@ fn the_errors_of_known_walks() {
     assert_eq!(told(&format!("{think}{good}<|target|>"), Finish::Stop), "error_malformed harness");
     assert_eq!(told(&format!("{think} go {good}\n"), Finish::Stop), "error_no_answer harness");
     assert_eq!(told(&format!("{think}<|down|> <|right|"), Finish::Stop), "error_malformed");
-    assert_eq!(told(&format!("x</think><|down|><|right|<|right|><|up|"), Finish::Stop), "error_malformed harness");
+    assert_eq!(told("x</think><|down|><|right|<|right|><|up|", Finish::Stop), "error_malformed harness");
     assert_eq!(told(&format!("{think}{good}</think><|left|>"), Finish::Stop), "error_malformed harness");
     assert_eq!(told(&format!("{think}<|left|>{good}"), Finish::Stop), "error_wall");
     let retried = format!("<think><|0-0|><|right|><|reset|><|0-0|></think>{good}");
@@ -431,7 +431,7 @@ fn where_a_maze_has_loops_any_way_solves_and_a_shortest_one_is_optimal() {
             else {
                 break;
             };
-            walk += &format!("<|{}|>", way.name());
+            walk += &["<|", way.name(), "|>"].concat();
             been.push(next);
         }
         if *been.last().unwrap() == maze.target {
@@ -469,9 +469,9 @@ fn golden_texts_with_retries_and_lines() {
     let task = open(&maze_spec(3, 3), &FormatSpec::default()).unwrap();
     let open_origin = |index: &u64| {
         let maze: Maze = serde_json::from_value(generate(&*task, 0, *index)).unwrap();
-        maze.walls[maze.origin].count_ones() == 1
+        [1, 2, 4, 8].contains(&maze.walls[maze.origin])
     };
-    let texts = texts(&[retrying_specs(), line_specs()].concat(), 3, (0..).find(open_origin).unwrap());
+    let texts = texts(&[retrying_specs(), line_specs()].concat(), 3, (0..1_000).find(open_origin).unwrap());
     let shown: Vec<String> = texts.into_iter().map(|(prompt, reply)| prompt + "\n----\n" + &reply).collect();
     insta::assert_snapshot!(shown.join("\n====\n"));
 }

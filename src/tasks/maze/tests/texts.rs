@@ -24,7 +24,7 @@ fn mistakes_are_what_is_done_on_the_wrong_way() {
         for index in 0..60 {
             let instance = generate(&*task, 4, index);
             let reply = task.demonstration(&instance, index).unwrap().remove(0);
-            assert_eq!(task.demonstrate(&instance, index).unwrap(), [reply.text.clone()]);
+            assert_eq!(task.demonstrate(&instance, index).unwrap()[0], reply.text);
             let resets = reply.text.matches("<|reset|>").count() + reply.text.matches("\nRESET\n").count();
             assert_eq!(resets, reply.mistakes.len());
             retried += usize::from(resets > 0);
@@ -35,7 +35,7 @@ fn mistakes_are_what_is_done_on_the_wrong_way() {
                 let begins = ["<|up", "<|down", "<|left", "<|right", "Step ", " up ", " down ", " left ", " right "];
                 assert!(begins.iter().any(|begin| said.starts_with(begin)), "{said}");
                 let after = &reply.text[mistake.end..];
-                assert!(after.starts_with("<|reset|>") || after.trim_start().starts_with("H"), "{after}");
+                assert!(after.starts_with("<|reset|>") || after.trim_start().starts_with('H'), "{after}");
                 assert!(!said.contains("reset") && !said.contains("RESET") && !said.contains("Hit"), "{said}");
             }
         }
