@@ -193,7 +193,7 @@ fn inputs(params: &Value) -> BTreeMap<String, String> {
                 None => left.extend(fields.iter().map(|(name, value)| (below(name), value))),
             },
             Value::Array(items) => {
-                left.extend(items.iter().enumerate().map(|(at, value)| (below(&at.to_string()), value)))
+                left.extend(items.iter().enumerate().map(|(at, value)| (below(&at.to_string()), value)));
             }
             _ => {}
         }

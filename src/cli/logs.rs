@@ -43,28 +43,28 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     };
     let log = find(args, session, &store)?;
     let unreadable = |error: std::io::Error| Failure::failed(format!("cannot read `{}`: {error}", log.path.display()));
-    let mut tail = Tail::open(&log.path).map_err(unreadable)?;
+    let mut tail = Tail::new(&log.path);
     let mut text = tail.read().map_err(unreadable)?;
     if let Some(lines) = args.lines {
         text = last_lines(&text, lines).to_owned();
     }
     let mut lines = Lines::default();
-    print(session, lines.take(&text))?;
+    print(session, &lines.take(&text))?;
     while args.follow && is_running(&log, &store)? {
         std::thread::sleep(LOOK);
-        print(session, lines.take(&tail.read().map_err(unreadable)?))?;
+        print(session, &lines.take(&tail.read().map_err(unreadable)?))?;
     }
     // What it said between the last look and its end, and a line that it never ended.
     let rest = if args.follow { tail.read().map_err(unreadable)? } else { String::new() };
-    print(session, lines.take(&rest))?;
-    print(session, lines.end())?;
+    print(session, &lines.take(&rest))?;
+    print(session, &lines.end())?;
     if tail.is_empty() && args.lines != Some(0) {
         session.ui.note(&format!("`{}` has said nothing", args.target));
     }
     Ok(())
 }
 
-fn print(session: &Session, lines: Vec<String>) -> Result<(), Failure> {
+fn print(session: &Session, lines: &[String]) -> Result<(), Failure> {
     if lines.is_empty() {
         return Ok(());
     }
@@ -147,8 +147,8 @@ struct Tail {
 }
 
 impl Tail {
-    fn open(path: &Path) -> std::io::Result<Self> {
-        Ok(Self { path: path.to_owned(), at: 0 })
+    fn new(path: &Path) -> Self {
+        Self { path: path.to_owned(), at: 0 }
     }
 
     /// Whether nothing was ever there.
@@ -226,7 +226,7 @@ mod tests {
     fn a_log_is_followed_over_torn_lines_and_characters_and_over_a_new_beginning() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log.txt");
-        let mut tail = Tail::open(&path).unwrap();
+        let mut tail = Tail::new(&path);
         let mut lines = Lines::default();
         assert!(lines.take(&tail.read().unwrap()).is_empty() && tail.is_empty());
         let mut file = File::create(&path).unwrap();

@@ -1,7 +1,7 @@
 //! Stored completions as commands look at them: what was said turn by turn, what it earned, what was learnt from it.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::Deserialize;
 
@@ -49,18 +49,16 @@ impl Completions {
         let kinds = [ArtifactType::Rollouts, ArtifactType::Evaluation];
         let output = found.manifest.outputs.iter().find(|output| kinds.contains(&output.artifact));
         let folder = output.map(|output| found.store.object(&output.digest)).unwrap_or_default();
-        Self::with(samples, folder).map_err(|error| Failure::stage(error.as_ref()))
+        Self::with(samples, &folder).map_err(|error| Failure::stage(error.as_ref()))
     }
 
     /// The completions in a folder; the instances are known where they are stored beside them.
     pub(super) fn open(folder: &Path) -> Result<Self, Failure> {
         let samples = Samples::open(folder, &BTreeMap::new());
-        samples
-            .and_then(|samples| Self::with(samples, folder.to_owned()))
-            .map_err(|error| Failure::stage(error.as_ref()))
+        samples.and_then(|samples| Self::with(samples, folder)).map_err(|error| Failure::stage(error.as_ref()))
     }
 
-    fn with(samples: Samples, folder: PathBuf) -> anyhow::Result<Self> {
+    fn with(samples: Samples, folder: &Path) -> anyhow::Result<Self> {
         let (rollouts, examples) = (folder.join("rollouts.parquet"), folder.join("examples.parquet"));
         let path = if rollouts.exists() { rollouts } else { examples };
         let columns = column_names(&path)?;
@@ -182,7 +180,7 @@ pub(super) mod tests {
         let maze =
             json!({"rows": 2, "columns": 3, "walls": [13, 13, 13, 6, 2, 10], "origin": 0, "target": 2, "length": 4});
         let instances = BTreeMap::from([("rl-0".to_owned(), maze.clone()), ("rl-1".to_owned(), maze)]);
-        Completions::with(Samples::open(folder, &instances).unwrap(), folder.to_owned()).unwrap()
+        Completions::with(Samples::open(folder, &instances).unwrap(), folder).unwrap()
     }
 
     #[test]

@@ -73,10 +73,12 @@ fn another_terminal_sees_a_run_and_follows_its_logs() {
         several.stderr
     );
     wait_for("the stage to speak", || sandbox.ok(&["logs", "slow/seed=2/slow"]).stdout.contains("begun"));
-    let follower = sandbox.start(&["logs", "slow/seed=2/slow", "--follow", "-n", "1"]);
+    let mut follower = Ending(sandbox.start_telling(&["logs", "slow/seed=2/slow", "--follow", "-n", "1"], "followed"));
+    let followed = || std::fs::read_to_string(sandbox.path("followed")).unwrap();
+    wait_for("the follower to begin", || !followed().is_empty());
     sandbox.write("go", "");
-    let followed = follower.wait_with_output().unwrap();
-    let followed = String::from_utf8(followed.stdout).unwrap();
+    assert!(follower.0.wait().unwrap().success(), "it ends with the stage");
+    let followed = followed();
     assert!(followed.lines().any(|line| line.ends_with("ended")), "{followed}");
     assert!(
         !followed.lines().any(|line| line.ends_with("seed 2")),
@@ -149,12 +151,14 @@ fn what_a_model_says_is_drawn_looked_into_and_asked_for_by_hand() {
     assert!(drawn.contains('┌') && drawn.contains('O') && drawn.contains('T'), "{drawn}");
     assert!(std::fs::read_to_string(sandbox.path("a.svg")).unwrap().ends_with("</svg>\n"));
     assert!(std::fs::read(sandbox.path("a.png")).unwrap().starts_with(b"\x89PNG"));
-    let rollouts = sandbox.json(&["sample", "tiny/grpo", "--step", "0", "--count", "99", "--json"]);
-    assert_eq!(rollouts.as_array().unwrap().len(), 32, "8 prompts of 4");
+    let rollouts = sandbox.json(&["sample", "tiny/grpo", "--step", "0", "--count", "999", "--json"]);
+    // Groups from which nothing can be learnt are drawn anew, and kept as well.
+    let count = rollouts.as_array().unwrap().len();
+    assert!(count >= 32 && count.is_multiple_of(4), "8 prompts of 4 at least: {count}");
     assert!(rollouts[0]["rewards"]["shaped"].is_number() && rollouts[0]["data"]["walls"].is_array());
 
     let groups = sandbox.json(&["inspect", "tiny/grpo.rollouts", "--step", "1", "--json"]);
-    assert_eq!(groups["step"]["groups"].as_array().unwrap().len(), 8);
+    assert!(groups["step"]["groups"].as_array().unwrap().len() >= 8);
     let first = &groups["step"]["groups"][0]["samples"];
     assert_eq!(first.as_array().unwrap().len(), 4);
     let tokens = sandbox.json(&["inspect", "tiny/tokens", "--split", "train", "--row", "3", "--json"]);

@@ -1,6 +1,7 @@
 //! A checkpoint: its configuration, how many parameters it has, and its tensors. Only the headers of the weights are read.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::fs::File;
 use std::io::Read as _;
 use std::path::Path;
@@ -50,7 +51,7 @@ pub(super) fn inspect(folder: &Path, look: &Look<'_>) -> anyhow::Result<Seen> {
     for file in weights(folder)? {
         tensors.extend(header(&folder.join(file))?);
     }
-    tensors.sort_by(|one, other| natural(&one.name).cmp(&natural(&other.name)));
+    tensors.sort_by_cached_key(|tensor: &Tensor| natural(&tensor.name));
     let parameters: usize = tensors.iter().map(Tensor::elements).sum();
     let mut text =
         format!("{} parameters in {}\n\n", render::count(parameters as u64), render::plural(tensors.len(), "tensor"));
@@ -59,7 +60,7 @@ pub(super) fn inspect(folder: &Path, look: &Look<'_>) -> anyhow::Result<Seen> {
         config.iter().filter(|(name, _)| !FIRST.contains(&name.as_str())).map(|(name, value)| (name.as_str(), value));
     let width = config.keys().map(String::len).max().unwrap_or(0);
     for (name, value) in known.chain(others) {
-        text += &format!("  {name:<width$}  {value}\n");
+        let _ = writeln!(text, "  {name:<width$}  {value}");
     }
     let stacked = stacked(&tensors);
     let shown = stacked.len().min(look.args.count.max(24));
@@ -75,15 +76,17 @@ pub(super) fn inspect(folder: &Path, look: &Look<'_>) -> anyhow::Result<Seen> {
     Ok(Seen { value: json!({"parameters": parameters, "config": config, "tensors": tensors}), text })
 }
 
+/// The content of an index of weights.
+#[derive(serde::Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
 /// The files of the weights: one, or those that an index names.
 fn weights(folder: &Path) -> anyhow::Result<Vec<String>> {
     let index = folder.join("model.safetensors.index.json");
     if !index.exists() {
         return Ok(vec!["model.safetensors".to_owned()]);
-    }
-    #[derive(serde::Deserialize)]
-    struct Index {
-        weight_map: BTreeMap<String, String>,
     }
     let reading = || format!("reading `{}`", index.display());
     let index: Index = serde_json::from_slice(&std::fs::read(&index).with_context(reading)?).with_context(reading)?;

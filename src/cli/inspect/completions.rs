@@ -1,6 +1,7 @@
 //! Rollouts and evaluations: groups with rewards and advantages, types of errors, and where reward and solved part.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::ensure;
@@ -23,7 +24,7 @@ pub(super) fn inspect(folder: &Path, completions: &Completions, look: &Look<'_>)
     let mut value = json!({"completions": rows.len(), "prompts": completions.samples.groups.len()});
     if completions.is_training {
         let (groups, steps) = groups(completions, look)?;
-        text += &format!("\n{groups}");
+        let _ = write!(text, "\n{groups}");
         value["step"] = steps;
         let (shown, gaps) = gaps(completions, &rows);
         text += &shown;
@@ -34,13 +35,13 @@ pub(super) fn inspect(folder: &Path, completions: &Completions, look: &Look<'_>)
     let rows: Vec<usize> = rows.into_iter().filter(|row| completions.rows()[*row].step == step).collect();
     let (shown, outcomes) = outcomes(completions, &rows);
     let of_step = if completions.is_training { format!(" of step {step}") } else { String::new() };
-    text += &format!("\nhow the {}{of_step} ended\n{shown}", render::plural(rows.len(), "completion"));
+    let _ = write!(text, "\nhow the {}{of_step} ended\n{shown}", render::plural(rows.len(), "completion"));
     value["outcomes"] = outcomes;
     if let Ok(bytes) = std::fs::read(folder.join("metrics.json"))
         && let Ok(metrics) = serde_json::from_slice::<BTreeMap<String, f64>>(&bytes)
     {
         let rows = metrics.iter().map(|(name, value)| vec![name.clone(), render::number(*value)]).collect();
-        text += &format!("\n{}", render::columns(&["metric", "value"], &[1], rows, None));
+        let _ = write!(text, "\n{}", render::columns(&["metric", "value"], &[1], rows, None));
         value["metrics"] = json!(metrics);
     }
     Ok(Seen { value, text })
@@ -134,7 +135,7 @@ fn gaps(completions: &Completions, rows: &[usize]) -> (String, Value) {
             };
             let lines = some.iter().map(line).collect();
             let table = render::columns(&["reward", "step", "instance", "sample", "ended"], &[0, 1, 3], lines, None);
-            text += &format!("\n{title}\n{table}");
+            let _ = write!(text, "\n{title}\n{table}");
         }
         found.insert(name.to_owned(), some.iter().map(|(_, row)| value(completions, *row)).collect());
     }

@@ -1,5 +1,6 @@
 //! A dataset: its files and columns, and a row of it.
 
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
@@ -34,7 +35,7 @@ pub(super) fn inspect(folder: &Path, look: &Look<'_>) -> anyhow::Result<Seen> {
         .with_context(|| format!("there is no split `{}`; there are `{}`", wanted.unwrap_or_default(), names()))?;
     let number = look.args.row.unwrap_or(0);
     let row = row(chosen, number)?;
-    text += &format!("\nrow {number} of {}\n", split(chosen));
+    let _ = writeln!(text, "\nrow {number} of {}", split(chosen));
     let width = row.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
     for (name, value) in &row {
         let shown = match value {
@@ -43,10 +44,10 @@ pub(super) fn inspect(folder: &Path, look: &Look<'_>) -> anyhow::Result<Seen> {
         };
         let cut: String = shown.chars().take(SHOWN).collect();
         let end = if cut.len() < shown.len() { " ..." } else { "" };
-        text += &format!("  {name:<width$}  {}{end}\n", cut.replace('\n', &format!("\n  {:width$}  ", "")));
+        let _ = writeln!(text, "  {name:<width$}  {}{end}", cut.replace('\n', &format!("\n  {:width$}  ", "")));
     }
     if let Some(drawn) = row.iter().find(|(name, _)| name == "data").and_then(|(_, value)| drawn(value.as_str()?)) {
-        text += &format!("\n{drawn}");
+        let _ = write!(text, "\n{drawn}");
     }
     let row: Map<String, Value> = row.into_iter().collect();
     Ok(Seen {

@@ -5,6 +5,7 @@ mod completions;
 mod dataset;
 mod tokens;
 
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
@@ -155,7 +156,7 @@ fn files(folder: &Path, look: &Look<'_>) -> anyhow::Result<Seen> {
     let rows = rows.map(|(name, size)| vec![name.clone(), render::bytes(*size as f64)]).collect();
     let mut text = render::columns(&["file", "size"], &[1], rows, None);
     text += &more(found.len(), look.args.count.max(1));
-    text += &format!("{} in {}\n", render::bytes(all as f64), render::plural(found.len(), "file"));
+    let _ = writeln!(text, "{} in {}", render::bytes(all as f64), render::plural(found.len(), "file"));
     let value =
         json!({ "files": found.iter().map(|(name, size)| json!({"name": name, "size": size})).collect::<Vec<_>>() });
     Ok(Seen { value, text })

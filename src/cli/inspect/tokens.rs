@@ -1,6 +1,7 @@
 //! Tokens: a row token by token, and which of them are targets of the loss; and the vocabulary of a tokenizer.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::{anyhow, ensure};
@@ -21,7 +22,7 @@ pub(super) fn inspect(folder: &Path, look: &Look<'_>) -> anyhow::Result<Seen> {
         let length = tokens.row_ids(row).len();
         *rows += 1;
         *all += length;
-        *targets += tokens.row_mask(row).iter().filter(|mask| **mask == 1).count();
+        *targets += learnt(tokens.row_mask(row));
         *longest = (*longest).max(length);
     }
     let count = |count: usize| render::count(count as u64);
@@ -31,7 +32,8 @@ pub(super) fn inspect(folder: &Path, look: &Look<'_>) -> anyhow::Result<Seen> {
     let mut text =
         render::columns(&["split", "rows", "tokens", "targets", "longest"], &[1, 2, 3, 4], lines.collect(), None);
     if let Some((task, format)) = &tokens.task {
-        text += &format!("\ntask    {}\nformat  {}\n", serde_json::to_string(task)?, serde_json::to_string(format)?);
+        let _ =
+            writeln!(text, "\ntask    {}\nformat  {}", serde_json::to_string(task)?, serde_json::to_string(format)?);
     }
     let of_split: Vec<usize> = match &look.args.split {
         Some(split) => tokens.split(split)?,
@@ -43,12 +45,13 @@ pub(super) fn inspect(folder: &Path, look: &Look<'_>) -> anyhow::Result<Seen> {
     let about = &tokens.rows[row];
     let (ids, mask) = (tokens.row_ids(row), tokens.row_mask(row));
     let names: Vec<String> = ids.iter().map(|id| name(&tokenizer, *id)).collect();
-    text += &format!(
-        "\nrow {number}: {} of {}, {} tokens, {} of them targets\n",
+    let _ = writeln!(
+        text,
+        "\nrow {number}: {} of {}, {} tokens, {} of them targets",
         about.instance,
         about.split,
         count(ids.len()),
-        count(mask.iter().filter(|mask| **mask == 1).count())
+        count(learnt(mask))
     );
     text += &masked(&names, mask, look.width, look.color);
     let splits: Vec<Value> = splits
@@ -68,6 +71,11 @@ pub(super) fn inspect(folder: &Path, look: &Look<'_>) -> anyhow::Result<Seen> {
         "mask": mask,
     });
     Ok(Seen { value: json!({"splits": splits, "task": task, "chat": tokens.chat, "row": row}), text })
+}
+
+/// Targets in a mask.
+fn learnt(mask: &[u8]) -> usize {
+    mask.iter().map(|mask| usize::from(*mask)).sum()
 }
 
 /// Tokens in stretches of the same kind, each with the place of its first token: those that are read, and those that are
@@ -91,7 +99,7 @@ fn masked(names: &[String], mask: &[u8], width: usize, color: bool) -> String {
                 used = 0;
             }
             let gap = if used == 0 { "" } else { " " };
-            line += &format!("{gap}{}", ink.on(name, color));
+            let _ = write!(line, "{gap}{}", ink.on(name, color));
             used += gap.len() + length;
         }
         text += line.trim_end();

@@ -7,6 +7,7 @@ use crate::cli::progress::words;
 use crate::cli::render;
 use crate::cli::ui::Look;
 use crate::pipeline::exec::event::Outcome;
+use std::fmt::Write as _;
 
 /// From this width on a line has room for a longer bar, units and several metrics.
 const WIDE: usize = 100;
@@ -153,11 +154,11 @@ fn over(run: &Snapshot, standing: Standing) -> String {
     let counts: Vec<String> = counts.map(|(count, word)| format!("{} {word}", render::count(count as u64))).collect();
     let mut text = format!("{} of {}", render::count(run.settled as u64), render::plural(run.stages, "stage"));
     if !counts.is_empty() {
-        text += &format!(": {}", counts.join(", "));
+        let _ = write!(text, ": {}", counts.join(", "));
     }
     if standing != Standing::Ended && !run.running.is_empty() {
         let running = names(run.running.iter().map(|stage| stage.label.as_str()), 3);
-        text += &format!("; when it was last heard {running} ran");
+        let _ = write!(text, "; when it was last heard {running} ran");
     }
     text
 }
@@ -250,7 +251,7 @@ impl Columns {
         let mut text = format!("{:label$}  {:bar$}  {:>done$}", "stage", "", "done");
         for (name, width) in [("rate", rate), ("left", left)] {
             if *width > 0 {
-                text.push_str(&format!("  {name:>width$}"));
+                let _ = write!(text, "  {name:>width$}");
             }
         }
         text
@@ -302,14 +303,14 @@ impl Columns {
             let name = [whole, last].into_iter().find(|name| used + gap + name.len() + 1 + value.len() <= room);
             let Some(name) = name else { break };
             text.push_str(&" ".repeat(gap));
-            text.push_str(&format!("{} {value}", Look::Dim.on(name, color)));
+            let _ = write!(text, "{} {value}", Look::Dim.on(name, color));
             used += gap + name.len() + 1 + value.len();
             let moves = stage.trace.as_ref().filter(|trace| trace.name.ends_with(name));
             let width = room.saturating_sub(used + 1).min(if self.form.width >= WIDE { 16 } else { 8 });
             if let Some(trace) = moves.filter(|_| width >= 4) {
                 let curve = words::curve(&trace.points, width);
                 used += 1 + curve.chars().count();
-                text.push_str(&format!(" {}", Look::Cyan.on(&curve, color)));
+                let _ = write!(text, " {}", Look::Cyan.on(&curve, color));
             }
         }
         text

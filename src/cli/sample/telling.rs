@@ -4,6 +4,7 @@ use crate::cli::render;
 use crate::cli::stored::Completions;
 use crate::cli::ui::Look;
 use crate::tasks::maze::drawing::{Drawing, Ink, Span};
+use std::fmt::Write as _;
 
 /// Columns of text beside a drawing, at least.
 const BESIDE: usize = 36;
@@ -69,7 +70,8 @@ fn title(completions: &Completions, row: usize, color: bool) -> String {
         let rewards: Vec<String> = rewards.map(|(name, reward)| format!("{name} {}", value(reward))).collect();
         let advantages: Vec<String> = completions.advantages[row].iter().map(|one| render::number(*one)).collect();
         let learnt = if completions.kept[row] { String::new() } else { ", its group was dropped".to_owned() };
-        text += &format!(
+        let _ = write!(
+            text,
             "\nreward {} ({}), advantage {}{learnt}",
             render::number(total),
             rewards.join(", "),

@@ -66,7 +66,7 @@ impl Store {
     pub fn live_runs(&self) -> Result<Vec<Published>, StoreError> {
         let mut found = Vec::new();
         for (name, path) in self.names(&self.live_folder())? {
-            if !name.ends_with(".json") {
+            if name.strip_suffix(".json").is_none() {
                 continue;
             }
             // Asked before it is read: one that ends in between is read as it ended.
@@ -87,7 +87,7 @@ impl Store {
     /// Forgets those that ended first, and those that ended before they said anything.
     fn forget_ended(&self, folder: &Path) -> Result<(), StoreError> {
         let mut ended = Vec::new();
-        for (name, lock) in self.names(folder)?.into_iter().filter(|(name, _)| name.ends_with(".lock")) {
+        for (name, lock) in self.names(folder)?.into_iter().filter(|(name, _)| name.strip_suffix(".lock").is_some()) {
             if self.is_held(&lock)? == Some(false) {
                 let said = folder.join(name).with_extension("json");
                 let when = self.disk.stat(&said).ok().map(|stat| stat.identity.3);

@@ -21,10 +21,7 @@ pub fn read(text: &str) -> anyhow::Result<Value> {
     let is_blank = |line: &Vec<char>| line.iter().skip(1).step_by(2).all(|mark| *mark == ' ');
     let is_narrow = !lines.iter().skip(1).step_by(2).all(is_blank);
     let pitch = if is_narrow { 2 } else { 4 };
-    ensure!(
-        width >= 2 * pitch + 1 && width % pitch == 1,
-        "the first line of a drawn maze has no whole number of cells"
-    );
+    ensure!(width > 2 * pitch && width % pitch == 1, "the first line of a drawn maze has no whole number of cells");
     let (rows, columns) = (lines.len() / 2, width / pitch);
     let at = |line: usize, place: usize| lines[line].get(place).copied().unwrap_or(' ');
     let mut walls = Vec::with_capacity(rows * columns);
