@@ -165,8 +165,8 @@ fn rotations(model: &Transformer) -> u64 {
 struct Passes {
     /// By kernels of our own.
     kernels: bool,
-    /// In half precision.
-    half: bool,
+    /// What they compute in.
+    kind: Kind,
     /// With adapters beside frozen weights.
     adapted: bool,
     /// Activations are computed again in the backward pass.
@@ -177,15 +177,20 @@ impl Passes {
     fn of(model: &Transformer) -> Self {
         Self {
             kernels: model.by_kernels(),
-            half: model.kind() == Kind::BFloat16,
+            kind: model.kind(),
             adapted: model.has_adapters(),
             checkpoints: model.activation_checkpointing(),
         }
     }
 
+    /// In half precision.
+    fn half(&self) -> bool {
+        self.kind == Kind::BFloat16
+    }
+
     /// Bytes of an element of the layers.
     fn element(&self) -> u64 {
-        if self.half { 2 } else { ELEMENT }
+        if self.half() { 2 } else { ELEMENT }
     }
 }
 
@@ -215,15 +220,16 @@ fn activations(config: &ModelConfig, shape: Shape, tables: u64, passes: &Passes)
         let layer = 4 * hidden + queries + projected + 3 * inner + heads;
         (ELEMENT * tokens * layer, ELEMENT * tokens * (3 * inner + 3 * hidden))
     } else {
-        let norms = if passes.half { 24 * hidden } else { ELEMENT * 6 * hidden };
+        let norms = if passes.half() { 24 * hidden } else { ELEMENT * 6 * hidden };
         let own = norms + element * (queries + projected + 4 * inner) + ELEMENT * size(config.head_dim);
         let kept = tokens * own + places * (element * 4 * queries + ELEMENT * heads);
-        let feeding = tokens * (element * 4 * inner + ELEMENT * 2 * hidden);
+        // As many bytes in either precision: the measured peaks say so.
+        let feeding = tokens * ELEMENT * (4 * inner + 2 * hidden);
         let attending = tokens * (ELEMENT * 3 * projected + element * 2 * hidden) + places * element * 3 * queries;
         (kept, feeding.max(attending))
     };
     let matrices = hidden * (2 * queries + 2 * keys + 3 * inner);
-    let acting = if passes.half || passes.adapted { element * matrices } else { 0 };
+    let acting = if passes.half() || passes.adapted { element * matrices } else { 0 };
     let of_layers = if passes.checkpoints {
         layers * element * tokens * hidden + layer + acting
     } else {
@@ -232,7 +238,7 @@ fn activations(config: &ModelConfig, shape: Shape, tables: u64, passes: &Passes)
     let head = shape.targets * (tables * size(config.vocab_size) + 3 * hidden);
     let table = size(config.vocab_size) * hidden;
     // A gradient of half precision is widened before it is added; that of a tied table is set aside.
-    let widest = ELEMENT * table.max(2 * inner * hidden) + if passes.half { element * 2 * inner * hidden } else { 0 };
+    let widest = ELEMENT * table.max(2 * inner * hidden) + if passes.half() { element * 2 * inner * hidden } else { 0 };
     let aside = if passes.checkpoints && config.tie_word_embeddings && !passes.adapted { ELEMENT * table } else { 0 };
     of_layers + backward + ELEMENT * head + widest + aside
 }

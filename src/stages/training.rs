@@ -22,7 +22,6 @@ pub enum Precision {
 
 impl Precision {
     /// Whether it is the default, which is not written.
-    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands a reference")]
     pub fn is_default(&self) -> bool {
         *self == Self::default()
     }

@@ -17,7 +17,7 @@ const ULP: f64 = 1.0 / 256.0;
 fn rows() -> Vec<(Vec<i64>, Vec<u8>)> {
     let row = |row: usize, length: usize| {
         let ids = (0..length).map(|place| ((row * 5 + place * 7 + place * place) % 13) as i64).collect();
-        let mask = (0..length).map(|place| u8::from(place > 0 && (place > 2 || row % 3 == 0))).collect();
+        let mask = (0..length).map(|place| u8::from(place > 0 && (place > 2 || row.is_multiple_of(3)))).collect();
         (ids, mask)
     };
     [9usize, 4, 7, 9, 2, 5, 8, 3, 6, 9].into_iter().enumerate().map(|(index, length)| row(index, length)).collect()
