@@ -138,11 +138,15 @@ pub(super) fn bars(experiment: &Experiment, plan: &Plan, store: &Store, stages: 
         return String::new();
     }
     let mut names: Vec<&str> = Vec::new();
-    for (ending, _) in counted.iter().flat_map(|(_, _, counts)| counts).filter(|(_, count)| *count > 0) {
+    for (ending, _) in counted.iter().flat_map(|(_, _, counts)| counts) {
         if !names.contains(&ending.as_str()) {
             names.push(ending);
         }
     }
+    // What never happens needs no colour.
+    names.retain(|name| {
+        counted.iter().any(|(_, _, counts)| counts.iter().any(|(way, count)| way == name && *count > 0))
+    });
     let mut others = OTHERS.iter();
     let mut colors: BTreeMap<&str, &str> = BTreeMap::new();
     for name in &names {
