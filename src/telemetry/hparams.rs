@@ -118,14 +118,14 @@ mod tests {
         assert_eq!(values[0].get_tag(), START_TAG);
         let start = data(0).take_session_start_info();
         assert_eq!((start.get_group_name(), start.get_start_time_secs()), ("maze/rate=1e-3", 1500.0));
-        assert_eq!(start.get_hparams()["rate"].get_number_value(), 1e-3);
+        assert_eq!(start.get_hparams()["rate"].get_number_value().to_bits(), 1e-3f64.to_bits());
         assert_eq!(start.get_hparams()["drop"].get_string_value(), "none");
         assert_eq!((values[1].get_tag(), values[1].get_simple_value()), ("evaluate.solved", 0.5));
         assert_eq!(data(2).get_session_end_info().get_status(), Status::STATUS_SUCCESS);
-        assert!(events.iter().all(|event| event.get_wall_time() == 2000.0));
+        assert!(events.iter().all(|event| event.get_wall_time().to_bits() == 2000f64.to_bits()));
         let files = || -> Vec<_> { std::fs::read_dir(folder.path()).unwrap().map(|one| one.unwrap().path()).collect() };
         session.write(folder.path()).unwrap();
-        assert_eq!(files(), [file.clone()], "the same session is the same file");
+        assert_eq!(files(), std::slice::from_ref(&file), "the same session is the same file");
         Session { seconds: 501.0, ..session }.write(folder.path()).unwrap();
         assert_eq!(files().len(), 1, "a session that has changed takes the place of the old one");
         assert_ne!(files(), [file]);

@@ -54,6 +54,24 @@ impl Stage for Fake {
     }
 }
 
+/// What [`FakeTraining`] logs: as many curves as a real one shows.
+const LOGGED: [&str; 14] = [
+    "reward",
+    "loss",
+    "validation/solved",
+    "validation/reward",
+    "reward/correct/mean",
+    "reward/short/mean",
+    "rollout/solved",
+    "completions/mean_length",
+    "completions/clipped_share",
+    "policy/entropy",
+    "policy/old_kl",
+    "groups/all_equal",
+    "gradient_norm",
+    "learning_rate",
+];
+
 /// A training of some steps, each of which earns `rate` more than the one before it.
 #[derive(serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -76,7 +94,13 @@ impl Stage for FakeTraining {
         &["reward", "length"]
     }
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
-        let line = |step: u64| serde_json::json!({"step": step, "reward": step as f64 * self.rate, "length": 4, "seconds/step": 2.0});
+        let line = |step: u64| {
+            let mut line = serde_json::json!({"step": step, "length": 4, "seconds/step": 2.0});
+            for name in LOGGED {
+                line[name] = (step as f64 * self.rate).into();
+            }
+            line
+        };
         let lines: String = (1..=self.steps).map(|step| format!("{}\n", line(step))).collect();
         std::fs::create_dir_all(&context.logs)?;
         std::fs::write(context.logs.join(METRICS_FILE), lines)?;

@@ -137,7 +137,8 @@ impl Comparison {
         let claim = Claim::of(fewest);
         let baseline = baseline(experiment, &arms, &mut notes);
 
-        let row = |(place, ((arm, trials), own)): (usize, (&(&str, Vec<&Trial>), &BTreeMap<&str, Sample>))| {
+        let row = |place: usize| {
+            let ((arm, trials), own) = (&arms[place], &samples[place]);
             let tested =
                 |difference: Option<Difference>| difference.map(|difference| Tested { difference, p_holm: None });
             let differences = pairs.iter().map(|(first, second)| {
@@ -158,8 +159,7 @@ impl Comparison {
             }
         };
         // Permutations take their time: arms side by side.
-        let together: Vec<_> = arms.iter().zip(&samples).enumerate().collect();
-        let mut rows: Vec<Arm> = together.into_par_iter().map(row).collect();
+        let mut rows: Vec<Arm> = (0..arms.len()).into_par_iter().map(row).collect();
         correct(rows.iter_mut().flat_map(|arm| arm.differences.values_mut()));
         correct(rows.iter_mut().filter_map(|arm| arm.versus_baseline.as_mut()).flat_map(BTreeMap::values_mut));
         let shares = wanted
@@ -319,7 +319,6 @@ mod tests {
         assert_eq!(found.arms[63].versus_baseline.as_ref().unwrap()["test.solved"].unwrap().difference.n, 1000);
         // Generous for an unoptimised build on a busy machine: it takes a tenth of a second where it is built to be used.
         assert!(taken < std::time::Duration::from_secs(10), "{taken:?}");
-        eprintln!("64 arms: {taken:?}");
     }
 
     #[test]
@@ -334,7 +333,7 @@ mod tests {
             assert_eq!(mean(name, "train.reward@seconds_to>=0.2"), Some(4.0));
         }
         let equal = found.arms[1].versus_baseline.as_ref().unwrap()["train.reward@steps"].unwrap();
-        assert_eq!(equal.difference.mean, 0.0);
+        assert!(equal.difference.mean.abs() < 1e-12);
         assert!((mean("steps=4", "train.reward@seconds=6").unwrap() - 0.3).abs() < 1e-12);
         assert_eq!(mean("steps=2", "train.reward@seconds=6"), None);
         assert_eq!(found.matched["train.reward@steps"], Matched { axis: "steps", value: 2.0, is_common: true });
@@ -354,8 +353,8 @@ mod tests {
             View { columns: vec!["t*.re*".to_owned(), "train.length@last".to_owned()], at: Point::parse("steps") };
         let found = viewed(TRAINED, true, &view).unwrap();
         assert_eq!(found.metrics, ["train.reward", "train.length@last"]);
-        assert_eq!(found.arms[0].metrics["train.reward"].unwrap().mean, 0.2);
-        assert_eq!(found.matched["train.reward"].value, 2.0);
+        assert!((found.arms[0].metrics["train.reward"].unwrap().mean - 0.2).abs() < 1e-12);
+        assert_eq!(found.matched["train.reward"], Matched { axis: "steps", value: 2.0, is_common: true });
         let view = View { columns: vec!["train.x*".to_owned()], at: None };
         let failure = viewed(TRAINED, true, &view).err().unwrap();
         assert!(failure.parts().0.contains("has a metric like `train.x*`"), "{:?}", failure.parts());

@@ -42,6 +42,9 @@ const LOOKED_AT: usize = 400;
 /// Characters of a completion that are shown.
 const LONGEST: usize = 1200;
 
+/// A measurement, and what its value has to be.
+type Sign<'a> = (&'a str, &'a dyn Fn(f64) -> bool);
+
 /// How many rows ended in which way; the first way that fits a row counts. Where the task has columns `error_*`, these are the
 /// ways; else they are read from what every task measures, and from what mazes do.
 fn endings(result: &StageResult) -> Option<Vec<(String, usize)>> {
@@ -52,8 +55,7 @@ fn endings(result: &StageResult) -> Option<Vec<(String, usize)>> {
     let yes: &dyn Fn(f64) -> bool = &|value| value > 0.0;
     let no: &dyn Fn(f64) -> bool = &|value| value < 1.0;
     let solved: &dyn Fn(f64) -> bool = &|value| value >= 1.0;
-    let mut ways: Vec<(String, Vec<(&str, &dyn Fn(f64) -> bool)>)> =
-        vec![("solved".to_owned(), vec![("solved", solved)])];
+    let mut ways: Vec<(String, Vec<Sign<'_>>)> = vec![("solved".to_owned(), vec![("solved", solved)])];
     let own: Vec<&str> = result.measured().filter(|name| name.starts_with(ERROR)).collect();
     if own.is_empty() {
         ways.push(("cut off".to_owned(), vec![("truncated", yes), ("finished", no)]));
@@ -136,11 +138,15 @@ pub(super) fn bars(experiment: &Experiment, plan: &Plan, store: &Store, stages: 
         return String::new();
     }
     let mut names: Vec<&str> = Vec::new();
-    for (ending, _) in counted.iter().flat_map(|(_, _, counts)| counts).filter(|(_, count)| *count > 0) {
+    for (ending, _) in counted.iter().flat_map(|(_, _, counts)| counts) {
         if !names.contains(&ending.as_str()) {
             names.push(ending);
         }
     }
+    // What never happens needs no colour.
+    names.retain(|name| {
+        counted.iter().any(|(_, _, counts)| counts.iter().any(|(way, count)| way == name && *count > 0))
+    });
     let mut others = OTHERS.iter();
     let mut colors: BTreeMap<&str, &str> = BTreeMap::new();
     for name in &names {
@@ -216,7 +222,9 @@ pub(super) fn walks(experiment: &Experiment, plan: &Plan, store: &Store, stages:
             format!(" <span class=\"faint\">{}</span>", escaped(&first.name))
         };
         let _ = writeln!(text, "<h3>{}{of}</h3>\n<div class=\"walks\">", escaped(stage));
-        shown.iter().for_each(|row| walk(row, &mut text));
+        for row in shown {
+            walk(row, &mut text);
+        }
         text.push_str("</div>\n");
         let _ = arm;
     }

@@ -31,7 +31,8 @@ pub(super) fn table(wide: &Wide, baseline: Option<&str>) -> String {
     }
     text.push_str("<div class=\"scroll\"><table>\n<thead><tr>");
     for cell in &wide.header {
-        let _ = write!(text, "<th>{}</th>", escaped(cell));
+        // A narrow page breaks names where they are put together.
+        let _ = write!(text, "<th>{}</th>", escaped(cell).replace('.', ".<wbr>").replace('_', "_<wbr>"));
     }
     text.push_str("</tr></thead>\n<tbody>\n");
     for row in &wide.rows {

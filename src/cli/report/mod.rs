@@ -128,7 +128,11 @@ mod tests {
     "#;
 
     fn body(run: bool) -> String {
-        let (place, experiments, store) = ran(TEXT, run);
+        body_of(TEXT, run)
+    }
+
+    fn body_of(text: &str, run: bool) -> String {
+        let (place, experiments, store) = ran(text, run);
         let ui = Ui::new(false, true, Color::Never);
         let session = Session { ui, store: place.path().join("store"), store_is_named: true };
         let plan = Plan::new(&experiments, Some(&store)).unwrap();
@@ -159,6 +163,16 @@ mod tests {
         assert_eq!(opened, closed);
         assert_eq!(text.matches("<section>").count(), text.matches("</section>").count());
         assert!(!text.contains("NaN") && !text.contains("inf"), "{text}");
+    }
+
+    #[test]
+    fn a_report_of_64_trials_is_small() {
+        let rates: Vec<String> = (1..=64).map(|rate| format!("0.{rate:03}")).collect();
+        let text = TEXT.replace("[0.1, 0.2]", &format!("[{}]", rates.join(", "))).replace("steps = 5", "steps = 400");
+        let text = text.replace("values = [1, 2]", "values = [1]").replace("rate = 0.1 }", "rate = 0.001 }");
+        let body = page("64", &body_of(&text, true));
+        assert!(body.matches("class=\"curve\"").count() == 64 * 14, "a curve an arm and metric");
+        assert!(body.len() < 1_000_000, "{} bytes", body.len());
     }
 
     #[test]

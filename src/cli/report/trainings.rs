@@ -15,6 +15,7 @@ use crate::cli::table::Wide;
 use crate::pipeline::plan::Plan;
 use crate::pipeline::spec::{Experiment, Trial};
 use crate::pipeline::store::Store;
+use crate::statistics::curve::Curve;
 
 /// What is drawn, the most telling first.
 const SHOWN: [&str; 16] = [
@@ -92,7 +93,7 @@ pub(super) fn sections(experiment: &Experiment, plan: &Plan, store: &Store) -> S
             let mut nodes: Vec<usize> = nodes.collect();
             nodes.sort_unstable();
             match groups.iter_mut().find(|group| group.nodes == nodes) {
-                Some(group) => group.label.push_str(&format!("\n{arm}")),
+                Some(group) => group.label.extend(["\n", arm]),
                 None => groups.push(Group { label: (*arm).to_owned(), color, nodes }),
             }
         }
@@ -166,7 +167,7 @@ fn section(stage: &str, kind: &str, groups: &[Group], runs: &BTreeMap<usize, Run
 fn line(group: &Group, runs: &BTreeMap<usize, Run>, name: &str) -> Line {
     let curves: Vec<_> = group.nodes.iter().filter_map(|node| Some(runs.get(node)?.curves.over_steps(name))).collect();
     let mut at: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
-    for (step, value) in curves.iter().flat_map(|curve| curve.points()) {
+    for (step, value) in curves.iter().flat_map(Curve::points) {
         at.entry(*step as u64).or_default().push(*value);
     }
     let points = at.into_iter().filter(|(_, values)| values.len() == curves.len()).map(|(step, values)| {
@@ -176,6 +177,9 @@ fn line(group: &Group, runs: &BTreeMap<usize, Run>, name: &str) -> Line {
     });
     Line { label: group.label.clone(), color: group.color, points: points.collect() }
 }
+
+/// A number for the points of a curve.
+type Summary<'a> = &'a dyn Fn(&[(f64, f64)]) -> f64;
 
 /// What each reward was at the beginning and at the end, and how much of the total's variance it makes.
 fn decomposition(groups: &[Group], runs: &BTreeMap<usize, Run>) -> String {
@@ -191,7 +195,7 @@ fn decomposition(groups: &[Group], runs: &BTreeMap<usize, Run>) -> String {
         names.sort_unstable();
         names.dedup();
         for name in names {
-            let mean = |curve: &str, of: &dyn Fn(&[(f64, f64)]) -> f64| {
+            let mean = |curve: &str, of: Summary<'_>| {
                 let curves = group.nodes.iter().filter_map(|node| Some(runs.get(node)?.curves.over_steps(curve)));
                 let values: Vec<f64> =
                     curves.filter(|curve| !curve.points().is_empty()).map(|curve| of(curve.points())).collect();

@@ -94,7 +94,7 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
                 session.ui.data(&format!("{gap}{}", paper::markdown(&comparison, &experiment.description)))?;
             }
             Format::Latex => {
-                session.ui.data(&format!("{gap}{}", paper::latex(&comparison, &experiment.description)))?
+                session.ui.data(&format!("{gap}{}", paper::latex(&comparison, &experiment.description)))?;
             }
             Format::Text => {
                 if place > 0 {

@@ -159,7 +159,7 @@ fn tex(text: &str) -> String {
             '^' => out.push_str("\\textasciicircum{}"),
             '<' | '>' => out.extend(['$', character, '$']),
             '-' if matches!(before, ' ' | '[') && characters.peek().is_some_and(char::is_ascii_digit) => {
-                out.push_str("$-$")
+                out.push_str("$-$");
             }
             other => out.push(other),
         }

@@ -192,7 +192,7 @@ fn places(comparison: &Comparison) -> Vec<String> {
     }
     let mut lines: Vec<String> =
         lines.into_iter().map(|(which, names)| format!("{}: {which}.", names.join(", "))).collect();
-    let best = comparison.checkpoints.iter().filter(|(_, output)| output.ends_with(".best"));
+    let best = comparison.checkpoints.iter().filter(|(_, output)| output.rsplit('.').next() == Some("best"));
     let best: Vec<String> = best.map(|(stage, output)| format!("{stage} evaluates {output}")).collect();
     if !best.is_empty() {
         lines.push(format!("{}: the checkpoint that validation chose.", best.join(", ")));
