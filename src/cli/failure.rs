@@ -59,7 +59,7 @@ impl Failure {
     }
 
     fn new(code: u8, message: String) -> Self {
-        Self { code, message, rendered: false, hints: Vec::new() }
+        Self { code, message: without_numbers(message), rendered: false, hints: Vec::new() }
     }
 
     /// The same with something that the user may do.
@@ -78,6 +78,16 @@ impl Failure {
     pub fn parts(&self) -> (&str, bool, &[String]) {
         (&self.message, self.rendered, &self.hints)
     }
+}
+
+/// The message without the numbers that the system gives its errors beside their names.
+fn without_numbers(mut message: String) -> String {
+    const MARK: &str = " (os error ";
+    while let Some(start) = message.find(MARK) {
+        let Some(length) = message[start..].find(')') else { break };
+        message.replace_range(start..=start + length, "");
+    }
+    message
 }
 
 /// An error and its causes in one line: `a: b: c`; a cause that the line says already is not said twice.
@@ -122,6 +132,13 @@ mod tests {
         assert_eq!(chain(error.as_ref()), "stage `sft`: cannot write `a`: no space left");
         let twice = anyhow::anyhow!("no space left").context("cannot write `a`: no space left");
         assert_eq!(chain(twice.as_ref()), "cannot write `a`: no space left");
+    }
+
+    #[test]
+    fn the_numbers_of_the_system_are_left_out() {
+        let message = Failure::wrong("cannot read `a`: Is a directory (os error 21); `b` (os error 2)");
+        assert_eq!(message.parts().0, "cannot read `a`: Is a directory; `b`");
+        assert_eq!(Failure::wrong("a (os error ").parts().0, "a (os error ");
     }
 
     #[test]

@@ -243,6 +243,9 @@ fn unknown<'a>(what: &str, wanted: &str, known: impl IntoIterator<Item = &'a str
     }
     let shown: Vec<&str> = known.iter().copied().take(12).collect();
     let more = if known.len() > shown.len() { ", ..." } else { "" };
+    if shown.is_empty() && what == "trial" {
+        return failure.hint("nothing is swept there: leave the trial out");
+    }
     if shown.is_empty() { failure } else { failure.hint(format!("there are: {}{more}", shown.join(", "))) }
 }
 
@@ -258,7 +261,7 @@ fn output<'a>(target: &Target<'_>, manifest: &'a Manifest) -> Result<&'a StoredO
     let wanted = |output: &&StoredOutput| target.output.is_none_or(|name| name == output.name);
     manifest.outputs.iter().find(wanted).ok_or_else(|| {
         let known = manifest.outputs.iter().map(|output| output.name.as_str());
-        unknown(&format!("output of `{}`", target.stage), target.output.unwrap_or_default(), known)
+        unknown(&format!("output of `{}` called", target.stage), target.output.unwrap_or_default(), known)
     })
 }
 

@@ -292,7 +292,11 @@ impl Dataset {
 
     fn read_line(&self, line: &[u8]) -> anyhow::Result<(Shape, Vec<String>)> {
         let line = std::str::from_utf8(line).context("the line is not UTF-8")?;
-        let mut fields: Map<String, Value> = serde_json::from_str(line).context("the line is no JSON object")?;
+        let mut fields: Map<String, Value> = serde_json::from_str(line).map_err(|error| {
+            // The place in a line of its own says nothing.
+            let said = error.to_string();
+            anyhow::anyhow!("the line is no JSON object: {}", said.split(" at line ").next().unwrap_or_default())
+        })?;
         let there: Vec<&str> = fields.keys().map(String::as_str).collect();
         let shape = self.shape(&there)?;
         let mut take = |name: &str| match fields.remove(name) {

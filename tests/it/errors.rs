@@ -17,7 +17,7 @@ const FILES: &[(&str, &str)] = &[
     ("an unknown kind", "[stages.a]\nkind = \"comand\"\n"),
     ("no kind", "[stages.a]\ncommand = [\"true\"]\n"),
     ("a field that is missing", "[stages.a]\nkind = \"sft\"\nmodel = \"b\"\n"),
-    ("a wrong type", "[stages.a]\nkind = \"command\"\ncommand = \"true\"\n"),
+    ("a wrong type", "[stages.a]\nkind = \"command\"\ncommand = \"true\"\noutputs = [\"o\"]\n"),
     (
         "a number out of range",
         "[stages.a]\nkind = \"synthesize\"\ntask = { kind = \"maze\", rows = 1, columns = 3 }\nsplits = { train = 5 }\n",
@@ -28,7 +28,10 @@ const FILES: &[(&str, &str)] = &[
     ),
     ("an unknown task", "[stages.a]\nkind = \"synthesize\"\ntask = { kind = \"mase\" }\nsplits = { train = 5 }\n"),
     ("a number that JSON would not keep", "[stages.a]\nkind = \"model\"\nseed = 9007199254740993\n"),
-    ("no number", "[stages.a]\nkind = \"command\"\ncommand = [\"true\"]\n[stages.a.run]\nretries = nan\n"),
+    (
+        "no number",
+        "[stages.a]\nkind = \"command\"\ncommand = [\"true\"]\noutputs = [\"o\"]\n[stages.a.run]\nretries = nan\n",
+    ),
     (
         "a stage that is not there",
         "[stages.a]\nkind = \"command\"\ncommand = [\"true\"]\ninputs = { x = \"datta\" }\noutputs = [\"o\"]\n[stages.data]\nkind = \"command\"\ncommand = [\"true\"]\noutputs = [\"o\"]\n",
@@ -60,11 +63,11 @@ const FILES: &[(&str, &str)] = &[
     ("an unknown table", "[stage.a]\nkind = \"command\"\ncommand = [\"true\"]\n"),
     (
         "a sweep of nothing",
-        "[params]\nrate = 1\n[stages.a]\nkind = \"command\"\ncommand = [\"true\", \"${params.rate}\"]\noutputs = [\"o\"]\n[sweep.grid]\n\"params.rat\" = [1, 2]\n",
+        "[params]\nrate = 1\n[stages.a]\nkind = \"command\"\ncommand = [\"true\", \"x${params.rate}\"]\noutputs = [\"o\"]\n[sweep.grid]\n\"params.rat\" = [1, 2]\n",
     ),
     (
         "a sweep of one value",
-        "[params]\nrate = 1\n[stages.a]\nkind = \"command\"\ncommand = [\"true\", \"${params.rate}\"]\noutputs = [\"o\"]\n[sweep]\nseeds = [1, 2]\n",
+        "[params]\nrate = 1\n[stages.a]\nkind = \"command\"\ncommand = [\"true\", \"x${params.rate}\"]\noutputs = [\"o\"]\n[sweep]\nseeds = [1, 2]\n",
     ),
     (
         "a metric that no stage measures",
@@ -240,7 +243,8 @@ fn redacted(sandbox: &Sandbox, text: &str) -> String {
     let flush = |word: &mut String, shown: &mut String| {
         let is_digest = word.len() >= 10
             && word.bytes().all(|byte| byte.is_ascii_hexdigit())
-            && word.bytes().any(|byte| byte.is_ascii_digit());
+            && word.bytes().any(|byte| byte.is_ascii_digit())
+            && word.bytes().any(|byte| byte.is_ascii_alphabetic());
         let is_time =
             word.strip_suffix('s').is_some_and(|number| number.contains('.') && number.parse::<f64>().is_ok());
         shown.push_str(if is_digest {
@@ -261,8 +265,8 @@ fn redacted(sandbox: &Sandbox, text: &str) -> String {
         }
     }
     flush(&mut word, &mut shown);
-    // How much memory and how many cores there are differs, too.
-    let lines = shown.lines().map(|line| line.split(", which has ").next().unwrap_or(line).trim_end());
+    // What the machine has differs, too.
+    let lines = shown.lines().map(|line| line.split("and this machine ").next().unwrap_or(line).trim_end());
     lines.collect::<Vec<_>>().join("\n")
 }
 
