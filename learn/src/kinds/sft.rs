@@ -176,13 +176,13 @@ fn step(
         if batch.count() == 0 {
             continue;
         }
-        phases::count_training(model.config(), &batch, rows.iter().map(|row| row.ids.len()).sum());
         let (logits, loss, value) = phases::time("forward", || {
             let logits = model.logits(&batch.states(model));
             let loss = supervised_loss(&token_logprobs(&logits, &batch.targets, 1.0), targets as f64);
             let value = loss.double_value(&[]);
             (logits, loss, value)
         });
+        phases::count_training(model.config(), &batch, rows.iter().map(|row| row.ids.len()).sum());
         ensure!(value.is_finite(), "the loss is {value} at step {}", step + 1);
         phases::time("backward", || {
             device::backward(&loss)?;

@@ -15,7 +15,7 @@ use crate::model::companions::save_companions;
 use crate::model::lora::{Adapter, Adapters};
 use crate::model::rope::Rotation;
 use crate::model::weights::Weights;
-use crate::model::{Layout, ModelConfig, folder, plain};
+use crate::model::{Layout, ModelConfig, folder, packed, plain};
 use crate::native::{self, Heads};
 
 /// Before the names of frozen weights in a training state.
@@ -228,7 +228,6 @@ impl Transformer {
     }
 
     /// A model whose weights are all 0.
-    #[cfg(test)]
     pub(crate) fn zeros(config: ModelConfig, device: Device) -> Self {
         let weights = Weights::zeros(plan(&config), device);
         Self::of(config, weights, None, device)
@@ -445,7 +444,7 @@ pub(crate) fn heads(config: &ModelConfig) -> Heads {
 
 /// RMSNorm over the last dimension (Zhang and Sennrich 2019).
 pub(crate) fn norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Tensor {
-    if native::takes(x) { native::rms_norm(x, weight, epsilon) } else { plain::normalise(x, epsilon) * weight }
+    if native::takes(x) { native::rms_norm(x, weight, epsilon) } else { plain::norm(x, weight, epsilon) }
 }
 
 /// The sum of `x` and what is added to it, and its norm.
@@ -467,6 +466,8 @@ fn swiglu(gate_up: &Tensor) -> Tensor {
 pub(crate) fn attention(projected: &Tensor, heads: Heads, layout: &Layout, rotation: &Rotation) -> Tensor {
     if native::takes(projected) {
         native::attention(projected, heads, layout.table(), layout.positions(), rotation.tables())
+    } else if packed::takes(projected, heads) {
+        packed::attention(projected, heads, layout, rotation)
     } else {
         plain::attention(projected, heads, layout, rotation)
     }
