@@ -409,7 +409,7 @@ def quickstart(pipe, device, work):
         sets = [f"stages.{stage}.steps={count}" for stage, count in steps.items()]
         # Nothing is validated within: evaluation is no training.
         sets += [f"stages.{stage}.{name}" for stage in steps for name in [f"run.device={where}", "run.cpus=2"]]
-        sets += [f"stages.{stage}.validate.every=10000" for stage in steps]
+        sets += [f"stages.{stage}.validate.{name}" for stage in steps for name in ["every=10000", "samples=8"]]
         laid = [part for one in sets for part in ("--set", one)]
         file = ROOT / "experiments/quickstart.toml"
         run(pipe, folder, str(file), "--until", "grpo", "--store", str(store), *laid)
@@ -418,7 +418,9 @@ def quickstart(pipe, device, work):
             command = [pipe, "show", "--json", f"{file}/{stage}", "--store", str(store), *laid]
             key = json.loads(subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout)["key"]
             logged = [json.loads(line) for line in (store / "logs" / key / "metrics.jsonl").read_text().splitlines()]
-            each = median(logged, "seconds/step")
+            for line in logged:
+                line["training"] = line["seconds/step"] - line.get("seconds/evaluation", 0.0)
+            each = median(logged, "training")
             row(f"quickstart, {stage} on {where}: seconds a step", f"{each:.3f}", "none", True)
             # As many steps as the quickstart has.
             total += each * {"sft": 750, "grpo": 400}[stage]

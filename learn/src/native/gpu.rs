@@ -4,7 +4,7 @@
 //! Attention takes half precision on GPUs of compute capability 8.0 (Ampere) or newer. Graphs want a build that found CUDA's
 //! headers. Everything is tried before a stage begins (`preflight::kernels`), and [`super::SWITCH`] and [`GRAPHS`] turn it off.
 
-use std::sync::LazyLock;
+use std::sync::OnceLock;
 
 use anyhow::{Result, ensure};
 use tch::{Device, Kind, Tensor};
@@ -27,7 +27,7 @@ unsafe extern "C" {
     ) -> *mut C_tensor;
     fn pipe_native_place(into: *mut C_tensor, index: *const C_tensor, rows: *const C_tensor) -> bool;
     fn pipe_native_graphs() -> bool;
-    fn pipe_native_capability(device: i8) -> i64;
+    fn pipe_native_capability(device: i32) -> i64;
     fn pipe_native_graph_pool(out: *mut u64) -> bool;
     fn pipe_native_side_enter(device: i8) -> *mut RawSide;
     fn pipe_native_side_leave(side: *mut RawSide) -> bool;
@@ -84,12 +84,12 @@ pub fn attends(device: Device, kind: Kind, width: i64) -> bool {
 
 /// Ten times the compute capability of the GPU `device`; `None` where nothing tells.
 pub fn capability(device: Device) -> Option<i64> {
-    let Device::Cuda(index) = device else { return None };
-    // SAFETY: it reads properties of the device and takes no pointer.
-    let known = |index: usize| unsafe { pipe_native_capability(i8::try_from(index).unwrap_or(-1)) };
     // Asked in every layer of every pass. A worker sees one GPU.
-    static FIRST: LazyLock<i64> = LazyLock::new(|| unsafe { pipe_native_capability(0) });
-    Some(if index == 0 { *FIRST } else { known(index) }).filter(|&capability| capability > 0)
+    static FIRST: OnceLock<i64> = OnceLock::new();
+    let Device::Cuda(index) = device else { return None };
+    // SAFETY: it reads properties of a device and takes no pointer.
+    let of = |index: usize| unsafe { pipe_native_capability(i32::try_from(index).unwrap_or(-1)) };
+    Some(if index == 0 { *FIRST.get_or_init(|| of(0)) } else { of(index) }).filter(|&capability| capability > 0)
 }
 
 /// Whether CUDA graphs are used on `device`; an error where [`GRAPHS`] says neither `auto` nor `none`.
@@ -118,7 +118,7 @@ pub fn attention(query: &Tensor, key: &Tensor, value: &Tensor, sequences: &Seque
     if query.device() == Device::Cpu {
         return super::reference::attention(query, key, value, sequences);
     }
-    let used = used.map_or(std::ptr::null(), |used| used.as_ptr());
+    let used = used.map_or(std::ptr::null(), Tensor::as_ptr);
     // SAFETY: all are tensors, and libtorch checks their shapes and types. Where sequences begin lies within the keys: they
     // are made by `Layout` and by the cache, beside the tensors themselves.
     taken(unsafe {
@@ -256,6 +256,27 @@ mod tests {
         assert!(!graphs(Device::Cuda(0)).unwrap());
         let error = warm(Device::Cuda(0), || ()).unwrap_err().to_string();
         assert!(error.starts_with("no stream for CUDA graphs: ") && error.len() > 40, "{error}");
+    }
+
+    #[test]
+    fn the_switch_for_graphs_takes_two_words() {
+        let name = "native::gpu::tests::the_switch_for_graphs_takes_two_words";
+        match std::env::var(GRAPHS).as_deref() {
+            Ok("none") => assert!(!graphs(Device::Cuda(0)).unwrap()),
+            Ok("some") => {
+                let error = graphs(Device::Cuda(0)).unwrap_err().to_string();
+                assert_eq!(error, "`PIPE_GRAPHS` is `some`: expected `auto` or `none`");
+            }
+            // The environment is the process's, so each value has one of its own.
+            _ => {
+                for value in ["none", "some"] {
+                    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+                    let child = child.args(["--exact", name, "--nocapture"]).env(GRAPHS, value).output().unwrap();
+                    assert!(child.status.success(), "{value}: {}", String::from_utf8_lossy(&child.stderr));
+                    assert!(String::from_utf8_lossy(&child.stdout).contains("1 passed"), "the child ran the case");
+                }
+            }
+        }
     }
 
     #[test]

@@ -14,11 +14,6 @@
 
 #include <map>
 
-namespace at::cuda {
-// As ATen/cuda/CUDAContextLight.h has it, which wants headers of more libraries.
-TORCH_CUDA_CPP_API cudaDeviceProp* getDeviceProperties(c10::DeviceIndex device);
-}  // namespace at::cuda
-
 namespace {
 
 const c10::impl::DeviceGuardImplInterface* gpu() { return c10::impl::getDeviceGuardImpl(c10::DeviceType::CUDA); }
@@ -73,19 +68,6 @@ bool pipe_native_graphs() {
 #else
   return false;
 #endif
-}
-
-// The compute capability of a GPU, 10 * major + minor; 0 where nothing tells.
-int64_t pipe_native_capability(int8_t device) {
-  return guarded([&]() -> int64_t {
-#ifdef PIPE_CUDA
-    auto* properties = at::cuda::getDeviceProperties(device);
-    return 10 * properties->major + properties->minor;
-#else
-    missing();
-    return 0;
-#endif
-  });
 }
 
 // The name of a new pool of memory that graphs may share, which are replayed one at a time.

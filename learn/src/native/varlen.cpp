@@ -1,6 +1,7 @@
 // Operations of libtorch for GPUs that its C interface for Rust does not have. No header of CUDA is needed.
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
+#include <dlfcn.h>
 
 #include <optional>
 
@@ -21,6 +22,17 @@ struct Unordered {
 }  // namespace
 
 extern "C" {
+
+// The compute capability of a GPU, 10 * major + minor; 0 where nothing tells. CUDA's runtime is there if libtorch has a CUDA
+// half, which has loaded it: neither its headers nor a link to it are needed.
+int64_t pipe_native_capability(int32_t device) {
+  using Attribute = int (*)(int* value, int attribute, int device);
+  static auto of = reinterpret_cast<Attribute>(dlsym(RTLD_DEFAULT, "cudaDeviceGetAttribute"));
+  // cudaDevAttrComputeCapabilityMajor and cudaDevAttrComputeCapabilityMinor.
+  int major = 0, minor = 0;
+  if (!of || of(&major, 75, device) != 0 || of(&minor, 76, device) != 0) return 0;
+  return 10 * major + minor;
+}
 
 // Attention of queries [Tq, heads, D] over keys and values [Tk, shared, D], sequence by sequence: `begins_q` and `begins_k`
 // [B + 1] i32 say where each begins, `longest_*` how long one is at most. Of sequence b only the first `used[b]` (i32) keys
