@@ -10,7 +10,7 @@ use crate::preflight::kernels;
 /// The device that `resources` names (`cpu` or `cuda:N`), after setting libtorch's threads and its switches: fp32 is fp32 and
 /// not TF32, and what has a deterministic form takes it ([`context::exact`]).
 ///
-/// On a processor the kernels are tried first; one that is wrong is an error.
+/// The kernels that it computes with are tried first; one that is wrong is an error.
 pub fn open(resources: &Resources) -> Result<Device> {
     ensure!(resources.threads > 0, "a stage needs at least one thread");
     tch::set_num_threads(resources.threads as i32);
@@ -29,6 +29,7 @@ pub fn open(resources: &Resources) -> Result<Device> {
     );
     let count = Cuda::device_count();
     ensure!((index as i64) < count, "the device `{name}` was asked for, but there are only {count} CUDA devices");
+    kernels::check(Device::Cuda(index), Kind::Float)?;
     Ok(Device::Cuda(index))
 }
 

@@ -72,7 +72,7 @@ fn add(name: &'static str, value: f64) {
     SPENT.with_borrow_mut(|spent| *spent.entry(name).or_default() += value);
 }
 
-/// Counts a forward and a backward pass over a batch whose rows have `tokens` tokens.
+/// Counts a forward and a backward pass over a batch whose rows have `tokens` tokens, the forward pass being done.
 pub fn count_training(model: &Transformer, batch: &Batch, tokens: usize) {
     if WITHIN.get() {
         return;
@@ -90,8 +90,7 @@ pub fn count_training(model: &Transformer, batch: &Batch, tokens: usize) {
     add(counted::OPERATIONS, 3.0 * forward);
     add(counted::ROWS, tokens as f64);
     add(counted::COMPUTED, layout.tokens() as f64);
-    let places = if model.by_kernels() { layout.tokens() } else { layout.places() };
-    add(counted::PLACES, places as f64);
+    add(counted::PLACES, layout.places() as f64);
 }
 
 /// Counts a step of generation of `rows` rows that see `seen` tokens together, of which prompts are read once each.

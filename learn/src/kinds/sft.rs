@@ -179,7 +179,6 @@ fn step(
         if batch.count() == 0 {
             continue;
         }
-        phases::count_training(model, &batch, rows.iter().map(|row| row.ids.len()).sum());
         let (pass, logits, loss, value) = phases::time("forward", || {
             let pass = Pass::forward(model, &batch);
             let logits = model.logits(pass.states());
@@ -187,6 +186,7 @@ fn step(
             let value = loss.double_value(&[]);
             (pass, logits, loss, value)
         });
+        phases::count_training(model, &batch, rows.iter().map(|row| row.ids.len()).sum());
         ensure!(value.is_finite(), "the loss is {value} at step {}", step + 1);
         phases::time("backward", || {
             pass.backward(&batch, &loss)?;

@@ -3,14 +3,14 @@
 //! Everything but norms and rotations is computed in the kind of the model's precision. Weights that are kept wider are
 //! rounded to it where they act, within the gradient graph, so that gradients reach them as wide as they are. On a processor
 //! norms, attention and activation are kernels of our own where the kind allows (`native`), elsewhere libtorch's operations
-//! (`plain`).
+//! (`packed` on a GPU in half precision, `plain`).
 
 use tch::{Kind, Tensor, no_grad};
 
 use crate::model::lora::Adapter;
 use crate::model::plain::widened;
 use crate::model::rope::Rotation;
-use crate::model::{Layout, ModelConfig, plain};
+use crate::model::{Layout, ModelConfig, packed, plain};
 use crate::native::{self, Heads};
 
 /// The leaves of one decoder layer.
@@ -114,7 +114,7 @@ pub(crate) fn norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Tensor {
     let normed = if native::takes(&wide) {
         native::rms_norm(&wide, weight, epsilon)
     } else {
-        plain::normalise(&wide, epsilon) * weight
+        plain::norm(&wide, weight, epsilon)
     };
     normed.to_kind(x.kind())
 }
@@ -138,6 +138,8 @@ fn swiglu(gate_up: &Tensor) -> Tensor {
 pub(crate) fn attention(projected: &Tensor, heads: Heads, layout: &Layout, rotation: &Rotation) -> Tensor {
     if native::takes(projected) {
         native::attention(projected, heads, layout.table(), layout.positions(), rotation.tables())
+    } else if packed::takes(projected, heads) {
+        packed::attention(projected, heads, layout, rotation)
     } else {
         plain::attention(projected, heads, layout, rotation)
     }

@@ -178,13 +178,11 @@ impl Transformer {
     }
 
     /// A model whose weights are all 0.
-    #[cfg(test)]
     pub(crate) fn zeros(config: ModelConfig, device: Device) -> Self {
         Self::zeros_in(config, Kind::Float, device)
     }
 
     /// The same with layers that compute in `kind`.
-    #[cfg(test)]
     pub(crate) fn zeros_in(config: ModelConfig, kind: Kind, device: Device) -> Self {
         let weights = Weights::zeros(plan(&config), device);
         Self::of(config, weights, None, device, kind)
