@@ -353,6 +353,8 @@ fn corner(walls: [bool; 4]) -> char {
 
 #[cfg(test)]
 mod tests {
+    use std::fmt::Write as _;
+
     use super::*;
     use crate::tasks::maze::{MEASURES, measure};
     use crate::tasks::{Algorithm, Finish, FormatSpec, SearchOrder, SearchTrace, TaskSpec, open};
@@ -364,7 +366,7 @@ mod tests {
 
     /// A completion by letters, thinking first in coordinates.
     fn completion(thought: &str, letters: &str) -> String {
-        let thought: String = thought.split_whitespace().map(|cell| format!("<|{cell}|>")).collect();
+        let thought = thought.split_whitespace().flat_map(|cell| ["<|", cell, "|>"]).collect::<String>();
         let moves = letters.chars().map(|letter| match letter {
             'u' => "<|up|>",
             'd' => "<|down|>",
@@ -386,7 +388,7 @@ mod tests {
             [("0-0 1-0 1-1 0-1 1-1 1-2 0-2", "drru"), ("", "drudru"), ("0-0 0-1 1-2", "dr"), ("", "rddrruld"), ("", "")]
         {
             let drawing = Drawing::new(fixed(), Some(&completion(thought, letters)));
-            text += &format!("\n{letters}\n{}{:#?}\n", plain(&drawing, false), drawing.mistakes());
+            writeln!(text, "\n{letters}\n{}{:#?}", plain(&drawing, false), drawing.mistakes()).unwrap();
             text += &plain(&drawing, true);
         }
         insta::assert_snapshot!(text);
