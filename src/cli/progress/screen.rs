@@ -458,7 +458,7 @@ mod tests {
             let lines = lines(&run(stages), 1_060.0, form(width, height));
             assert!(lines.len() <= height, "{lines:#?}");
             assert!(lines.iter().all(|line| line.chars().count() <= width), "{lines:#?}");
-            text += &format!("-- {stages} stages, {width} x {height}\n{}\n", lines.join("\n"));
+            writeln!(text, "-- {stages} stages, {width} x {height}\n{}", lines.join("\n")).unwrap();
         }
         insta::assert_snapshot!(text);
     }
@@ -474,7 +474,7 @@ mod tests {
             (Standing::Unknown, 1_660.0),
         ] {
             let lines = whole(&run(2), standing, now, form(80, 20));
-            text += &format!("-- {standing:?}\n{}\n", lines.join("\n"));
+            writeln!(text, "-- {standing:?}\n{}", lines.join("\n")).unwrap();
         }
         insta::assert_snapshot!(text);
     }

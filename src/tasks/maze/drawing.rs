@@ -363,6 +363,8 @@ fn read_in_any_form(completion: &str) -> Answer {
 
 #[cfg(test)]
 mod tests {
+    use std::fmt::Write as _;
+
     use super::*;
     use crate::tasks::maze::MazeSpec;
     use crate::tasks::maze::verdict::{MEASURES, measure};
@@ -375,7 +377,7 @@ mod tests {
 
     /// A completion by letters, thinking first in coordinates.
     fn completion(thought: &str, letters: &str) -> String {
-        let thought: String = thought.split_whitespace().map(|cell| format!("<|{cell}|>")).collect();
+        let thought = thought.split_whitespace().flat_map(|cell| ["<|", cell, "|>"]).collect::<String>();
         let moves = letters.chars().map(|letter| match letter {
             'u' => "<|up|>",
             'd' => "<|down|>",
@@ -397,7 +399,7 @@ mod tests {
             [("0-0 1-0 1-1 0-1 1-1 1-2 0-2", "drru"), ("", "drudru"), ("0-0 0-1 1-2", "dr"), ("", "rddrruld"), ("", "")]
         {
             let drawing = Drawing::new(fixed(), Some(&completion(thought, letters)));
-            text += &format!("\n{letters}\n{}{:#?}\n", plain(&drawing, false), drawing.mistakes());
+            writeln!(text, "\n{letters}\n{}{:#?}", plain(&drawing, false), drawing.mistakes()).unwrap();
             text += &plain(&drawing, true);
         }
         insta::assert_snapshot!(text);
