@@ -350,7 +350,7 @@ mod tests {
     #[test]
     fn columns_may_be_asked_for_and_points_given() {
         let view =
-            View { columns: vec!["t*.re*".to_owned(), "train.length@last".to_owned()], at: Point::parse("steps") };
+            View { columns: vec!["t*.re*d".to_owned(), "train.length@last".to_owned()], at: Point::parse("steps") };
         let found = viewed(TRAINED, true, &view).unwrap();
         assert_eq!(found.metrics, ["train.reward", "train.length@last"]);
         assert!((found.arms[0].metrics["train.reward"].unwrap().mean - 0.2).abs() < 1e-12);
