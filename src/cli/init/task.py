@@ -1,4 +1,4 @@
-"""A task: add two digits. Requests come as lines of JSON, and each gets one line back.
+"""A task: name the largest of three digits. Requests come as lines of JSON, and each gets one line back.
 
 Equal requests must have equal answers: whatever is drawn is drawn from the seed and the index of the request.
 """
@@ -11,20 +11,21 @@ episodes = {}
 
 
 def generate(ask):
-    """The instances of some indices; `length` sorts them, and `canonical` says what must not stand in two splits."""
+    """The instances of some indices; what shares its `canonical` never stands in two splits."""
     instances = []
     for index in ask["indices"]:
         draw = random.Random(f"{ask['seed']} {index}")
-        a, b = draw.randrange(10), draw.randrange(10)
-        instances.append({"a": a, "b": b, "canonical": f"{min(a, b)} {max(a, b)}"})
+        digits = [draw.randrange(10) for _ in range(3)]
+        instances.append({"digits": digits, "canonical": str(digits)})
     return {"instances": instances}
 
 
 def reset(ask):
     """Begins episodes: what the model reads first."""
     for episode in ask["episodes"]:
-        episodes[episode["id"]] = {**episode["instance"], "solved": 0.0, "error": 18.0}
-    return {"observations": [f"{e['instance']['a']} + {e['instance']['b']} =" for e in ask["episodes"]]}
+        episodes[episode["id"]] = {**episode["instance"], "solved": 0.0, "error": 9.0}
+    shown = [" ".join(map(str, episode["instance"]["digits"])) for episode in ask["episodes"]]
+    return {"observations": [f"{digits} =" for digits in shown]}
 
 
 def step(ask):
@@ -34,7 +35,7 @@ def step(ask):
         episode = episodes[reply["id"]]
         text = reply["text"].strip()
         if text.isdigit() and reply["finish"] == "stop":
-            episode["error"] = float(abs(int(text) - episode["a"] - episode["b"]))
+            episode["error"] = float(abs(int(text) - max(episode["digits"])))
             episode["solved"] = float(episode["error"] == 0)
         measurements = {"solved": episode["solved"], "error": episode["error"]}
         turns.append({"observation": "", "terminated": True, "truncated": False, "measurements": measurements})
@@ -50,7 +51,7 @@ def verdict(ask):
 def demonstrate(ask):
     """Replies that solve an instance, for supervised training."""
     instances = [one["instance"] for one in ask["demonstrations"]]
-    return {"replies": [[str(instance["a"] + instance["b"])] for instance in instances]}
+    return {"replies": [[str(max(instance["digits"]))] for instance in instances]}
 
 
 CALLS = {"generate": generate, "reset": reset, "step": step, "verdict": verdict, "demonstrate": demonstrate}
