@@ -399,6 +399,7 @@ fn a_python_reward_scores_ten_thousand_completions_a_second() {
         finish: Finish::Stop,
         measurements: &measurements,
         turns: std::slice::from_ref(&measurements),
+        lengths: &[20],
     };
     let samples = vec![sample; 2_000];
     scorer.score(&samples[..1]).unwrap();

@@ -67,13 +67,16 @@ fn is_wall(mark: char) -> bool {
 mod tests {
     use super::*;
     use crate::random;
+    use crate::tasks::maze::MazeSpec;
     use crate::tasks::maze::drawing::Drawing;
+    use crate::tasks::maze::layout::Layouts;
 
     #[test]
     fn whatever_is_drawn_is_read_back() {
         for index in 0..30 {
             let (rows, columns) = (2 + index as usize % 5, 2 + index as usize % 7);
-            let maze = Maze::draw(rows, columns, &mut random::rng("test", &[index]));
+            let layouts = Layouts::new(&MazeSpec::default());
+            let maze = layouts.draw(rows, columns, &mut random::rng("test", &[index]));
             let wanted = serde_json::to_value(&maze).unwrap();
             for reply in [None, Some("<think><|0-0|><|0-1|></think><|up|><|left|><|down|><|right|><|down|>")] {
                 let drawing = Drawing::new(maze.clone(), reply);
