@@ -104,6 +104,7 @@ fn without_places(params: &Value) -> Value {
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "it is handed to `map_err`")]
 fn failure(error: ExportError) -> Failure {
     let failure = Failure::stage(&error);
     match error {

@@ -170,7 +170,9 @@ fn metrics(root: &Value) -> String {
         let is_same = rows.windows(2).all(|pair| pair[0].1 == pair[1].1);
         if is_same {
             rows.truncate(1);
-            rows.iter_mut().for_each(|row| "any".clone_into(&mut row.0));
+            if let Some(row) = rows.first_mut() {
+                "any".clone_into(&mut row.0);
+            }
         }
         for (task, names) in rows.into_iter().filter(|(_, names)| !names.is_empty()) {
             let names = names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>();

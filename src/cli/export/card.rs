@@ -61,8 +61,8 @@ fn front_matter(target: &str, manifest: &Manifest, output: &StoredOutput, lineag
         }
         _ => fields.push(("tags", json!(tags))),
     }
-    let lines: String = fields.into_iter().map(|(name, value)| format!("{name}: {value}\n")).collect();
-    format!("---\n{lines}---\n")
+    let lines: Vec<String> = fields.into_iter().map(|(name, value)| format!("{name}: {value}")).collect();
+    format!("---\n{}\n---\n", lines.join("\n"))
 }
 
 /// The Parquet files of a data set, a split each.

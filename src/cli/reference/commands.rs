@@ -54,7 +54,7 @@ fn table<'a>(arguments: impl Iterator<Item = &'a Arg>) -> String {
 }
 
 fn row(argument: &Arg) -> String {
-    let values: Vec<&str> = argument.get_value_names().into_iter().flatten().map(|name| name.as_str()).collect();
+    let values: Vec<&str> = argument.get_value_names().into_iter().flatten().map(clap::builder::Str::as_str).collect();
     let takes = argument.get_action().takes_values();
     let name = match (argument.get_short(), argument.get_long()) {
         (Some(short), Some(long)) => format!("-{short}, --{long}"),

@@ -262,13 +262,15 @@ fn gap(text: &str, is_end: bool, indent: usize, next: usize) -> String {
         if was_blank && !is_end {
             shown.push('\n');
         }
-        shown.push_str(&format!("\n{}{line}", " ".repeat(indent)));
+        shown.push('\n');
+        shown.extend([" ".repeat(indent).as_str(), line]);
         was_blank = false;
     }
     if was_blank && !is_end {
         shown.push('\n');
     }
-    shown.push_str(&format!("\n{}", " ".repeat(next)));
+    shown.push('\n');
+    shown.push_str(&" ".repeat(next));
     shown
 }
 

@@ -288,10 +288,11 @@ fn collect_references(schema: &Json, names: &mut BTreeSet<String>) {
 
 /// The constant that tells a table's form, with what is said of that form.
 fn described(mut field: Json, table: &Map<String, Json>) -> Json {
-    if is_constant(&field) && field.get("description").is_none() {
-        if let Some(description) = table.get("description") {
-            field["description"] = description.clone();
-        }
+    if is_constant(&field)
+        && field.get("description").is_none()
+        && let Some(description) = table.get("description")
+    {
+        field["description"] = description.clone();
     }
     field
 }
