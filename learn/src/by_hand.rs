@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use pipe::stages::chat::ChatTemplate;
 use pipe::stages::sampling::Filters;
 use pipe::stages::tokens::{Row, TOKENIZER_FOLDER, TokensFolder};
+use pipe::stages::training::Precision;
 use pipe::tasks::{self, Finish, Measurements, Start};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -64,7 +65,7 @@ pub fn run(asked: &Asked, device: Device) -> Result<Vec<Played>> {
     let interrupt = Arc::new(AtomicBool::new(false));
     add(&mut tokens, asked, &interrupt)?;
     let prompts = Prompts::open(&asked.model, tokens, &interrupt)?;
-    let model = Transformer::load_frozen(&asked.model, device)?;
+    let model = Transformer::load_frozen(&asked.model, device, Precision::Fp32)?;
     let rows: Vec<usize> = (first..prompts.tokens.rows.len()).collect();
     preflight::prompts(&prompts.tokens, &rows, model.config(), asked.max_new_tokens)?;
     let sampling = Sampling::open(&Filters::default(), asked.temperature, asked.max_new_tokens, &prompts.codec)?;

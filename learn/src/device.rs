@@ -33,6 +33,12 @@ pub fn open(resources: &Resources) -> Result<Device> {
     Ok(Device::Cuda(index))
 }
 
+/// Runs a backward pass on `device`, deterministic on a GPU, too: see [`context::strictly`].
+pub fn strictly<R>(device: Device, run: impl FnOnce() -> R) -> Result<R> {
+    // libtorch reports an operation without a deterministic form as a panic of ours, like any other error.
+    if device == Device::Cpu { Ok(run()) } else { context::strictly(run) }
+}
+
 /// Lets the allocator keep the memory of freed tensors for the next ones.
 ///
 /// By default every tensor above some hundred KiB is mapped afresh and zeroed page by page by the kernel, in every

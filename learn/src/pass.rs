@@ -5,11 +5,11 @@
 //! down. The operations and their order of sums are those of a pass that keeps everything, so the gradients are its bits.
 
 use anyhow::Result;
-use tch::{Device, Tensor, no_grad};
+use tch::{Tensor, no_grad};
 
 use crate::batch::Batch;
 use crate::model::Transformer;
-use crate::native::{self, context};
+use crate::{device, native};
 
 /// A forward pass that waits for its backward pass.
 pub struct Pass<'a> {
@@ -51,14 +51,9 @@ impl<'a> Pass<'a> {
     }
 
     /// Adds the gradient of `loss`, a scalar made of the states of `batch`, to the model's; deterministic on a GPU, too
-    /// ([`context::strictly`]).
+    /// ([`device::strictly`]).
     pub fn backward(self, batch: &Batch, loss: &Tensor) -> Result<()> {
-        if self.model.device() == Device::Cpu {
-            self.differentiate(batch, loss);
-            return Ok(());
-        }
-        // libtorch reports an operation without a deterministic form as a panic of ours, like any other error.
-        context::strictly(|| self.differentiate(batch, loss))
+        device::strictly(self.model.device(), || self.differentiate(batch, loss))
     }
 
     fn differentiate(self, batch: &Batch, loss: &Tensor) {
@@ -100,7 +95,7 @@ fn hand(made: &Tensor, gradient: &Tensor) {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
-    use tch::Kind;
+    use tch::{Device, Kind};
 
     use super::*;
     use crate::batch::Row;

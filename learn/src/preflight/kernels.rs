@@ -114,7 +114,8 @@ fn differentiated(inputs: Vec<Tensor>, run: impl Fn(&[Tensor]) -> Vec<Tensor>) -
             let wave = wave(&output.size(), output.kind(), f64::from(phase)).to_device(output.device());
             (output * wave).sum(output.kind())
         });
-        device::backward(&weighted.sum::<Tensor>())?;
+        let sum: Tensor = weighted.sum();
+        device::strictly(sum.device(), || sum.backward())?;
         let gradients = leaves.iter().map(Tensor::grad);
         Ok(outputs.iter().map(Tensor::detach).chain(gradients).collect())
     })

@@ -107,7 +107,7 @@ fn isolation(device: Device, kind: Kind) -> Result<()> {
         no_grad(|| all.narrow(0, 40, length).copy_(&projected(length, kind, device, 0.7)));
         let all = all.set_requires_grad(true);
         let mixed = packed::attention(&all, HEADS, &layout, &rotation).narrow(0, 40, length);
-        device::backward(&mixed.to_kind(Kind::Float).square().sum(Kind::Float))?;
+        device::strictly(device, || mixed.to_kind(Kind::Float).square().sum(Kind::Float).backward())?;
         let gradient = all.grad();
         let outside = [gradient.narrow(0, 0, 40), gradient.narrow(0, 40 + length, 65)];
         let reached = outside.iter().any(|outside| outside.abs().max().double_value(&[]) != 0.0);
