@@ -101,9 +101,9 @@ impl Stage for FakeTraining {
             }
             line
         };
-        let lines: String = (1..=self.steps).map(|step| format!("{}\n", line(step))).collect();
+        let lines: Vec<String> = (1..=self.steps).map(|step| line(step).to_string()).collect();
         std::fs::create_dir_all(&context.logs)?;
-        std::fs::write(context.logs.join(METRICS_FILE), lines)?;
+        std::fs::write(context.logs.join(METRICS_FILE), lines.join("\n"))?;
         std::fs::write(context.output("last").join("weights"), format!("{} {}", self.steps, self.rate))?;
         Ok(())
     }
