@@ -125,7 +125,9 @@ fn every_toml_of_the_pages_plans() {
         for (line, block) in blocks(&text, "toml") {
             furnished(&sandbox, &block);
             let first = block.lines().next().unwrap_or_default();
-            let named = first.strip_prefix("# ").filter(|name| name.ends_with(".toml") && !name.contains(' '));
+            let named = first
+                .strip_prefix("# ")
+                .filter(|name| Path::new(name).extension() == Some("toml".as_ref()) && !name.contains(' '));
             let file = format!("experiments/{}", named.map_or_else(|| format!("block_{line}.toml"), str::to_owned));
             sandbox.write(&file, &block);
             let mut ended = sandbox.pipe(&["plan", &file]);
