@@ -223,8 +223,9 @@ fn activations(config: &ModelConfig, shape: Shape, tables: u64, passes: &Passes)
         let norms = if passes.half() { 24 * hidden } else { ELEMENT * 6 * hidden };
         let own = norms + element * (queries + projected + 4 * inner) + ELEMENT * size(config.head_dim);
         let kept = tokens * own + places * (element * 4 * queries + ELEMENT * heads);
-        // As many bytes in either precision: the measured peaks say so.
-        let feeding = tokens * ELEMENT * (4 * inner + 2 * hidden);
+        // As many bytes in either precision, and more around norms that are fp32 inside: the measured peaks say so.
+        let around = if passes.half() { 8 * hidden } else { 2 * hidden };
+        let feeding = tokens * ELEMENT * (4 * inner + around);
         let attending = tokens * (ELEMENT * 3 * projected + element * 2 * hidden) + places * element * 3 * queries;
         (kept, feeding.max(attending))
     };
