@@ -14,7 +14,6 @@ use crate::batch::{Batch, Row};
 use crate::generate::Kept;
 use crate::loss::{PolicySums, PolicyTokens, Segments, entropy, estimate, policy_loss, token_logprobs};
 use crate::model::Transformer;
-use crate::parity::Mismatch;
 use crate::pass::Pass;
 use crate::{exhibits, phases};
 
@@ -94,7 +93,16 @@ impl Denominator {
     }
 }
 
-/// Adds the gradient of one update over `rows` to the model's, and gives the sums behind its metrics.
+/// What the passes of one update give beside its gradient.
+#[derive(Clone, Debug)]
+pub struct Passed {
+    /// The sums behind its metrics.
+    pub sums: PolicySums,
+    /// The log-probabilities of the targets of each row before the update, `[row][target]`: those of [`recompute`].
+    pub logprobs: Vec<Vec<f32>>,
+}
+
+/// Adds the gradient of one update over `rows` to the model's, and gives what its passes tell.
 ///
 /// `on_policy` says that no update has been made since the rows were sampled. The gradient does not depend on the order of
 /// rows or on `micro_batch_size`.
@@ -104,11 +112,11 @@ pub fn backward(
     reference: Option<&Transformer>,
     rows: &[PolicyRow<'_>],
     on_policy: bool,
-) -> Result<PolicySums> {
+) -> Result<Passed> {
     let axes = &params.axes;
     let inside = Denominator::count(rows.iter().filter(|row| row.in_loss).map(PolicyRow::targets));
     let covered = Denominator::count(rows.iter().map(PolicyRow::targets));
-    let mut sums = PolicySums::default();
+    let (mut sums, mut logprobs) = (PolicySums::default(), vec![Vec::new(); rows.len()]);
     for places in trained(rows).chunks(micro_batch(params.micro_batch_size, rows.len())) {
         let rows: Vec<&PolicyRow<'_>> = places.iter().map(|&place| &rows[place]).collect();
         let (mut forward, new, reference, spread) = phases::time("forward", || {
@@ -136,6 +144,7 @@ pub fn backward(
         };
         let old = of_targets(&|row| row.old.to_vec());
         show_ratios(&new, &old, &share);
+        hand_out(&new, places.iter().copied().zip(&rows), &mut logprobs)?;
         let made = policy_loss(
             axes,
             &PolicyTokens {
@@ -160,7 +169,7 @@ pub fn backward(
         })?;
         sums.merge(&made.sums);
     }
-    Ok(sums)
+    Ok(Passed { sums, logprobs })
 }
 
 /// Shows how the log-ratios of the tokens in the policy term lie; all tensors `[N]`.
@@ -205,18 +214,28 @@ pub fn recompute(params: &Grpo, model: &Transformer, rows: &[PolicyRow<'_>]) -> 
     for places in trained(rows).chunks(micro_batch(params.micro_batch_size, rows.len())) {
         let chosen: Vec<&PolicyRow<'_>> = places.iter().map(|&place| &rows[place]).collect();
         let new = no_grad(|| Forward::new(params, model, &chosen).map(|forward| forward.new_logprobs()))?;
-        let new = Vec::<f32>::try_from(&new.to_device(Device::Cpu)).context("cannot read the log-probabilities")?;
-        let mut new = new.into_iter();
-        for (&place, row) in places.iter().zip(&chosen) {
-            made[place] = new.by_ref().take(row.targets()).collect();
-        }
+        hand_out(&new, places.iter().copied().zip(&chosen), &mut made)?;
     }
     Ok(made)
 }
 
-/// How far the log-probabilities that the sampler gave `rows` lie from those that the trainer gives them.
-pub fn mismatch(rows: &[PolicyRow<'_>], recomputed: &[Vec<f32>]) -> Mismatch {
-    Mismatch::of(rows.iter().zip(recomputed).flat_map(|(row, own)| row.old.iter().copied().zip(own.iter().copied())))
+/// Puts log-probabilities `[N]` f32 of the targets of some rows, each given with its place, where they belong among all rows.
+fn hand_out<'a>(
+    new: &Tensor,
+    rows: impl Iterator<Item = (usize, &'a &'a PolicyRow<'a>)>,
+    made: &mut [Vec<f32>],
+) -> Result<()> {
+    let new = no_grad(|| new.detach().to_device(Device::Cpu));
+    let mut new = Vec::<f32>::try_from(&new).context("cannot read the log-probabilities")?.into_iter();
+    for (place, row) in rows {
+        made[place] = new.by_ref().take(row.targets()).collect();
+    }
+    Ok(())
+}
+
+/// Of each target of `rows` what the sampler and what the trainer say its log-probability is.
+pub fn pairs<'a>(rows: &'a [PolicyRow<'_>], own: &'a [Vec<f32>]) -> impl Iterator<Item = (f32, f32)> + 'a {
+    rows.iter().zip(own).flat_map(|(row, own)| row.old.iter().copied().zip(own.iter().copied()))
 }
 
 /// A forward pass over some rows.
@@ -231,8 +250,16 @@ struct Forward<'a> {
     temperature: f64,
 }
 
+#[cfg(test)]
+thread_local! {
+    /// Forward passes of this thread.
+    pub(crate) static FORWARDS: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
 impl<'a> Forward<'a> {
     fn new(params: &Grpo, model: &'a Transformer, rows: &[&PolicyRow<'_>]) -> Result<Self> {
+        #[cfg(test)]
+        FORWARDS.set(FORWARDS.get() + 1);
         for (index, row) in rows.iter().enumerate() {
             row.check(index)?;
         }
@@ -457,7 +484,7 @@ mod tests {
         on_policy: bool,
     ) -> (Tensor, PolicySums) {
         model.zero_gradients();
-        let sums = backward(params, model, Some(reference), rows, on_policy).expect("a gradient");
+        let Passed { sums, .. } = backward(params, model, Some(reference), rows, on_policy).expect("a gradient");
         (model.weights().gradient().copy(), sums)
     }
 
@@ -569,6 +596,37 @@ mod tests {
         assert!(second.clipped_low > 0 && second.clipped_high > 0, "{second:?}");
         assert!(second.ratio_max > 1.01 && second.idle >= second.clipped_low + second.clipped_high);
         assert!(second.policy_loss < first.policy_loss, "a step along the gradient lowers the loss");
+    }
+
+    /// The pass of an update tells what a pass before it would have told, to the bit.
+    #[test]
+    fn an_update_tells_the_log_probabilities_that_it_began_with() {
+        for whole in sandbox::families() {
+            for model in [whole.half(), whole] {
+                let made = Rows::new(&model, 0.3, true);
+                for size in [0, 3] {
+                    let params = params(&Preset::Dapo.axes(), 0.9, size);
+                    let mut rows = made.rows();
+                    // A row without a target has none.
+                    rows[5] = PolicyRow {
+                        mask: vec![0; 5],
+                        turn: vec![],
+                        old: &[],
+                        kept: None,
+                        advantages: vec![],
+                        weights: None,
+                        ..rows[5].clone()
+                    };
+                    let before = recompute(&params, &model, &rows).expect("log-probabilities");
+                    let passed = backward(&params, &model, None, &rows, true).expect("a gradient");
+                    assert_eq!(passed.logprobs, before, "micro-batches of {size}");
+                    let all: Vec<(f32, f32)> = pairs(&rows, &before).collect();
+                    assert_eq!(all.len() as u64, passed.sums.covered);
+                    let sum: f64 = all.iter().map(|(old, new)| f64::from((new - old).abs())).sum();
+                    assert!((sum - passed.sums.mismatch).abs() < 1e-6 && sum > 1.0, "{sum}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -25,8 +25,9 @@ use crate::generate::Sampling;
 use crate::journal::Journal;
 use crate::model::Transformer;
 use crate::order::Order;
+use crate::parity::Mismatch;
 use crate::phases;
-use crate::policy::{mismatch, recompute};
+use crate::policy::{pairs, recompute};
 use crate::prompts::{Prompts, Purpose};
 use crate::replay::StoredRollouts;
 use crate::rewards::{Rewards, Scored};
@@ -300,7 +301,7 @@ impl<'a> Rollouts<'a> {
         }
         // Asked of every row: one that is nearly sure of itself says little of the others.
         let recomputed = recompute(self.params, model, &rows)?;
-        Ok(mismatch(&rows, &recomputed).is_rounding(self.params.precision, self.params.temperature))
+        Ok(Mismatch::of(pairs(&rows, &recomputed)).is_rounding(self.params.precision, self.params.temperature))
     }
 
     /// Fills in what the KL in the reward costs. In bf16 the log-probabilities of the `policy` that sampled are computed anew.

@@ -101,8 +101,8 @@ pub fn run(params: &Evaluate, context: &mut StageContext) -> anyhow::Result<()> 
     }
 
     // Finish.
-    for (&row, one) in rows.iter().zip(&played).take(LOGGED) {
-        show("evaluation", &prompts, row, one);
+    for (&row, all) in rows.iter().zip(played.chunks(samples as usize)).take(LOGGED) {
+        show("evaluation", &prompts, row, &all[0]);
     }
     exhibits::distribution("completions/length", played.iter().map(|one| one.length() as f64));
     let shown = recorder.show(total, &exhibits::take());

@@ -27,7 +27,7 @@ use crate::memory::{Forecast, Generation, Shape};
 use crate::model::{Transformer, new_tokens};
 use crate::optimizer::learning_rate;
 use crate::parity::{Mismatch, PARITY, PARITY_BF16};
-use crate::policy::{PolicyRow, backward, mismatch, recompute};
+use crate::policy::{Passed, PolicyRow, backward, pairs, recompute};
 use crate::prompts::Prompts;
 use crate::replay::StoredRollouts;
 use crate::rewards::Rewards;
@@ -353,33 +353,37 @@ fn train(
     let (mut read, mut updates) = (0, 0);
     let sampled = minibatches(params, prompts, &rollout.groups);
     // In bf16 sampler and trainer round differently, and a ratio of the two would be of their rounding: the policy before the
-    // first update is what the trainer says it is.
-    let recomputes = params.precision == Precision::Bf16 && rollout.on_policy;
-    let mut recomputed = Vec::new();
-    if recomputes {
-        recomputed = phases::time("forward", || {
-            sampled.iter().map(|rows| recompute(params, model, rows)).collect::<anyhow::Result<_>>()
+    // first update is what the trainer says it is. For the rows of that update its own pass says it.
+    let parts = params.precision == Precision::Bf16 && rollout.on_policy;
+    let mut later: Vec<Vec<Vec<f32>>> = Vec::new();
+    if parts {
+        later = phases::time("forward", || {
+            sampled.iter().skip(1).map(|rows| recompute(params, model, rows)).collect::<anyhow::Result<_>>()
         })?;
-        let mismatch = mismatch(&sampled.concat(), &recomputed.concat());
-        metrics.merge(&mismatch.metrics());
-        if counters.step == 0 {
-            check_parity(params, model, &mismatch)?;
-        }
     }
+    let mut told: Vec<(f32, f32)> =
+        sampled.iter().skip(1).zip(&later).flat_map(|(rows, own)| pairs(rows, own)).collect();
     for (index, mut rows) in sampled.into_iter().enumerate() {
-        for (row, own) in rows.iter_mut().zip(recomputed.get(index).into_iter().flatten()) {
+        let own = index.checked_sub(1).and_then(|index| later.get(index));
+        for (row, own) in rows.iter_mut().zip(own.into_iter().flatten()) {
             row.old = own;
         }
         let on_policy = rollout.on_policy && updates == 0;
         model.zero_gradients();
-        let sums = backward(params, model, reference, &rows, on_policy)?;
-        metrics.merge(&sums.metrics(&params.axes, on_policy && !recomputes));
-        if on_policy && counters.step == 0 {
+        let Passed { sums, logprobs } = backward(params, model, reference, &rows, on_policy)?;
+        metrics.merge(&sums.metrics(&params.axes, on_policy && !parts));
+        if on_policy {
             let (mean, max) = (sums.mismatch / sums.covered.max(1) as f64, sums.mismatch_max);
-            if !recomputes {
-                check_parity(params, model, &Mismatch { mean, p99: max, max })?;
+            let mut mismatch = Mismatch { mean, p99: max, max };
+            if parts {
+                told.extend(pairs(&rows, &logprobs));
+                mismatch = Mismatch::of(std::mem::take(&mut told).into_iter());
+                metrics.merge(&mismatch.metrics());
             }
-            check_reference(model, &sums)?;
+            if counters.step == 0 {
+                check_parity(params, model, &mismatch)?;
+                check_reference(model, &sums)?;
+            }
         }
         let at = counters.step * params.updates_per_step + updates;
         let all = params.steps * params.updates_per_step;

@@ -1,6 +1,7 @@
 //! Stages in bf16 and with activation checkpointing: the same laws, bounds of their own, the same state.
 
 use super::*;
+use crate::policy::FORWARDS;
 
 fn with(mut params: Value, extra: &Value) -> Value {
     params.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
@@ -68,11 +69,43 @@ fn sampler_and_trainer_agree_in_bf16_and_tell_how_well() {
     let first = lines("grpo", &with(grpo(), &json!({"precision": "bf16", "steps": 1, "preset": "grpo"}))).remove(0);
     assert!((number(&first, "policy/ratio_mean") - 1.0).abs() < 1e-12, "{first}");
     assert!(number(&first, "policy/reference_k3").abs() < 1e-9, "at first it is its own reference: {first}");
-    // The old policy is the trainer's: with no step between, the second update's ratios are 1 but for the sums' order.
+    // The old policy is the trainer's: where no step moves it, the ratios of later updates are exactly 1.
     let still =
         json!({"precision": "bf16", "updates_per_step": 5, "steps": 1, "learning_rate": 1e-30, "preset": "dr_grpo"});
     let line = lines("grpo", &with(grpo(), &still)).remove(0);
-    assert!(number(&line, "policy/ratio_max") - 1.0 < 1e-2, "{line}");
+    assert_eq!(number(&line, "policy/ratio_max").to_bits(), 1f64.to_bits(), "{line}");
+    assert!(number(&line, "sampling/logprob_difference_max") > 1e-4, "the sampler's would show: {line}");
+}
+
+/// The first update's own pass tells what its rows' log-probabilities were; only later updates need a pass before it.
+#[test]
+fn the_first_update_in_bf16_costs_one_pass() {
+    for (updates, again) in [(1u64, 0.0), (5, 1.0)] {
+        let params = json!({"updates_per_step": updates, "micro_batch_size": 0, "preset": "grpo", "steps": 3});
+        let params = with(grpo(), &params);
+        let passes = |precision: &str| {
+            let before = FORWARDS.get();
+            let lines = lines("grpo", &with(params.clone(), &json!({"precision": precision})));
+            let made: Vec<f64> = lines.iter().map(|line| number(line, "updates/made")).collect();
+            assert!(made.iter().all(|made| *made > 0.0), "{made:?}");
+            let more = made.iter().map(|made| again * (made - 1.0)).sum::<f64>();
+            ((FORWARDS.get() - before) as f64, made.iter().sum::<f64>(), more)
+        };
+        let (fp32, updates, _) = passes("fp32");
+        assert_eq!(fp32, updates);
+        let (bf16, updates, more) = passes("bf16");
+        assert_eq!(bf16, updates + more);
+    }
+}
+
+/// Nothing was learnt from, so nothing was compared.
+#[test]
+fn a_step_without_an_update_in_bf16_tells_no_difference() {
+    let silent =
+        json!({"precision": "bf16", "steps": 1, "rewards": {"none": {"kind": "expression", "expression": "0"}}});
+    let line = lines("grpo", &with(grpo(), &silent)).remove(0);
+    assert_eq!(number(&line, "updates/made").to_bits(), 0f64.to_bits());
+    assert!(line.get("sampling/logprob_difference_mean").is_none(), "{line}");
 }
 
 #[test]

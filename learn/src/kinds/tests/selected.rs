@@ -59,6 +59,29 @@ fn one_completion_is_stored_as_before_and_is_the_first_of_several() {
     assert!(all.chunks(4).any(|group| distinct(group) > 1), "the completions of an instance are draws of their own");
 }
 
+/// Of every instance that is shown the first completion, beside its own prompt.
+#[test]
+fn completions_are_shown_with_the_instances_that_they_answer() {
+    let job = Job::new(&FLOW, "evaluate", several(4));
+    job.run(&[]).unwrap();
+    let texts = |name| match column(&job, name) {
+        Column::Text(texts) => texts.into_iter().step_by(4).map(Option::unwrap).collect::<Vec<String>>(),
+        other => panic!("{other:?} are no texts"),
+    };
+    let (instances, prompts, completions) = (texts("instance"), texts("prompt"), texts("completion"));
+    let events = std::fs::read_dir(job.logs().join("tensorboard")).unwrap().map(|file| file.unwrap().path());
+    let events: Vec<u8> = events.flat_map(|file| std::fs::read(file).unwrap()).collect();
+    let events = String::from_utf8_lossy(&events);
+    for place in 0..crate::validate::LOGGED {
+        let instance = &instances[place];
+        let measured = events.split(&format!("**{instance}**: ")).nth(1).unwrap_or_else(|| panic!("{instance}"));
+        let shown = measured.split("\n\n").collect::<Vec<_>>();
+        let indented = |words: &str| format!("    {}", words.replace('\n', "\n    "));
+        assert_eq!((shown[1], shown[3]), ("prompt", "completion"), "{instance}");
+        assert_eq!((shown[2], shown[4]), (&*indented(&prompts[place]), &*indented(&completions[place])), "{instance}");
+    }
+}
+
 #[test]
 fn pass_at_k_and_its_interval_count_instances() {
     let job = Job::new(&FLOW, "evaluate", probe());
