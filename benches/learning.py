@@ -1,6 +1,10 @@
 """Training, GRPO and evaluation beside what users would write without `pipe`; one table of medians.
 
 usage: python3 benches/learning.py [rounds=3] [threads=2] [pipe=target/debug/pipe] [peers=.venv-peers/bin/python]
+                                   [which=all] [steps=12]
+
+`which` is `small` (0.9 M weights: all of the table), `large` (10 M weights: supervised training alone) or `all`; `steps` are those
+of a supervised training, of which the first two warm up.
 
 The peers need a Python of their own (once): python3 -m venv .venv-peers && .venv-peers/bin/pip install -r benches/peers.txt
 
@@ -16,11 +20,18 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-arguments = sys.argv[1:] + [None] * 4
+arguments = sys.argv[1:] + [None] * 6
 ROUNDS, THREADS = int(arguments[0] or 3), int(arguments[1] or 2)
 PIPE = Path(arguments[2] or HERE.parent / "target/debug/pipe").resolve()
 PEERS = Path(arguments[3] or HERE.parent / ".venv-peers/bin/python").absolute()
-SFT, GRPO = 12, 5
+WHICH, SFT, GRPO = arguments[4] or "all", int(arguments[5] or 12), 5
+# 8 layers of 320: 10.6 M weights in matrices.
+LARGE = [
+    f"stages.base.architecture.{name}={value}"
+    for name, value in dict(hidden_size=320, layers=8, heads=5, intermediate_size=960).items()
+]
+# The bar of the large one: so many times the peer, or so much of what products of matrices reach; the lower is asked.
+TIMES, SHARE = 1.5, 0.75
 
 
 def pipe(store, *what):
@@ -31,9 +42,9 @@ def pipe(store, *what):
     return done.stdout
 
 
-def run(store, stage, **sets):
+def run(store, stage, more=(), **sets):
     """Runs a stage anew and gives the records of its steps."""
-    laid = [f"stages.{stage}.{name}={value}" for name, value in sets.items()]
+    laid = [*more, *(f"stages.{stage}.{name}={value}" for name, value in sets.items())]
     laid += [f"stages.{stage}.run.cpus={THREADS}"]
     options = [part for one in laid for part in ("--set", one)]
     pipe(store, "run", "learning.toml", "--until", stage, "--again", stage, *options)
@@ -54,7 +65,39 @@ def middle(values):
     return statistics.median(values)
 
 
-def main():
+def large():
+    """Supervised training of 10 M weights, beside plain PyTorch and beside the rate of matrix products that the stage measures."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"{folder}/store"
+        options = [part for one in LARGE for part in ("--set", one)]
+        pipe(store, "run", "learning.toml", "--until", "base", "--until", "tokens", *options)
+        path = lambda stage: json.loads(pipe(store, "show", f"learning.toml/{stage}", "--json", *options))["path"]
+        tokens, base = path("tokens"), path("base")
+        for _ in range(ROUNDS):
+            steps = run(store, "sft", LARGE, steps=SFT)[2:]
+            theirs = peer("sft", tokens, base, SFT)
+            for name, value in {
+                "rate": middle([line["tokens_per_second"] for line in steps]),
+                "share": middle([line["mfu"] for line in steps]),
+                "memory": steps[-1]["peak_memory_bytes"],
+                "peer": theirs["tokens_per_second"],
+                "peer memory": theirs["peak_memory_bytes"],
+            }.items():
+                found.setdefault(name, []).append(value)
+    of = {name: middle(values) for name, values in found.items()}
+    times = of["rate"] / of["peer"]
+    holds = times >= TIMES or of["share"] >= SHARE
+    print(f"\n10 M weights: medians of {ROUNDS} rounds, {THREADS} threads, {SFT} steps\n")
+    print("| what | pipe | peer | ratio |\n|---|---|---|---|")
+    print(f"| SFT, real tokens/s (peer: plain PyTorch) | {of['rate']:,.0f} | {of['peer']:,.0f} | {times:.2f} |")
+    memory = [of[name] / (1 << 20) for name in ("memory", "peer memory")]
+    print(f"| SFT, peak memory, MiB | {memory[0]:,.0f} | {memory[1]:,.0f} | {memory[1] / memory[0]:.2f} |")
+    print(f"| share of the rate of fp32 matrix products | {of['share']:.2f} | | |")
+    print(f"| {TIMES} x the peer, or {SHARE:.0%} of the products | {'holds' if holds else 'MISSED'} | | |")
+
+
+def small():
     with tempfile.TemporaryDirectory() as folder:
         store = f"{folder}/store"
         pipe(store, "run", "learning.toml", "--until", "sft")
@@ -114,4 +157,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    if WHICH not in ("small", "large", "all"):
+        sys.exit(__doc__)
+    if WHICH != "large":
+        small()
+    if WHICH != "small":
+        large()

@@ -1,7 +1,7 @@
 //! Compiles the native half, gives `pipe-worker` and the learning package's tests a run path to libtorch, and keeps its CUDA
 //! half linked.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The sets of instructions that the kernels are compiled for, and what the compiler is told for each.
 const SETS: &[(&str, &[&str])] = &[
@@ -13,7 +13,7 @@ const SETS: &[(&str, &[&str])] = &[
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-env-changed=DEP_TCH_LIBTORCH_LIB");
-    for source in ["kernels.h", "kernels.cpp", "guarded.h", "ops.cpp", "context.cpp"] {
+    for source in ["kernels.h", "kernels.cpp", "guarded.h", "ops.cpp", "context.cpp", "varlen.cpp", "graph.cpp"] {
         println!("cargo:rerun-if-changed=src/native/{source}");
     }
     let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB") else {
@@ -26,6 +26,7 @@ fn main() {
         println!("cargo:rustc-link-search=native={lib}");
         println!("cargo:rustc-link-arg=-Wl,--no-as-needed");
         println!("cargo:rustc-link-arg=-ltorch_cuda");
+        println!("cargo:rustc-link-arg=-lc10_cuda");
         println!("cargo:rustc-link-arg=-ltorch");
         println!("cargo:rustc-link-arg=-Wl,--as-needed");
     }
@@ -58,10 +59,31 @@ fn compile(lib: &Path) {
     println!("cargo:rerun-if-env-changed=LIBTORCH_INCLUDE");
     let named = std::env::var_os("LIBTORCH_INCLUDE").map(std::path::PathBuf::from);
     let include = named.as_deref().or(lib.parent()).unwrap_or(lib).join("include");
-    all.files(["src/native/ops.cpp", "src/native/context.cpp"])
+    all.files(["ops.cpp", "context.cpp", "varlen.cpp", "graph.cpp"].map(|source| Path::new("src/native").join(source)))
         .include(include.join("torch/csrc/api/include"))
         .include(include);
+    if let Some(headers) = cuda_headers(lib) {
+        all.define("PIPE_CUDA", None).include(headers);
+    }
     let abi = std::env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".to_owned());
     all.define("_GLIBCXX_USE_CXX11_ABI", abi.as_str());
     all.cargo_metadata(true).compile("pipe_native");
+}
+
+/// Where the headers of CUDA's runtime lie, if libtorch has a CUDA half: beside the wheel that it came in, or where a toolkit
+/// puts them. Without them the build has no CUDA graphs.
+fn cuda_headers(lib: &Path) -> Option<PathBuf> {
+    println!("cargo:rerun-if-env-changed=CUDA_HOME");
+    if !lib.join("libtorch_cuda.so").exists() {
+        return None;
+    }
+    // `site-packages/torch/lib` to `site-packages/nvidia/cu13/include`, or `.../cuda_runtime/include` in older wheels.
+    let wheels = std::fs::canonicalize(lib).ok().and_then(|lib| std::fs::read_dir(lib.join("../../nvidia")).ok());
+    let mut beside: Vec<PathBuf> =
+        wheels.into_iter().flatten().flatten().map(|folder| folder.path().join("include")).collect();
+    beside.sort();
+    let toolkit = std::env::var_os("CUDA_HOME").map_or("/usr/local/cuda".into(), PathBuf::from).join("include");
+    // Wheels keep what the headers of the runtime include in a package of its own (`nvidia-cuda-crt`).
+    let needed = ["cuda_runtime_api.h", "crt/host_config.h"];
+    beside.into_iter().chain([toolkit]).find(|folder| needed.iter().all(|header| folder.join(header).exists()))
 }

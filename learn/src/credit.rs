@@ -13,10 +13,12 @@ use crate::policy::{PolicyRow, penalties};
 use crate::prompts::Prompts;
 use crate::rollout::{Sample, ScoredGroup};
 
-/// Fills in what each token of the samples costs, where the KL is a part of the reward; else nothing.
+/// Fills in what each token of the samples costs, where the KL is a part of the reward; else nothing. `policy` as in
+/// [`penalties`].
 pub fn set_penalties(
     params: &Grpo,
     prompts: &Prompts,
+    policy: Option<&Transformer>,
     reference: &Transformer,
     groups: &mut [ScoredGroup],
 ) -> anyhow::Result<()> {
@@ -29,7 +31,7 @@ pub fn set_penalties(
         .flat_map(|group| group.samples.iter().map(move |sample| (prompts.prompt(group.row), sample)))
         .map(|(prompt, sample)| policy_row(params, &prompt, sample, false))
         .collect();
-    let costs = penalties(params, reference, &rows)?;
+    let costs = penalties(params, policy, reference, &rows)?;
     for (sample, costs) in groups.iter_mut().flat_map(|group| &mut group.samples).zip(costs) {
         sample.penalties = costs;
     }

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail, ensure};
 use pipe::pipeline::stage::Resources;
-use tch::{Cuda, Device, Kind, Tensor};
+use tch::{Cuda, Device, Kind};
 
 use crate::native::context;
 use crate::preflight::kernels;
@@ -10,7 +10,7 @@ use crate::preflight::kernels;
 /// The device that `resources` names (`cpu` or `cuda:N`), after setting libtorch's threads and its switches: fp32 is fp32 and
 /// not TF32, and what has a deterministic form takes it ([`context::exact`]).
 ///
-/// On a processor the kernels are tried first; one that is wrong is an error.
+/// The kernels that it computes with are tried first; one that is wrong is an error.
 pub fn open(resources: &Resources) -> Result<Device> {
     ensure!(resources.threads > 0, "a stage needs at least one thread");
     tch::set_num_threads(resources.threads as i32);
@@ -29,17 +29,14 @@ pub fn open(resources: &Resources) -> Result<Device> {
     );
     let count = Cuda::device_count();
     ensure!((index as i64) < count, "the device `{name}` was asked for, but there are only {count} CUDA devices");
+    kernels::check(Device::Cuda(index), Kind::Float)?;
     Ok(Device::Cuda(index))
 }
 
-/// The backward pass of `loss`, deterministic on a GPU, too: see [`context::strictly`].
-pub fn backward(loss: &Tensor) -> Result<()> {
-    if loss.device() == Device::Cpu {
-        loss.backward();
-        return Ok(());
-    }
+/// Runs a backward pass on `device`, deterministic on a GPU, too: see [`context::strictly`].
+pub fn strictly<R>(device: Device, run: impl FnOnce() -> R) -> Result<R> {
     // libtorch reports an operation without a deterministic form as a panic of ours, like any other error.
-    context::strictly(|| loss.backward())
+    if device == Device::Cpu { Ok(run()) } else { context::strictly(run) }
 }
 
 /// Lets the allocator keep the memory of freed tensors for the next ones.

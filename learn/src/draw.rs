@@ -4,10 +4,14 @@
 //! With filters the law is that of the tokens they keep, renormalised, and the log-probability told is the one under it. Every
 //! filter keeps a beginning of one order: the higher logit first, the lower id among equals.
 
+mod rows;
+
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
 use serde::{Deserialize, Serialize};
+
+pub use rows::draw_rows;
 
 /// A token that was chosen.
 #[derive(Clone, Debug, PartialEq)]

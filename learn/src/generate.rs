@@ -15,9 +15,10 @@ use rayon::prelude::*;
 use tch::Tensor;
 
 use crate::codec::Codec;
-use crate::draw::{Choice, Filter, draw, draw_filtered};
+use crate::draw::{Choice, Filter, draw, draw_filtered, draw_rows};
 use crate::model::Transformer;
 use crate::model::decoding::Decoding;
+use crate::native::gpu;
 use crate::phases;
 
 pub use crate::draw::Kept;
@@ -132,12 +133,12 @@ pub fn generate(
             break;
         }
         decoding.forget(|sample| samples[sample].done);
-        phases::count_decoding(model.config(), decoding.rows().len(), decoding.seen());
+        phases::count_decoding(model, decoding.rows().len(), decoding.seen());
         logits = phases::time("decode", || {
             let logits = decoding.step(|sample| samples[sample].completion.ids.last().copied().unwrap_or(0));
             phases::settle(model.device());
             logits
-        });
+        })?;
     }
 
     // 3. Back to groups.
@@ -190,23 +191,35 @@ fn choose(
     sampling: &Sampling,
     token: usize,
 ) -> Result<u64> {
-    let vocabulary = model.config().vocab_size as usize;
-    let values = Vec::<f32>::try_from(&logits.view(-1)).context("cannot read the logits")?;
-    let draw_row = |(row, &index): (usize, &usize)| -> Option<(usize, Option<Choice>)> {
-        let sample = &samples[index];
-        let uniform = || uniform_at(&sample.stream, token as u64);
-        let row = &values[row * vocabulary..(row + 1) * vocabulary];
-        let choose = || match &sampling.filter {
-            None => draw(row, sampling.temperature, uniform),
-            Some(filter) => draw_filtered(row, sampling.temperature, filter, uniform),
-        };
-        (!sample.done).then(|| (index, choose()))
-    };
-    // Threads pay for themselves only over large vocabularies; no result depends on them.
-    let drawn: Vec<(usize, Option<Choice>)> = if values.len() < 1 << 16 {
-        rows.iter().enumerate().filter_map(draw_row).collect()
-    } else {
-        rows.par_iter().enumerate().filter_map(draw_row).collect()
+    let uniform = |index: usize| uniform_at(&samples[index].stream, token as u64);
+    let going: Vec<(usize, usize)> =
+        rows.iter().enumerate().map(|(row, &index)| (row, index)).filter(|&(_, index)| !samples[index].done).collect();
+    let drawn: Vec<(usize, Option<Choice>)> = match &sampling.filter {
+        // A filter puts tokens in order, which is done where they can be looked at one by one.
+        None if gpu::takes(logits.device()) => {
+            let greedy = sampling.temperature == 0.0;
+            let uniforms: Vec<f64> = rows.iter().map(|&index| if greedy { 0.0 } else { uniform(index) }).collect();
+            let mut chosen = draw_rows(logits, sampling.temperature, &uniforms)?;
+            going.iter().map(|&(row, index)| (index, chosen[row].take())).collect()
+        }
+        filter => {
+            let vocabulary = model.config().vocab_size as usize;
+            let values = Vec::<f32>::try_from(&logits.view(-1)).context("cannot read the logits")?;
+            let draw_row = |&(row, index): &(usize, usize)| {
+                let row = &values[row * vocabulary..(row + 1) * vocabulary];
+                let choice = match filter {
+                    None => draw(row, sampling.temperature, || uniform(index)),
+                    Some(filter) => draw_filtered(row, sampling.temperature, filter, || uniform(index)),
+                };
+                (index, choice)
+            };
+            // Threads pay for themselves only over large vocabularies; no result depends on them.
+            if values.len() < 1 << 16 {
+                going.iter().map(draw_row).collect()
+            } else {
+                going.par_iter().map(draw_row).collect()
+            }
+        }
     };
     for (index, choice) in &drawn {
         let Choice { id, logprob, kept } = choice.as_ref().with_context(|| {
@@ -239,6 +252,7 @@ mod tests {
     use super::*;
     use crate::batch::{Batch, Row};
     use crate::loss::token_logprobs;
+    use crate::native::{AsOnGpu, instead};
     use crate::sandbox;
 
     static NEVER: AtomicBool = AtomicBool::new(false);
@@ -327,6 +341,23 @@ mod tests {
         let alone = run(&model, &groups()[1..2], 1.0);
         let ids = |completions: &[Completion]| completions.iter().map(|one| one.ids.clone()).collect::<Vec<_>>();
         assert_eq!(ids(&made[1]), ids(&alone[0]));
+    }
+
+    #[test]
+    fn every_engine_and_every_place_of_drawing_writes_the_same() {
+        for model in sandbox::families() {
+            for temperature in [0.0, 1.0] {
+                let usual = run(&model, &groups(), temperature);
+                for path in [AsOnGpu::No, AsOnGpu::Steps, AsOnGpu::WithAttention] {
+                    let other = instead(path, || run(&model, &groups(), temperature));
+                    for (one, other) in usual.iter().flatten().zip(other.iter().flatten()) {
+                        assert_eq!((&one.ids, one.finish), (&other.ids, other.finish), "{path:?}");
+                        let near = |(one, other): (&f32, &f32)| (one - other).abs() <= 1e-5;
+                        assert!(one.logprobs.iter().zip(&other.logprobs).all(near), "{path:?}");
+                    }
+                }
+            }
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 pub mod advantage;
 pub mod batch;
+pub mod by_hand;
 pub mod codec;
 pub mod credit;
 pub mod device;
@@ -19,6 +20,8 @@ pub mod model;
 pub mod native;
 pub mod optimizer;
 pub mod order;
+pub mod parity;
+pub mod pass;
 pub mod phases;
 pub mod policy;
 pub mod preflight;

@@ -1,6 +1,7 @@
 //! `pipe-worker`: runs one stage that computes with libtorch, and ends. `pipe run` starts it; people never need to.
 //!
-//! `pipe-worker score` is what `pipe score` starts: no stage and no store, only a model, rows, and their scores.
+//! `pipe-worker score` is what `pipe score` starts: no stage and no store, only a model, rows, and their scores; and
+//! `pipe-worker play` what `pipe sample` starts: a model, instances, and what it says of them.
 
 use std::io::{BufWriter, Write as _};
 use std::path::{Path, PathBuf};
@@ -12,9 +13,10 @@ use clap::Parser;
 use pipe::pipeline::exec::attempt::Request;
 use pipe::pipeline::exec::worker::{Program, serve};
 use pipe::pipeline::stage::Resources;
+use pipe::stages::training::Precision;
 use pipe_learn::kinds::RUNNERS;
 use pipe_learn::model::{ModelConfig, Transformer};
-use pipe_learn::{device, native, score};
+use pipe_learn::{by_hand, device, native, score};
 
 /// What `pipe score` passes on.
 #[derive(Debug, Parser)]
@@ -29,10 +31,24 @@ struct Score {
     output: Option<PathBuf>,
 }
 
+/// What `pipe sample` passes on.
+#[derive(Debug, Parser)]
+struct Play {
+    asked: PathBuf,
+    #[arg(long)]
+    device: String,
+}
+
 fn main() -> anyhow::Result<ExitCode> {
     let mut arguments = std::env::args_os().skip(1).peekable();
-    if arguments.peek().is_some_and(|mode| mode == "score") {
-        return Ok(match run_score(&Score::parse_from(arguments)) {
+    let mode = arguments.peek().and_then(|mode| mode.to_str()).map(str::to_owned);
+    let ended = match mode.as_deref() {
+        Some("score") => Some(run_score(&Score::parse_from(arguments))),
+        Some("play") => Some(run_play(&Play::parse_from(arguments))),
+        _ => None,
+    };
+    if let Some(ended) = ended {
+        return Ok(match ended {
             Ok(()) => ExitCode::SUCCESS,
             Err(failed) => {
                 let _ = writeln!(std::io::stderr(), "error: {:#}", failed.error);
@@ -57,24 +73,42 @@ impl From<anyhow::Error> for Failed {
     }
 }
 
-/// Scores the rows of a file. Nothing is written before all of it is computed.
-fn run_score(asked: &Score) -> Result<(), Failed> {
-    let input = |error| Failed { error, code: 2 };
+/// Opens a device by its name; `auto` is CUDA where there is one.
+fn open_device(name: &str) -> anyhow::Result<tch::Device> {
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let device = match asked.device.as_str() {
+    let device = match name {
         "auto" if tch::Cuda::is_available() => "cuda:0",
         "auto" => "cpu",
         other => other,
     };
-    let device = device::open(&Resources {
+    device::open(&Resources {
         device: device.to_owned(),
         threads,
         visible_devices: None,
         save_every: Duration::from_secs(60),
-    })?;
+    })
+}
+
+/// Plays what a file asks for; a line of JSON an episode.
+fn run_play(asked: &Play) -> Result<(), Failed> {
+    let device = open_device(&asked.device)?;
+    let input = |error| Failed { error, code: 2 };
+    let asked = by_hand::read(&asked.asked).map_err(input)?;
+    let mut stdout = std::io::stdout().lock();
+    for played in by_hand::run(&asked, device).map_err(input)? {
+        let line = serde_json::to_string(&played).context("an episode is plain data")?;
+        writeln!(stdout, "{line}").context("cannot write to stdout")?;
+    }
+    Ok(())
+}
+
+/// Scores the rows of a file. Nothing is written before all of it is computed.
+fn run_score(asked: &Score) -> Result<(), Failed> {
+    let input = |error| Failed { error, code: 2 };
+    let device = open_device(&asked.device)?;
     let config = ModelConfig::read(&asked.model).map_err(input)?;
     let rows = score::read_rows(&asked.rows, &asked.model, &config).map_err(input)?;
-    let model = Transformer::load_frozen(&asked.model, device).map_err(input)?;
+    let model = Transformer::load_frozen(&asked.model, device, Precision::Fp32).map_err(input)?;
     let scores = score::score(&model, &rows, asked.batch_size)
         .with_context(|| format!("scoring the rows of `{}`", asked.rows.display()))?;
     let Some(output) = &asked.output else {

@@ -106,15 +106,21 @@ pub(crate) fn plain(weights: &Tensor, gradient: &Tensor, first: &mut Tensor, sec
 
 /// The learning rate of step `step` (from 0) of `steps`, `peak` being the highest.
 ///
-/// Over the first `warmup_ratio * steps` steps (rounded, w) it is `peak * (step + 1) / w`; then it decays so that the last
-/// step has `final_ratio * peak`.
+/// Over the first `warmup_ratio * steps` steps (rounded, w) it is `peak * (step + 1) / w`; over the last `decay_ratio * steps`
+/// (rounded, and no more than are left after warm-up) it decays so that the last step has `final_ratio * peak`; between the
+/// two it is `peak`.
 pub fn learning_rate(schedule: &Schedule, peak: f64, step: u64, steps: u64) -> f64 {
     let (done, total) = ((step + 1) as f64, steps as f64);
     let warmup = (schedule.warmup_ratio * total).round();
     if done <= warmup {
         return peak * done / warmup;
     }
-    let along = ((done - warmup) / (total - warmup)).min(1.0);
+    let decay = (schedule.decay_ratio * total).round().min(total - warmup);
+    let stable = total - decay;
+    if done <= stable {
+        return peak;
+    }
+    let along = ((done - stable) / decay).min(1.0);
     let share = match schedule.decay {
         Decay::Cosine => f64::midpoint(1.0, (std::f64::consts::PI * along).cos()),
         Decay::Linear => 1.0 - along,
@@ -249,7 +255,7 @@ mod tests {
 
     #[test]
     fn schedules_reach_their_marks() {
-        let schedule = |decay, warmup_ratio| Schedule { decay, warmup_ratio, final_ratio: 0.1 };
+        let schedule = |decay, warmup_ratio| Schedule { decay, warmup_ratio, final_ratio: 0.1, decay_ratio: 1.0 };
         let close = |schedule: &Schedule, step: u64, expected: f64| {
             let rate = learning_rate(schedule, 2.0, step, 100);
             assert!((rate - expected).abs() < 1e-12, "step {step}: {rate} against {expected}");
@@ -269,5 +275,39 @@ mod tests {
         close(&schedule(Decay::Constant, 0.1), 99, 2.0);
         close(&schedule(Decay::Linear, 0.0), 0, 2.0 * (0.1 + 0.9 * 0.99));
         close(&schedule(Decay::Cosine, 1.0), 99, 2.0);
+    }
+
+    #[test]
+    fn a_stable_phase_stands_between_warm_up_and_decay() {
+        let schedule = |decay, decay_ratio| Schedule { decay, warmup_ratio: 0.1, final_ratio: 0.1, decay_ratio };
+        for decay in [Decay::Cosine, Decay::Linear] {
+            let rate = |step| learning_rate(&schedule(decay, 0.2), 2.0, step, 100);
+            let at = |step, expected: f64| {
+                assert!((rate(step) - expected).abs() < 1e-12, "{decay:?} {step}: {}", rate(step));
+            };
+            at(4, 1.0);
+            for step in 9..80 {
+                at(step, 2.0);
+            }
+            // Step 89 is half-way of the twenty.
+            at(89, 1.1);
+            at(99, 0.2);
+            assert!(rate(80) < 2.0 && (80..99).all(|step| rate(step + 1) < rate(step)));
+        }
+        // Linear by its closed form: 2 (0.1 + 0.9 (1 - 5 / 20)).
+        let linear = learning_rate(&schedule(Decay::Linear, 0.2), 2.0, 84, 100);
+        assert!((linear - 2.0 * (0.1 + 0.9 * 0.75)).abs() < 1e-12);
+        // A share of all after warm-up, or more, is the schedule without a stable phase, to the bit.
+        for step in 0..100 {
+            let of = |ratio: f64| learning_rate(&schedule(Decay::Cosine, ratio), 2.0, step, 100);
+            assert_eq!(of(1.0).to_bits(), of(0.9).to_bits());
+        }
+        // What is trained before the fall is a run at a constant rate: whoever goes on from it may choose how long to go on.
+        let stable = Schedule { decay: Decay::Constant, warmup_ratio: 0.2, ..Schedule::default() };
+        for step in 0..50 {
+            let (before, whole) =
+                (learning_rate(&stable, 2.0, step, 50), learning_rate(&schedule(Decay::Linear, 0.5), 2.0, step, 100));
+            assert_eq!(before.to_bits(), whole.to_bits(), "step {step}");
+        }
     }
 }

@@ -14,7 +14,9 @@ use crate::batch::{Batch, Row};
 use crate::generate::Kept;
 use crate::loss::{PolicySums, PolicyTokens, Segments, entropy, estimate, policy_loss, token_logprobs};
 use crate::model::Transformer;
-use crate::{device, exhibits, phases};
+use crate::parity::Mismatch;
+use crate::pass::Pass;
+use crate::{exhibits, phases};
 
 /// One trajectory to train on. "Targets" are the model's own tokens, in order.
 #[derive(Clone, Debug)]
@@ -109,7 +111,7 @@ pub fn backward(
     let mut sums = PolicySums::default();
     for places in trained(rows).chunks(micro_batch(params.micro_batch_size, rows.len())) {
         let rows: Vec<&PolicyRow<'_>> = places.iter().map(|&place| &rows[place]).collect();
-        let (forward, new, reference, spread) = phases::time("forward", || {
+        let (mut forward, new, reference, spread) = phases::time("forward", || {
             let forward = Forward::new(params, model, &rows)?;
             let new = forward.new_logprobs();
             let reference = reference.filter(|_| axes.needs_reference()).map(|reference| forward.under(reference));
@@ -118,7 +120,7 @@ pub fn backward(
             phases::settle(model.device());
             anyhow::Ok((forward, new, reference, spread))
         })?;
-        phases::count_training(model.config(), &forward.batch, rows.iter().map(|row| row.ids.len()).sum());
+        phases::count_training(model, &forward.batch, rows.iter().map(|row| row.ids.len()).sum());
         let of_rows = |value: &dyn Fn(&PolicyRow<'_>) -> f64| {
             let values: Vec<f32> =
                 rows.iter().flat_map(|row| std::iter::repeat_n(value(row) as f32, row.targets())).collect();
@@ -152,7 +154,7 @@ pub fn backward(
         let loss = made.loss.double_value(&[]);
         ensure!(loss.is_finite(), "the loss is {loss}");
         phases::time("backward", || {
-            device::backward(&made.loss)?;
+            forward.backward(&made.loss)?;
             phases::settle(model.device());
             anyhow::Ok(())
         })?;
@@ -170,13 +172,22 @@ fn show_ratios(new: &Tensor, old: &Tensor, share: &Tensor) {
 
 /// What each target costs where the KL is a part of the reward: `beta` times the estimate of KL(old || reference), `[row]
 /// [target]`, with the log-probabilities of the policy that sampled.
-pub fn penalties(params: &Grpo, reference: &Transformer, rows: &[PolicyRow<'_>]) -> Result<Vec<Vec<f64>>> {
+///
+/// Where a `policy` is given, it is the one that sampled, and its log-probabilities are computed anew.
+pub fn penalties(
+    params: &Grpo,
+    policy: Option<&Transformer>,
+    reference: &Transformer,
+    rows: &[PolicyRow<'_>],
+) -> Result<Vec<Vec<f64>>> {
     let kl = &params.axes.kl;
+    let recomputed = policy.map(|policy| recompute(params, policy, rows)).transpose()?;
     let mut costs = vec![Vec::new(); rows.len()];
     for places in trained(rows).chunks(micro_batch(params.micro_batch_size, rows.len())) {
         let chosen: Vec<&PolicyRow<'_>> = places.iter().map(|&place| &rows[place]).collect();
         let forward = no_grad(|| Forward::new(params, reference, &chosen))?;
-        let old: Vec<f32> = chosen.iter().flat_map(|row| row.old.iter().copied()).collect();
+        let of = |&place: &usize| recomputed.as_ref().map_or(rows[place].old, |recomputed| &recomputed[place]);
+        let old: Vec<f32> = places.iter().flat_map(of).copied().collect();
         let toward = no_grad(|| forward.new_logprobs()) - Tensor::from_slice(&old).to_device(reference.device());
         let estimates = estimate(&toward, kl.estimator).to_kind(Kind::Double).to_device(Device::Cpu);
         let estimates = Vec::<f64>::try_from(&estimates).context("cannot read the estimates")?;
@@ -188,25 +199,31 @@ pub fn penalties(params: &Grpo, reference: &Transformer, rows: &[PolicyRow<'_>])
     Ok(costs)
 }
 
-/// How far the sampler's log-probabilities may lie from the trainer's where both have the same weights, in fp32 on a CPU, at
-/// temperature 1 or above; below, the temperature divides the logits' own error too.
-pub const PARITY: f64 = 1e-4;
-
-/// The largest absolute difference between the sampler's log-probabilities of `rows` and those of `model`.
-pub fn mismatch(params: &Grpo, model: &Transformer, rows: &[PolicyRow<'_>]) -> Result<f64> {
-    let mut most = 0f64;
+/// The log-probabilities of the targets of `rows` under `model`, `[row][target]`, as the trainer computes them.
+pub fn recompute(params: &Grpo, model: &Transformer, rows: &[PolicyRow<'_>]) -> Result<Vec<Vec<f32>>> {
+    let mut made = vec![Vec::new(); rows.len()];
     for places in trained(rows).chunks(micro_batch(params.micro_batch_size, rows.len())) {
         let chosen: Vec<&PolicyRow<'_>> = places.iter().map(|&place| &rows[place]).collect();
         let new = no_grad(|| Forward::new(params, model, &chosen).map(|forward| forward.new_logprobs()))?;
-        let old: Vec<f32> = chosen.iter().flat_map(|row| row.old.iter().copied()).collect();
-        most = most.max((new - Tensor::from_slice(&old).to_device(model.device())).abs().max().double_value(&[]));
+        let new = Vec::<f32>::try_from(&new.to_device(Device::Cpu)).context("cannot read the log-probabilities")?;
+        let mut new = new.into_iter();
+        for (&place, row) in places.iter().zip(&chosen) {
+            made[place] = new.by_ref().take(row.targets()).collect();
+        }
     }
-    Ok(most)
+    Ok(made)
+}
+
+/// How far the log-probabilities that the sampler gave `rows` lie from those that the trainer gives them.
+pub fn mismatch(rows: &[PolicyRow<'_>], recomputed: &[Vec<f32>]) -> Mismatch {
+    Mismatch::of(rows.iter().zip(recomputed).flat_map(|(row, own)| row.old.iter().copied().zip(own.iter().copied())))
 }
 
 /// A forward pass over some rows.
-struct Forward {
+struct Forward<'a> {
     batch: Batch,
+    /// What the backward pass goes through; `None` behind it.
+    pass: Option<Pass<'a>>,
     /// `[N, V]` f32, minus infinity at tokens that could not be drawn.
     logits: Tensor,
     /// `[N, V]` bool, true at these; `None` where every token could be drawn.
@@ -214,16 +231,22 @@ struct Forward {
     temperature: f64,
 }
 
-impl Forward {
-    fn new(params: &Grpo, model: &Transformer, rows: &[&PolicyRow<'_>]) -> Result<Self> {
+impl<'a> Forward<'a> {
+    fn new(params: &Grpo, model: &'a Transformer, rows: &[&PolicyRow<'_>]) -> Result<Self> {
         for (index, row) in rows.iter().enumerate() {
             row.check(index)?;
         }
         let inputs: Vec<Row<'_>> = rows.iter().map(|row| Row { ids: &row.ids, mask: &row.mask }).collect();
         let batch = Batch::sharing_prompts(&inputs, model.device())?;
         let barred = barred(rows, model.config().vocab_size, model.device())?;
-        let logits = logits(model, &batch, barred.as_ref());
-        Ok(Self { batch, logits, barred, temperature: params.temperature })
+        let pass = Pass::forward(model, &batch);
+        let logits = narrowed(model.logits(pass.states()), barred.as_ref());
+        Ok(Self { batch, pass: Some(pass), logits, barred, temperature: params.temperature })
+    }
+
+    /// Adds the gradient of a loss to the model's, once.
+    fn backward(&mut self, loss: &Tensor) -> Result<()> {
+        self.pass.take().context("a pass goes back once")?.backward(&self.batch, loss)
     }
 
     /// The log-probabilities `[N]` f32 of the targets.
@@ -234,14 +257,13 @@ impl Forward {
     /// The same under another model, outside of the gradient graph.
     fn under(&self, model: &Transformer) -> Tensor {
         no_grad(|| {
-            let logits = logits(model, &self.batch, self.barred.as_ref());
+            let logits = narrowed(model.logits(&self.batch.states(model)), self.barred.as_ref());
             token_logprobs(&logits, &self.batch.targets, self.temperature)
         })
     }
 }
 
-fn logits(model: &Transformer, batch: &Batch, barred: Option<&Tensor>) -> Tensor {
-    let logits = model.logits(&batch.states(model));
+fn narrowed(logits: Tensor, barred: Option<&Tensor>) -> Tensor {
     match barred {
         Some(barred) => logits.masked_fill(barred, f64::NEG_INFINITY),
         None => logits,
@@ -520,11 +542,11 @@ mod tests {
         assert!(
             sums.mismatch_max < 1e-5 && sums.reference_k3.abs() < 1e-9 && sums.ratio_max.to_bits() == 1f64.to_bits()
         );
-        let costs = penalties(&params, &reference, &made.rows()).unwrap();
+        let costs = penalties(&params, None, &reference, &made.rows()).unwrap();
         assert!(costs.iter().flatten().all(|cost| cost.abs() < 1e-5));
         sandbox::stir(&reference, 0.1);
-        let costs = penalties(&params, &reference, &made.rows()).unwrap();
-        let alone = penalties(&params, &reference, &made.rows()[6..7]).unwrap();
+        let costs = penalties(&params, None, &reference, &made.rows()).unwrap();
+        let alone = penalties(&params, None, &reference, &made.rows()[6..7]).unwrap();
         assert_eq!(costs[6].len(), made.old[6].len());
         for (one, other) in costs[6].iter().zip(&alone[0]) {
             assert!((one - other).abs() < 1e-5 && one.abs() > 1e-6);

@@ -33,6 +33,7 @@ struct Said {
     finish: Finish,
     verdict: Measurements,
     turns: Vec<Measurements>,
+    lengths: Vec<u64>,
 }
 
 impl Rewards {
@@ -107,6 +108,7 @@ impl Rewards {
                 finish: said.finish,
                 measurements: &said.verdict,
                 turns: &said.turns,
+                lengths: &said.lengths,
             })
         });
         let samples = samples.collect::<anyhow::Result<Vec<_>>>()?;
@@ -124,6 +126,7 @@ fn said(prompts: &Prompts, one: &Trajectory) -> Said {
         finish: one.finish(),
         verdict: prompts.named(&one.measurements),
         turns: one.turns.iter().map(|turn| turn.measurements.clone()).collect(),
+        lengths: one.turn_lengths().into_iter().map(|tokens| tokens as u64).collect(),
     }
 }
 
@@ -139,6 +142,8 @@ fn demonstration(prompts: &Prompts, row: usize) -> anyhow::Result<Said> {
     let read = turns.iter().map(|turn| turn.observation.as_str());
     let completion = replies.iter().map(String::as_str).zip(std::iter::once("").chain(read));
     let completion = completion.map(|(reply, before)| [before, reply].concat()).collect();
-    let turns = turns.into_iter().map(|turn| turn.measurements).collect();
-    Ok(Said { completion, finish: Finish::Stop, verdict, turns })
+    let turns: Vec<Measurements> = turns.into_iter().map(|turn| turn.measurements).collect();
+    let tokens = |reply: &String| Ok(prompts.codec.encode(reply)?.len() as u64 + 1);
+    let lengths = replies.iter().take(turns.len()).map(tokens).collect::<anyhow::Result<_>>()?;
+    Ok(Said { completion, finish: Finish::Stop, verdict, turns, lengths })
 }

@@ -14,6 +14,7 @@ use std::time::Instant;
 use pipe::pipeline::stage::{StageContext, StageEvent};
 use pipe::rewards::Outcome;
 use pipe::stages::grpo::Grpo;
+use pipe::stages::training::Precision;
 use pipe::tasks::Finish;
 use pipe::telemetry::Metrics;
 use serde::{Deserialize, Serialize};
@@ -25,7 +26,7 @@ use crate::journal::Journal;
 use crate::model::Transformer;
 use crate::order::Order;
 use crate::phases;
-use crate::policy::{PARITY, mismatch};
+use crate::policy::{mismatch, recompute};
 use crate::prompts::{Prompts, Purpose};
 use crate::replay::StoredRollouts;
 use crate::rewards::{Rewards, Scored};
@@ -263,9 +264,10 @@ impl<'a> Rollouts<'a> {
         let groups = self.stored.as_ref().map_or(&[][..], |stored| stored.groups(step));
         let rows: Vec<usize> = groups.iter().map(|group| group.row).collect();
         let at = Place { step, round: 0, drawn: *drawn };
-        let done = if let Some(done) = self.replay.pop_front() {
+        let (done, on_policy) = if let Some(done) = self.replay.pop_front() {
             check(&done, at, &rows)?;
-            done
+            let on_policy = self.is_of(model, &done.groups)?;
+            (done, on_policy)
         } else {
             context.stop_if_interrupted()?;
             let rounds: Vec<u64> = groups.iter().map(|group| group.round).collect();
@@ -276,22 +278,36 @@ impl<'a> Rollouts<'a> {
             for surplus in groups.iter_mut().filter(|group| group.kept).skip(self.params.prompts_per_step as usize) {
                 surplus.kept = false;
             }
+            let on_policy = self.is_of(model, &groups)?;
+            self.penalise(on_policy.then_some(model), &mut groups)?;
             let done = Chunk { at, groups };
             self.journal.append(&done)?;
-            done
+            (done, on_policy)
         };
         let mut groups = done.groups;
         *drawn += groups.len() as u64;
         set_advantages(&self.params.axes.advantage, self.rewards.weights(), &mut groups)?;
+        let rounds = groups.iter().map(|group| group.round + 1).max().unwrap_or(0);
+        Ok(Rollout { groups, rounds, on_policy, tokens_per_second: None })
+    }
+
+    /// Whether the samples of `groups` may be `model`'s, by their log-probabilities.
+    fn is_of(&self, model: &Transformer, groups: &[ScoredGroup]) -> anyhow::Result<bool> {
         let mut rows = Vec::new();
-        for group in &groups {
+        for group in groups {
             let prompt = self.prompts.prompt(group.row);
             rows.extend(group.samples.iter().map(|sample| policy_row(self.params, &prompt, sample, false)));
         }
         // Asked of every row: one that is nearly sure of itself says little of the others.
-        let on_policy = mismatch(self.params, model, &rows)? <= PARITY / self.params.temperature.min(1.0);
-        let rounds = groups.iter().map(|group| group.round + 1).max().unwrap_or(0);
-        Ok(Rollout { groups, rounds, on_policy, tokens_per_second: None })
+        let recomputed = recompute(self.params, model, &rows)?;
+        Ok(mismatch(&rows, &recomputed).is_rounding(self.params.precision, self.params.temperature))
+    }
+
+    /// Fills in what the KL in the reward costs. In bf16 the log-probabilities of the `policy` that sampled are computed anew.
+    fn penalise(&self, policy: Option<&Transformer>, groups: &mut [ScoredGroup]) -> anyhow::Result<()> {
+        let Some(reference) = self.reference else { return Ok(()) };
+        let policy = policy.filter(|_| self.params.precision == Precision::Bf16);
+        set_penalties(self.params, self.prompts, policy, reference, groups)
     }
 
     fn generate(
@@ -312,7 +328,9 @@ impl<'a> Rollouts<'a> {
             })
             .collect();
         let played = play(model, self.prompts, &asked, &self.sampling, interrupt, on_tokens)?;
-        self.score(round, rows, played)
+        let mut groups = self.score(round, rows, played)?;
+        self.penalise(Some(model), &mut groups)?;
+        Ok(groups)
     }
 
     /// Scores the episodes of a chunk, a group for each of `rows`.
@@ -334,11 +352,7 @@ impl<'a> Rollouts<'a> {
             let kept = first.is_some() && !(all_equal && self.params.axes.dynamic_sampling.enabled);
             ScoredGroup { row, round, all_equal, kept, samples }
         });
-        let mut groups: Vec<ScoredGroup> = groups.collect();
-        if let Some(reference) = self.reference {
-            set_penalties(self.params, self.prompts, reference, &mut groups)?;
-        }
-        Ok(groups)
+        Ok(groups.collect())
     }
 
     /// The rewards, for whoever scores besides.

@@ -9,9 +9,9 @@ use std::time::Instant;
 use pipe::pipeline::stage::{StageContext, StageEvent};
 use pipe::telemetry::Recorder;
 use serde::Serialize;
-use tch::{Device, Kind};
 
 use crate::exhibits;
+use crate::model::Transformer;
 use crate::phases::Machine;
 
 /// The steps of a stage's table of metrics, told and recorded.
@@ -28,7 +28,7 @@ impl Session {
     pub fn open(
         context: &mut StageContext,
         params: &impl Serialize,
-        device: Device,
+        model: &Transformer,
         steps: u64,
         resumed_step: Option<u64>,
     ) -> anyhow::Result<Self> {
@@ -39,7 +39,7 @@ impl Session {
             context.tell(StageEvent::Resumed { done });
         }
         context.progress(resumed_step.unwrap_or(0), steps, "steps");
-        Ok(Self { recorder, steps, saved: Instant::now(), machine: Machine::measure(device, Kind::Float) })
+        Ok(Self { recorder, steps, saved: Instant::now(), machine: Machine::measure(model.device(), model.kind()) })
     }
 
     /// Records and tells the metrics of the finished step `step`, with where its time went.

@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
 use pipe::pipeline::stage::StageContext;
-use pipe::stages::training::{Lora, Optimizer};
+use pipe::stages::training::{Lora, Optimizer, Precision};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tch::{Device, Tensor, no_grad};
+use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::model::new_tokens::{self, Occurred};
 use crate::model::{self, Transformer};
@@ -85,19 +85,26 @@ impl Published {
     }
 
     /// The model whose training it is, from the folder of the artifact; [`Training::resume`] fills in what is trained.
-    pub fn model(&self, folder: &Path, device: Device, lora: Option<&Lora>, seed: u64) -> anyhow::Result<Transformer> {
-        Transformer::empty(folder, device, lora.map(|lora| (lora, seed)), &self.state.tensors)
+    pub fn model(
+        &self,
+        folder: &Path,
+        device: Device,
+        precision: Precision,
+        lora: Option<&Lora>,
+        seed: u64,
+    ) -> anyhow::Result<Transformer> {
+        Transformer::empty(folder, device, precision, lora.map(|lora| (lora, seed)), &self.state.tensors)
     }
 
     /// The weights that the first of the trainings in a row began with, for a KL to be measured to; an error where none
     /// were kept.
-    pub fn reference(&self, folder: &Path, device: Device) -> anyhow::Result<Transformer> {
+    pub fn reference(&self, folder: &Path, device: Device, precision: Precision) -> anyhow::Result<Transformer> {
         let kept = |prefix: &&str| self.state.tensors.keys().any(|name| name.starts_with(prefix));
         let prefix = [REFERENCE, model::BASE].into_iter().find(kept).context(
             "this stage measures a KL to the weights that training began with, but the training to go on from has kept \
              none: set `kl.beta` to 0, or begin anew from its weights with `model`",
         )?;
-        Transformer::restored(folder, device, prefix, &self.state.tensors)
+        Transformer::restored(folder, device, precision, prefix, &self.state.tensors)
     }
 
     /// The value of a term.
@@ -196,7 +203,7 @@ impl<C: Default + Serialize + DeserializeOwned> Training<C> {
     /// Tells what became of the new tokens of the model in `folder`; a row that was used and has not moved is an error.
     pub fn audit(&self, folder: &Path, context: &mut StageContext) -> anyhow::Result<()> {
         // Below adapters no row of a token moves, and a training that needs one to move has not begun.
-        if !self.model.frozen().is_empty() {
+        if self.model.has_adapters() {
             return Ok(());
         }
         if let Some(audit) = new_tokens::audit(folder, &self.model, &self.counters.occurred)? {
@@ -232,8 +239,9 @@ impl<C: Default + Serialize + DeserializeOwned> Training<C> {
         let mut state = self.state()?;
         let frozen = self.model.frozen();
         // Frozen weights below adapters are the reference themselves.
-        if let Some(reference) = reference.map(Transformer::weights).filter(|_| frozen.is_empty()) {
-            state.tensors.extend(reference.named(REFERENCE, reference.flat()));
+        if let Some(reference) = reference.map(Transformer::base).filter(|_| frozen.is_empty()) {
+            let wide = |(name, tensor): (String, Tensor)| (name, tensor.to_kind(Kind::Float));
+            state.tensors.extend(reference.tensors(REFERENCE).into_iter().map(wide));
         }
         state.tensors.extend(frozen);
         state.json[TERMS] = serde_json::to_value(terms).context("the terms of a training are plain data")?;

@@ -12,11 +12,11 @@ use crate::cli::show::{StageObjects, find};
 use crate::cli::{Session, render};
 use crate::pipeline::plan::{Plan, PlannedTrial};
 use crate::pipeline::store::{Lookup, Store};
-use crate::rewards::{Outcome, ScoreError, Scorer};
+use crate::rewards::{Outcome, RewardSpec, ScoreError, Scorer};
 use crate::stages::grpo::Grpo;
 use crate::stages::samples::{Sample, Samples};
-use crate::tasks::probes::{Probe, probes};
-use crate::tasks::{FormatSpec, Measurements, Reply, Start, Task, TaskSpec, open};
+use crate::tasks::probes::{Probe, pieces, probes};
+use crate::tasks::{Finish, FormatSpec, Measurements, Reply, Start, Task, TaskSpec, open};
 
 /// Look for what rewards pay for although nothing is solved, before training on them
 #[derive(Debug, clap::Args)]
@@ -208,7 +208,8 @@ fn completions(
 fn audit(instances: u64, task: &dyn Task, params: &Grpo, completions: Option<&Samples>) -> Result<Report, Failure> {
     let failed = |error: ScoreError| Failure::stage(&error);
     let mut scorer = Scorer::new(&params.rewards, None).map_err(failed)?;
-    let (probed, families) = probed(instances, task).map_err(|error| Failure::stage(error.as_ref()))?;
+    let counts = params.rewards.values().any(RewardSpec::reads_lengths);
+    let (probed, families) = probed(instances, task, counts).map_err(|error| Failure::stage(error.as_ref()))?;
     let mut score = |samples: &Samples| {
         let inputs: Vec<_> = samples.rows.iter().map(Sample::input).collect();
         scorer.score(&inputs).map_err(failed)
@@ -249,31 +250,40 @@ fn audit(instances: u64, task: &dyn Task, params: &Grpo, completions: Option<&Sa
 const DEMONSTRATION: &str = "demonstration";
 
 /// Demonstrations and adversarial answers as they were played, and the family of each.
-fn probed(instances: u64, task: &dyn Task) -> anyhow::Result<(Samples, Vec<&'static str>)> {
+///
+/// Tokens are counted only where a reward wants them, and in the task's own vocabulary: there is no tokenizer here.
+fn probed(instances: u64, task: &dyn Task, counts: bool) -> anyhow::Result<(Samples, Vec<&'static str>)> {
     let drawn = task.generate(0, 0..instances)?;
+    let vocabulary = task.vocabulary();
     let (mut samples, mut families) = (Samples::default(), Vec::new());
     for (place, instance) in drawn.iter().enumerate() {
         let other = &drawn[(place + 1) % drawn.len()];
         let mut asked = probes(task, instance, Some(other), place as u64);
         if let Ok(replies) = task.demonstrate(instance, 0) {
-            let finish = crate::tasks::Finish::Stop;
+            let finish = Finish::Stop;
             asked.insert(0, Probe { family: DEMONSTRATION, replies, finish });
         }
         let begin = samples.rows.len();
-        samples.rows.extend(played(task, instance, &asked)?);
+        samples.rows.extend(played(task, instance, &asked, counts.then_some(&vocabulary[..]))?);
         samples.groups.push((begin..samples.rows.len()).collect());
         families.extend(asked.iter().map(|probe| probe.family));
     }
     Ok((samples, families))
 }
 
-/// Plays answers to one instance side by side.
-fn played(task: &dyn Task, instance: &Value, asked: &[Probe]) -> anyhow::Result<Vec<Sample>> {
+/// Plays answers to one instance side by side; with a vocabulary, their tokens are counted.
+fn played(
+    task: &dyn Task,
+    instance: &Value,
+    asked: &[Probe],
+    vocabulary: Option<&[String]>,
+) -> anyhow::Result<Vec<Sample>> {
     let starts = vec![Start { instance, seed: 0 }; asked.len()];
     let mut episodes = task.begin(&starts)?;
     let prompts = episodes.observe()?;
     let mut turns: Vec<Vec<Measurements>> = vec![Vec::new(); asked.len()];
     let mut completions = vec![String::new(); asked.len()];
+    let mut lengths: Vec<Vec<u64>> = vec![Vec::new(); asked.len()];
     let mut going: Vec<usize> = (0..asked.len()).collect();
     for turn in 0..task.max_turns() {
         let said: Vec<Reply<'_>> = going
@@ -290,6 +300,10 @@ fn played(task: &dyn Task, instance: &Value, asked: &[Probe]) -> anyhow::Result<
         let mut next = Vec::new();
         for (reply, came) in said.iter().zip(episodes.step(&said)?) {
             completions[reply.episode].push_str(reply.text);
+            if let Some(vocabulary) = vocabulary {
+                let ends = u64::from(reply.finish == Finish::Stop);
+                lengths[reply.episode].push(pieces(reply.text, vocabulary).len() as u64 + ends);
+            }
             turns[reply.episode].push(came.measurements);
             if !came.terminated && !came.truncated {
                 completions[reply.episode].push_str(&came.observation);
@@ -299,9 +313,9 @@ fn played(task: &dyn Task, instance: &Value, asked: &[Probe]) -> anyhow::Result<
         going = next;
     }
     let verdicts = episodes.verdicts()?.into_iter();
-    let parts = verdicts.zip(turns).zip(completions).zip(prompts).zip(asked);
+    let parts = verdicts.zip(turns).zip(completions).zip(lengths).zip(prompts).zip(asked);
     Ok(parts
-        .map(|((((measurements, turns), completion), prompt), probe)| Sample {
+        .map(|(((((measurements, turns), completion), lengths), prompt), probe)| Sample {
             step: 0,
             sample: 0,
             instance: String::new(),
@@ -309,8 +323,13 @@ fn played(task: &dyn Task, instance: &Value, asked: &[Probe]) -> anyhow::Result<
             prompt,
             completion,
             finish: probe.finish,
+            truncated: probe.finish == Finish::Length,
             measurements,
             turns,
+            lengths,
+            ids: Vec::new(),
+            replies: Vec::new(),
+            kept: true,
             rewards: Vec::new(),
             total: None,
         })

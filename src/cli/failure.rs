@@ -6,6 +6,16 @@ use std::panic::PanicHookInfo;
 /// The exit code of a bug.
 pub const BUG: u8 = 70;
 
+/// Every exit code, and when a command ends with it.
+pub const CODES: &[(u8, &str)] = &[
+    (0, "done"),
+    (1, "a stage failed, or the world around it; `--check` and `--deny` found something"),
+    (2, "the input is wrong: a file, an argument, the store's place"),
+    (3, "`pipe plan --exit-code`: something would run"),
+    (BUG, "a bug of pipe's"),
+    (130, "interrupted; running stages have saved their state, and the next `run` goes on where they stopped"),
+];
+
 /// Why a command failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
@@ -49,7 +59,7 @@ impl Failure {
     }
 
     fn new(code: u8, message: String) -> Self {
-        Self { code, message, rendered: false, hints: Vec::new() }
+        Self { code, message: without_numbers(message), rendered: false, hints: Vec::new() }
     }
 
     /// The same with something that the user may do.
@@ -68,6 +78,16 @@ impl Failure {
     pub fn parts(&self) -> (&str, bool, &[String]) {
         (&self.message, self.rendered, &self.hints)
     }
+}
+
+/// The message without the numbers that the system gives its errors beside their names.
+fn without_numbers(mut message: String) -> String {
+    const MARK: &str = " (os error ";
+    while let Some(start) = message.find(MARK) {
+        let Some(length) = message[start..].find(')') else { break };
+        message.replace_range(start..=start + length, "");
+    }
+    message
 }
 
 /// An error and its causes in one line: `a: b: c`; a cause that the line says already is not said twice.
@@ -112,6 +132,13 @@ mod tests {
         assert_eq!(chain(error.as_ref()), "stage `sft`: cannot write `a`: no space left");
         let twice = anyhow::anyhow!("no space left").context("cannot write `a`: no space left");
         assert_eq!(chain(twice.as_ref()), "cannot write `a`: no space left");
+    }
+
+    #[test]
+    fn the_numbers_of_the_system_are_left_out() {
+        let message = Failure::wrong("cannot read `a`: Is a directory (os error 21); `b` (os error 2)");
+        assert_eq!(message.parts().0, "cannot read `a`: Is a directory; `b`");
+        assert_eq!(Failure::wrong("a (os error ").parts().0, "a (os error ");
     }
 
     #[test]

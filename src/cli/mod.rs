@@ -10,25 +10,38 @@ pub mod audit;
 pub mod bundle;
 pub mod check;
 pub mod comparison;
+pub mod completions;
 pub mod config;
 pub mod costs;
 pub mod curves;
+pub mod diff;
+pub mod export;
 pub mod failure;
+pub mod fmt;
 pub mod gc;
 pub mod graph;
 pub mod import;
+pub mod init;
+pub mod inspect;
+pub mod logs;
+pub mod man;
 pub mod pace;
 pub mod plan;
 pub mod progress;
+pub mod reference;
 pub mod render;
 pub mod report;
 pub mod rescore;
 pub mod results;
+pub mod rollouts;
 pub mod run;
+pub mod sample;
 pub mod schema;
 pub mod score;
 pub mod sessions;
 pub mod show;
+pub mod status;
+pub mod stored;
 pub mod table;
 pub mod tuning;
 pub mod ui;
@@ -39,7 +52,7 @@ use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory as _, Parser};
 
 use crate::cli::failure::Failure;
 use crate::cli::ui::{Color, Ui};
@@ -93,20 +106,36 @@ enum Command {
     Audit(audit::Args),
     Bundle(bundle::Args),
     Check(check::Args),
+    Completions(completions::Args),
     Config(config::Args),
+    Diff(diff::Args),
+    Export(export::Args),
+    Fmt(fmt::Args),
     Gc(gc::Args),
     Graph(graph::Args),
     Import(import::Args),
+    Init(init::Args),
+    Inspect(inspect::Args),
+    Logs(logs::Args),
+    Man(man::Args),
     Plan(plan::Args),
+    Reference(reference::Args),
     Report(report::Args),
     Rescore(rescore::Args),
     Run(run::Args),
+    Sample(sample::Args),
     Schema(schema::Args),
     Score(score::Args),
     Show(show::Args),
+    Status(status::Args),
     Table(table::Args),
     Verify(verify::Args),
     Why(why::Args),
+}
+
+/// Every command with its options, as the arguments are read.
+pub fn arguments() -> clap::Command {
+    Cli::command()
 }
 
 /// What a command is given besides its arguments.
@@ -155,17 +184,28 @@ fn dispatch(command: &Command, session: &Session) -> Result<(), Failure> {
         Command::Audit(args) => audit::run(args, session),
         Command::Bundle(args) => bundle::run(args, session),
         Command::Check(args) => check::run(args, session),
+        Command::Completions(args) => completions::run(args, session),
         Command::Config(args) => config::run(args, session),
+        Command::Diff(args) => diff::run(args, session),
+        Command::Export(args) => export::run(args, session),
+        Command::Fmt(args) => fmt::run(args, session),
         Command::Gc(args) => gc::run(args, session),
         Command::Graph(args) => graph::run(args, session),
         Command::Import(args) => import::run(args, session),
+        Command::Init(args) => init::run(args, session),
+        Command::Inspect(args) => inspect::run(args, session),
+        Command::Logs(args) => logs::run(args, session),
+        Command::Man(args) => man::run(args, session),
         Command::Plan(args) => plan::run(args, session),
+        Command::Reference(args) => reference::run(args, session),
         Command::Report(args) => report::run(args, session),
         Command::Rescore(args) => rescore::run(args, session),
         Command::Run(args) => run::run(args, session),
+        Command::Sample(args) => sample::run(args, session),
         Command::Schema(args) => schema::run(args, session),
         Command::Score(args) => score::run(args, session),
         Command::Show(args) => show::run(args, session),
+        Command::Status(args) => status::run(args, session),
         Command::Table(args) => table::run(args, session),
         Command::Verify(args) => verify::run(args, session),
         Command::Why(args) => why::run(args, session),
@@ -256,7 +296,6 @@ fn store_hint(store: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory as _;
 
     #[test]
     fn the_arguments_are_consistent() {

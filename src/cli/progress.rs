@@ -1,23 +1,34 @@
-//! A run as people watch it: a bar for every running stage and one for all, or plain lines where there is no terminal.
+//! A run as people watch it: one screen for all of its stages, or plain lines where there is no terminal.
 //!
-//! It turns events into lines and bars and knows nothing else of the run.
+//! It turns events into lines and into the state that the screen and other terminals show, and knows nothing else of the
+//! run. [`board`] holds where every stage stands, [`screen`] draws it, [`publish`] lets other terminals see it.
 
+mod board;
 mod left;
+pub mod publish;
+mod running;
+pub mod screen;
+pub mod snapshot;
+mod words;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
-use crate::cli::pace::Pace;
+use crate::cli::progress::board::{Board, Sum};
 use crate::cli::progress::left::{Estimate, TimeLeft};
+use crate::cli::progress::publish::{Publisher, Shared, open};
+use crate::cli::progress::screen::Form;
+use crate::cli::progress::snapshot::{FailedStage, Snapshot};
 use crate::cli::render;
 use crate::cli::ui::{Look, Ui};
 use crate::pipeline::exec::event::Event;
 use crate::pipeline::plan::{NodeName, Plan};
 use crate::pipeline::stage::StageEvent;
-use crate::pipeline::store::{Owner, Reached, Store};
+use crate::pipeline::store::Store;
 
 /// Without a terminal a running stage says how far it is at most this often.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
@@ -25,29 +36,28 @@ const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
 /// Without a terminal the run as a whole says how far it is at most this often.
 const PLAIN_OVERALL: Duration = Duration::from_secs(60);
 
-/// Terminals narrower than this are not told how long the run has taken so far.
-const NARROW: u16 = 50;
+/// Without a terminal the time left is estimated only in runs that take longer.
+const UNSEEN: Duration = Duration::from_secs(5);
 
-/// How often clocks and spinners move.
+/// How often the screen is drawn anew.
 const TICK: Duration = Duration::from_millis(200);
 
-/// Metrics on a line, at most.
-const SHOWN_METRICS: usize = 4;
+/// What was drawn is drawn again for so long, since every line above it has the screen drawn once more.
+const KEEP: Duration = Duration::from_millis(50);
 
 /// The display of one run.
 pub struct Progress<'a> {
     ui: &'a Ui,
+    plan: &'a Plan,
+    store: &'a Store,
+    publisher: &'a mut Publisher,
     /// Whether names need their experiment to be told apart.
     several: bool,
     /// Whether more follows, of which nothing is known yet.
     tunes: bool,
-    total: usize,
-    settled: usize,
-    running: BTreeMap<usize, Running>,
-    overall: Option<ProgressBar>,
+    board: Shared,
+    screen: Option<ProgressBar>,
     time_left: TimeLeft<'a>,
-    /// The newest estimate, which the overall line shows as its clock moves.
-    estimate: Arc<Mutex<Option<Estimate>>>,
     begun: Instant,
     /// When the run as a whole said something on a plain line.
     told: Instant,
@@ -76,34 +86,22 @@ struct Failed {
     log: String,
 }
 
-/// A stage that runs now.
-struct Running {
-    label: String,
-    pace: Pace,
-    metrics: BTreeMap<String, f64>,
-    /// Done, total and unit, once told.
-    reached: Option<(u64, u64, String)>,
-    bar: Option<ProgressBar>,
-    /// When it last said something on a plain line.
-    told: Instant,
-}
-
 impl<'a> Progress<'a> {
-    /// A display for the run of `plan`.
-    pub fn new(ui: &'a Ui, plan: &'a Plan, store: &'a Store, asked: Asked) -> Self {
+    /// A display for the run of `plan`, which `publisher` lets others see.
+    pub fn new(ui: &'a Ui, plan: &'a Plan, store: &'a Store, publisher: &'a mut Publisher, asked: Asked) -> Self {
         let Asked { wanted, again, jobs, tunes } = asked;
         let first = plan.trials.first().map(|trial| &trial.experiment);
         let several = plan.trials.iter().any(|trial| Some(&trial.experiment) != first);
         Self {
             ui,
+            plan,
+            store,
+            publisher,
             several,
             tunes,
-            total: plan.nodes.len(),
-            settled: 0,
-            running: BTreeMap::new(),
-            overall: None,
+            board: Arc::new(Mutex::new(Board::new(plan, &wanted, tunes))),
+            screen: None,
             time_left: TimeLeft::new(plan, store, wanted, again, jobs),
-            estimate: Arc::default(),
             begun: Instant::now(),
             told: Instant::now(),
             failures: Vec::new(),
@@ -114,14 +112,16 @@ impl<'a> Progress<'a> {
     /// Shows one event.
     pub fn on(&mut self, event: &Event) {
         match event {
-            Event::Started { nodes } => self.total = *nodes,
+            Event::Started { .. } => {}
             Event::Cached { node, .. } => {
                 // It may have begun, and found what another run had made meanwhile.
-                self.stop(*node);
-                self.settle(*node);
+                open(&self.board).made(*node, None);
+                self.time_left.settle(*node);
             }
-            Event::Waiting { name, owner, reached, .. } => {
-                self.line("waiting", Look::Dim, name, &owner_text(owner.as_ref(), reached.as_ref()));
+            Event::Waiting { node, name, owner, reached, .. } => {
+                open(&self.board).wait_for(*node);
+                self.time_left.stop(*node);
+                self.line("waiting", Look::Dim, name, &words::owner(owner.as_ref(), reached.as_ref()));
             }
             Event::Retrying { node, name, error, attempt, attempts, seconds } => {
                 self.stop(*node);
@@ -129,34 +129,35 @@ impl<'a> Progress<'a> {
                 let text = format!("retrying{when}, attempt {attempt} of {attempts}: {error}");
                 self.line("failed", Look::Yellow, name, &text);
             }
-            Event::Running { node, name, .. } => self.start(*node, name),
+            Event::Running { node, name, kind, key } => {
+                let label = self.label(name);
+                open(&self.board).begin(*node, label, &self.plan.nodes[*node].names, kind, key);
+                self.time_left.begin(*node, Instant::now());
+                self.publisher.show(&self.board, self.store);
+                if self.ui.draws_bars() {
+                    self.draw();
+                } else {
+                    self.line("start", Look::Dim, name, "");
+                }
+            }
             Event::Stage { node, event } => self.stage(*node, event),
             Event::Done { node, name, seconds, metrics, .. } => {
-                self.stop(*node);
+                open(&self.board).made(*node, Some(*seconds));
                 let mut text = render::duration(*seconds);
                 if !metrics.is_empty() {
                     text.push_str(", ");
-                    text.push_str(&headline(metrics));
+                    text.push_str(&words::headline(metrics));
                 }
                 self.line("done", Look::Green, name, &text);
                 self.time_left.learn(*node, *seconds);
-                self.settle(*node);
+                self.time_left.settle(*node);
                 self.tell_overall();
             }
-            Event::Failed { node, name, error, log } => {
-                self.stop(*node);
-                self.settle(*node);
-                self.ui.error(&format!("stage `{}` failed: {error}", render::node(name)));
-                if !log.is_empty() {
-                    self.ui.hint(&format!("its log is {log}"));
-                }
-                let error = error.lines().next().unwrap_or_default().trim_end_matches(':').to_owned();
-                self.failures.push(Failed { label: render::node(name), error, log: log.clone() });
-                self.went_on = false;
-            }
+            Event::Failed { node, name, error, log } => self.failed(*node, name, error, log),
             Event::Blocked { node, name } => {
+                open(&self.board).blocked(*node);
+                self.time_left.settle(*node);
                 self.line("blocked", Look::Yellow, name, "an input failed");
-                self.settle(*node);
             }
             Event::Interrupted { node, name } => {
                 // Stages that never began are interrupted too; there is nothing to say of them.
@@ -167,8 +168,19 @@ impl<'a> Progress<'a> {
             Event::Warning { text } => self.ui.warn(text),
             Event::Finished(_) => self.clear(),
         }
-        if self.overall.is_some() {
+        // Other terminals want to know how long it takes also where this one shows nothing.
+        if !open(&self.board).is_idle() {
             self.estimate();
+        }
+    }
+
+    /// Tells what came of the stages by their names, where there are so many that nobody has followed each.
+    pub fn sum_up(&self) {
+        let board = open(&self.board);
+        let sums: Vec<&Sum> = board.sums().filter(|sum| sum.run + sum.failed + sum.blocked > 0).collect();
+        let ran: usize = sums.iter().map(|sum| sum.run + sum.failed + sum.blocked).sum();
+        if ran > MANY && ran > sums.len() {
+            self.ui.note(table(&sums).trim_end());
         }
     }
 
@@ -188,15 +200,11 @@ impl<'a> Progress<'a> {
         self.ui.note(&lines.join("\n"));
     }
 
-    /// Takes every bar away.
+    /// Takes the screen away.
     pub fn clear(&mut self) {
-        for running in std::mem::take(&mut self.running).into_values() {
-            if let Some(bar) = running.bar {
-                bar.finish_and_clear();
-            }
-        }
-        if let Some(overall) = self.overall.take() {
-            overall.finish_and_clear();
+        if let Some(screen) = self.screen.take() {
+            screen.finish_and_clear();
+            self.ui.bars().remove(&screen);
         }
     }
 
@@ -214,109 +222,70 @@ impl<'a> Progress<'a> {
         self.ui.note(format!("{word}  {}  {text}", self.label(name)).trim_end());
     }
 
-    fn start(&mut self, node: usize, name: &NodeName) {
-        let label = self.label(name);
-        let bar = self.ui.draws_bars().then(|| self.bar(&label));
-        if bar.is_none() {
-            self.line("start", Look::Dim, name, "");
+    /// Draws the screen from now on. It is one bar of several lines, so that whatever is written above it tears none of them.
+    fn draw(&mut self) {
+        if self.screen.is_some() {
+            return;
         }
-        let told = Instant::now();
-        let running = Running { label, pace: Pace::new(), metrics: BTreeMap::new(), reached: None, bar, told };
-        self.running.insert(node, running);
-        self.time_left.begin(node, told);
-    }
-
-    /// A bar above the overall line, which comes with the first.
-    fn bar(&mut self, label: &str) -> ProgressBar {
-        let text = self.overall_text();
-        let overall = self.overall.get_or_insert_with(|| {
-            let overall = self.ui.bars().add(ProgressBar::no_length());
-            overall.set_style(overall_style(self.ui.error_width(), &self.estimate));
-            overall.set_message(text);
-            overall.enable_steady_tick(TICK);
-            overall
-        });
-        let bar = self.ui.bars().insert_before(overall, ProgressBar::no_length());
-        bar.set_style(style("{prefix} {spinner} {time}"));
-        bar.set_prefix(format!("{label:>16}"));
-        bar.enable_steady_tick(TICK);
-        bar
+        let screen = self.ui.bars().add(ProgressBar::no_length());
+        screen.set_style(screen_style(&self.board, self.ui.error_color()));
+        screen.enable_steady_tick(TICK);
+        self.screen = Some(screen);
     }
 
     fn stage(&mut self, node: usize, event: &StageEvent) {
-        let now = self.begun.elapsed();
-        let width = self.ui.error_width();
-        let Some(running) = self.running.get_mut(&node) else { return };
-        match event {
-            StageEvent::Progress { done, total, unit } => {
-                running.pace.reach(now, *done);
-                let begins = running.reached.is_none();
-                running.reached = Some((*done, *total, unit.clone()));
-                if let Some(bar) = &running.bar {
-                    if begins {
-                        bar.set_style(bar_style(width));
-                    }
-                    bar.set_length(*total);
-                    bar.set_position(*done);
-                    bar.set_message(running.text());
+        open(&self.board).hear(node, event);
+        let draws_bars = self.ui.draws_bars();
+        let said = {
+            let mut board = open(&self.board);
+            let Some(running) = board.running(node) else { return };
+            match event {
+                StageEvent::Resumed { done } => Some(format!("goes on from {}", render::count(*done))),
+                StageEvent::Note { text } => Some(text.clone()),
+                _ if draws_bars || running.reached.is_none() || running.told.elapsed() < PLAIN_INTERVAL => None,
+                _ => {
+                    running.told = Instant::now();
+                    Some(plain(&running.shown()))
                 }
             }
-            StageEvent::Metrics { values } => {
-                running.metrics.extend(values.iter().map(|(name, value)| (name.clone(), *value)));
-                if let (Some(bar), Some(_)) = (&running.bar, &running.reached) {
-                    bar.set_message(running.text());
-                }
-            }
-            StageEvent::Resumed { done } => {
-                running.pace.reach(now, *done);
-                let text = format!("{}: goes on from {}", running.label, render::count(*done));
-                self.ui.note(&text);
-            }
-            StageEvent::Note { text } => {
-                let text = format!("{}: {text}", running.label);
-                self.ui.note(&text);
-            }
-        }
-        let Some(running) = self.running.get_mut(&node) else { return };
-        if running.bar.is_none() && running.reached.is_some() && running.told.elapsed() >= PLAIN_INTERVAL {
-            running.told = Instant::now();
-            let text = format!("{}: {}", running.label, running.text());
+            .map(|text| format!("{}: {text}", running.label))
+        };
+        if let Some(text) = said {
             self.ui.note(&text);
         }
     }
 
-    /// Takes a stage's bar away; whether there was such a stage.
+    fn failed(&mut self, node: usize, name: &NodeName, error: &str, log: &str) {
+        let label = render::node(name);
+        let first = error.lines().next().unwrap_or_default().trim_end_matches(':').to_owned();
+        let failure = FailedStage { name: label.clone(), error: first.clone(), log: log.to_owned() };
+        open(&self.board).failed(node, failure);
+        self.time_left.settle(node);
+        self.ui.error(&format!("stage `{label}` failed: {error}"));
+        if !log.is_empty() {
+            self.ui.hint(&format!("its log is {log}"));
+        }
+        self.failures.push(Failed { label, error: first, log: log.to_owned() });
+        self.went_on = false;
+    }
+
+    /// A stage runs no more, for now; whether it did.
     fn stop(&mut self, node: usize) -> bool {
         self.time_left.stop(node);
-        let stopped = self.running.remove(&node);
-        let was_running = stopped.is_some();
-        if let Some(bar) = stopped.and_then(|running| running.bar) {
-            bar.finish_and_clear();
-            self.ui.bars().remove(&bar);
-        }
-        was_running
-    }
-
-    fn settle(&mut self, node: usize) {
-        // A result that proves damaged is made again, and its stage settles a second time.
-        self.settled += usize::from(self.time_left.settle(node));
-        if let Some(overall) = &self.overall {
-            overall.set_message(self.overall_text());
-        }
-    }
-
-    fn overall_text(&self) -> String {
-        let tuning = if self.tunes { " of tuning" } else { "" };
-        format!("{} of {}{tuning}", render::count(self.settled as u64), render::plural(self.total, "stage"))
+        open(&self.board).stop(node)
     }
 
     /// Estimates the time left anew, unless that would cost more than it is worth.
     fn estimate(&mut self) {
         let now = Instant::now();
-        let pace = |node: usize| self.running.get(&node)?.left();
-        let new = if self.time_left.is_due(now) { Some(self.time_left.estimate(now, pace)) } else { None };
-        let mut estimate = self.estimate.lock().unwrap_or_else(PoisonError::into_inner);
-        *estimate = new.unwrap_or_else(|| estimate.map(Estimate::outdated));
+        let board = &self.board;
+        let pace = |node: usize| open(board).pace_of(node);
+        // Where nothing is drawn, runs that are over in seconds need no history.
+        let is_wanted = self.ui.draws_bars() || self.begun.elapsed() >= UNSEEN;
+        let new = if is_wanted && self.time_left.is_due(now) { Some(self.time_left.estimate(now, pace)) } else { None };
+        let mut board = open(board);
+        let old = board.estimate();
+        board.set_estimate(new.unwrap_or_else(|| old.map(Estimate::outdated)));
     }
 
     /// Without a terminal, how far the run as a whole is, now and then.
@@ -326,109 +295,86 @@ impl<'a> Progress<'a> {
         }
         self.told = Instant::now();
         self.estimate();
-        let left = shown(&self.estimate).map(|left| format!(", {left}")).unwrap_or_default();
-        self.ui.note(&format!("{}{left}", self.overall_text()));
+        let board = open(&self.board);
+        let (settled, stages) = board.overall();
+        let tuning = if self.tunes { " of tuning" } else { "" };
+        let left = board.estimate().and_then(|estimate| estimate.now(Instant::now())?.later(0.0));
+        let left = left.map(|left| format!(", {left}")).unwrap_or_default();
+        drop(board);
+        let stages = render::plural(stages, "stage");
+        self.ui.note(&format!("{} of {stages}{tuning}{left}", render::count(settled as u64)));
     }
 }
 
-impl Running {
-    /// Seconds that it still takes by its own count.
-    fn left(&self) -> Option<f64> {
-        let (_, total, _) = self.reached.as_ref()?;
-        self.pace.left(*total)
-    }
+/// Stages that ran, above which what came of them is told by their names.
+const MANY: usize = 8;
 
-    /// `1,200/3,000 steps, 21.3/s, 1m 24s left, loss 0.31`: what matters most stands first, since narrow terminals cut.
-    fn text(&self) -> String {
-        let Some((done, total, unit)) = &self.reached else { return String::new() };
-        let mut parts = vec![format!("{}/{} {unit}", render::count(*done), render::count(*total))];
-        if let Some(rate) = self.pace.rate() {
-            parts.push(format!("{}/s", rate_text(rate)));
+/// Names of stages in the table at the end, at most.
+const ROWS: usize = 16;
+
+/// What came of stages, a line a name.
+fn table(sums: &[&Sum]) -> String {
+    let count = |count: usize| if count == 0 { String::new() } else { render::count(count as u64) };
+    let mut rows: Vec<Vec<String>> = Vec::new();
+    for sum in sums.iter().take(ROWS) {
+        let each = if sum.run > 0 { render::duration(sum.seconds / sum.run as f64) } else { String::new() };
+        let counts = [sum.run, sum.cached, sum.failed, sum.blocked].map(count);
+        rows.push([sum.stage.clone()].into_iter().chain(counts).chain([each]).collect());
+    }
+    let header = ["stage", "run", "cached", "failed", "blocked", "each"];
+    // A column in which nothing stands says nothing.
+    let kept: Vec<usize> = (0..header.len()).filter(|place| rows.iter().any(|row| !row[*place].is_empty())).collect();
+    let header: Vec<&str> = kept.iter().map(|place| header[*place]).collect();
+    let right: Vec<usize> = (1..header.len()).collect();
+    let rows = rows.into_iter().map(|row| kept.iter().map(|place| row[*place].clone()).collect()).collect();
+    let mut text = render::columns(&header, &right, rows, None);
+    let more = sums.len().saturating_sub(ROWS);
+    if more > 0 {
+        let _ = writeln!(text, "and {more} more");
+    }
+    text
+}
+
+/// `1,200/3,000 steps, 21.3/s, 1m 24s left, loss 0.31`.
+fn plain(stage: &snapshot::RunningStage) -> String {
+    let mut parts = Vec::new();
+    if let Some(reached) = &stage.reached {
+        parts.push(format!("{}/{} {}", render::count(reached.done), render::count(reached.total), reached.unit));
+    }
+    parts.extend(stage.rate.map(words::rate));
+    parts.extend(stage.left.map(|left| format!("{} left", render::duration(left))));
+    parts.extend(stage.metrics.iter().map(|(name, value)| format!("{name} {}", render::number(*value))));
+    parts.join(", ")
+}
+
+/// Now, in seconds since 1970.
+pub fn now() -> f64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64())
+}
+
+/// How the screen of a run looks in the terminal behind stderr, of which it takes a half.
+fn screen_form(color: bool) -> Form {
+    let (rows, columns) = console::Term::stderr().size();
+    Form { width: usize::from(columns), height: usize::from(rows / 2).max(4), color }
+}
+
+fn screen_style(board: &Shared, color: bool) -> ProgressStyle {
+    let board = Arc::clone(board);
+    let kept: Mutex<Option<(Instant, String)>> = Mutex::new(None);
+    let kept = Arc::new(kept);
+    let draw = move |_: &ProgressState, text: &mut dyn std::fmt::Write| {
+        let mut kept = kept.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if kept.as_ref().is_none_or(|(when, _)| when.elapsed() >= KEEP) {
+            let snapshot: Snapshot = open(&board).snapshot();
+            let lines = screen::lines(&snapshot, snapshot.at, screen_form(color));
+            *kept = Some((Instant::now(), lines.join("\n")));
         }
-        if let Some(left) = self.left().filter(|_| done < total) {
-            parts.push(format!("{} left", render::duration(left)));
-        }
-        if !self.metrics.is_empty() {
-            parts.push(headline(&self.metrics));
-        }
-        parts.join(", ")
-    }
-}
-
-/// Who works on a stage that this run waits for.
-fn owner_text(owner: Option<&Owner>, reached: Option<&Reached>) -> String {
-    let Some(Owner { process, host, since }) = owner else {
-        return "another run is working on it".to_owned();
-    };
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs());
-    let time = render::duration(now.saturating_sub(*since) as f64);
-    let text = format!("process {process} on {host} has been working on it for {time}");
-    match reached {
-        Some(Reached { done, total, unit }) => {
-            format!("{text}, {}/{} {unit}", render::count(*done), render::count(*total))
-        }
-        None => text,
-    }
-}
-
-/// A rate with three digits: `0.42`, `21.3`, `1,250`.
-fn rate_text(rate: f64) -> String {
-    match rate {
-        rate if rate >= 100.0 => render::count(rate.round() as u64),
-        rate if rate >= 10.0 => format!("{rate:.1}"),
-        rate => format!("{rate:.2}"),
-    }
-}
-
-/// The metrics that people look for first, short.
-fn headline(metrics: &BTreeMap<String, f64>) -> String {
-    const FIRST: [&str; 4] = ["solved", "reward", "loss", "accuracy"];
-    let rank = |name: &str| {
-        let last = name.rsplit(['/', '.']).next().unwrap_or(name);
-        FIRST.iter().position(|first| *first == last).unwrap_or(FIRST.len())
-    };
-    // A dotted name is a part of another number: `solved.long`, `rows.train`. Where the time goes is for `pipe show`.
-    let is_told = |name: &&String| !name.contains('.') && !name.starts_with("seconds/");
-    let mut names: Vec<&String> = metrics.keys().filter(is_told).collect();
-    names.sort_by_key(|name| (rank(name), name.as_str()));
-    let shown: Vec<String> =
-        names.into_iter().take(SHOWN_METRICS).map(|name| format!("{name} {}", render::number(metrics[name]))).collect();
-    shown.join(", ")
-}
-
-/// The estimate as it is now.
-fn shown(estimate: &Mutex<Option<Estimate>>) -> Option<String> {
-    estimate.lock().unwrap_or_else(PoisonError::into_inner).and_then(|estimate| estimate.text(Instant::now()))
-}
-
-/// `3 of 10 stages, about 12 min left, 4m 10s`.
-fn overall_style(width: Option<u16>, estimate: &Arc<Mutex<Option<Estimate>>>) -> ProgressStyle {
-    let estimate = Arc::clone(estimate);
-    let left = move |_: &ProgressState, text: &mut dyn std::fmt::Write| {
-        if let Some(left) = shown(&estimate) {
-            // A line that cannot be written is redrawn at the next tick.
-            let _ = write!(text, ", {left}");
+        if let Some((_, lines)) = &*kept {
+            // What cannot be written is drawn again at the next tick.
+            let _ = text.write_str(lines);
         }
     };
-    let is_narrow = width.is_some_and(|width| width < NARROW);
-    style(if is_narrow { "{msg}{left}" } else { "{msg}{left}, {time}" }).with_key("left", left)
-}
-
-fn bar_style(width: Option<u16>) -> ProgressStyle {
-    match width {
-        Some(100..) | None => style("{prefix} {bar:24} {wide_msg}"),
-        Some(60..) => style("{prefix} {bar:10} {wide_msg}"),
-        Some(_) => style("{prefix} {percent:>3}% {wide_msg}"),
-    }
-}
-
-fn style(template: &str) -> ProgressStyle {
-    let time = |state: &ProgressState, text: &mut dyn std::fmt::Write| {
-        // A bar that cannot be written is redrawn at the next tick.
-        let _ = text.write_str(&render::duration(state.elapsed().as_secs_f64()));
-    };
-    let style = ProgressStyle::with_template(template).expect("the template is well formed");
-    style.with_key("time", time).progress_chars("━╸ ")
+    ProgressStyle::with_template("{screen}").expect("the template is well formed").with_key("screen", draw)
 }
 
 #[cfg(test)]
@@ -436,43 +382,35 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_metrics_are_those_that_people_look_for() {
-        let names = ["loss", "mfu", "reward", "rollout/solved", "rollout/solved.long", "seconds/reward"];
-        let shown = headline(&names.into_iter().map(|name| (name.to_owned(), 0.5)).collect());
-        assert_eq!(shown, "rollout/solved 0.5, reward 0.5, loss 0.5, mfu 0.5");
-    }
-
-    #[test]
     fn a_running_stage_says_where_it_is() {
-        let mut running = Running {
-            label: "sft".to_owned(),
-            pace: Pace::new(),
-            metrics: BTreeMap::from([("grad_norm".to_owned(), 1.0), ("loss".to_owned(), 0.312_111)]),
-            reached: Some((1200, 3000, "steps".to_owned())),
-            bar: None,
-            told: Instant::now(),
+        let mut running = running::tests::running("sft");
+        let metrics = [("grad_norm".to_owned(), 1.0), ("loss".to_owned(), 0.312_111)];
+        running.metrics.extend(metrics);
+        let progress = |done| StageEvent::Progress { done, total: 3000, unit: "steps".to_owned() };
+        running.hear(&progress(1000), Duration::from_secs(0));
+        assert_eq!(plain(&running.shown()), "1,000/3,000 steps, loss 0.3121, grad_norm 1");
+        running.hear(&progress(1200), Duration::from_secs(10));
+        assert_eq!(plain(&running.shown()), "1,200/3,000 steps, 20.0/s, 1m 30s left, loss 0.3121, grad_norm 1");
+    }
+
+    #[test]
+    fn many_stages_are_summed_up_by_their_names() {
+        let sum = |stage: &str, run: usize, cached: usize, failed: usize| Sum {
+            stage: stage.to_owned(),
+            run,
+            seconds: 72.0 * run as f64,
+            cached,
+            failed,
+            blocked: 0,
         };
-        assert_eq!(running.text(), "1,200/3,000 steps, loss 0.3121, grad_norm 1");
-        running.pace.reach(Duration::from_secs(0), 1000);
-        running.pace.reach(Duration::from_secs(10), 1200);
-        assert_eq!(running.text(), "1,200/3,000 steps, 20.0/s, 1m 30s left, loss 0.3121, grad_norm 1");
+        let sums = [sum("tokens", 0, 1, 1), sum("sft", 12, 0, 2), sum("evaluate_sft", 2000, 3, 0)];
+        insta::assert_snapshot!(table(&sums.iter().collect::<Vec<_>>()));
     }
 
     #[test]
-    fn what_people_look_for_comes_first() {
-        let names = ["a", "b", "c", "rows.train", "validation/solved", "sft/loss"];
-        let metrics = names.map(|name| (name.to_owned(), 0.5)).into();
-        assert_eq!(headline(&metrics), "validation/solved 0.5, sft/loss 0.5, a 0.5, b 0.5");
-    }
-
-    #[test]
-    fn every_style_is_well_formed() {
-        for width in [None, Some(20), Some(60), Some(200)] {
-            bar_style(width);
-        }
-        let bar = ProgressBar::hidden().with_style(style("{prefix} {spinner} {time}"));
-        for width in [None, Some(20), Some(200)] {
-            bar.set_style(overall_style(width, &Arc::default()));
-        }
+    fn the_style_is_well_formed() {
+        let plan = Plan::new(&[], None).unwrap();
+        let board: Shared = Arc::new(Mutex::new(Board::new(&plan, &[], false)));
+        ProgressBar::hidden().set_style(screen_style(&board, false));
     }
 }

@@ -1,7 +1,8 @@
 //! What a stored result says of itself: its headline numbers, and an evaluation's measurements by instance.
 //!
 //! It reads `examples.parquet` as any other program would: a column `instance`, a column `stratum` that may be missing,
-//! and a number or truth value a measurement. Columns of other types (prompts, completions) are never read.
+//! and a number or truth value a measurement. Columns of other types (prompts, completions) are never read, nor is the
+//! number of a completion among those of its instance (`sample`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -16,6 +17,7 @@ use arrow_schema::DataType;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
+use crate::cli::rollouts;
 use crate::pipeline::stage::ArtifactType;
 use crate::pipeline::store::{Manifest, Store};
 use crate::statistics::mean::pass_at_k;
@@ -52,7 +54,11 @@ impl StageResult {
             Some(output) => Examples::read(&store.object(&output.digest))?,
             None => None,
         };
-        Ok(Self { metrics: manifest.metrics.clone(), examples })
+        let mut metrics = manifest.metrics.clone();
+        if let Some(output) = manifest.outputs.iter().find(|output| output.artifact == ArtifactType::Rollouts) {
+            metrics.extend(rollouts::metrics(&store.object(&output.digest), &manifest.params["rewards"])?);
+        }
+        Ok(Self { metrics, examples })
     }
 
     /// The values of a metric: a measurement by instance (`solved`, or `solved.STRATUM` for the rows of one stratum), or
@@ -118,7 +124,7 @@ impl Examples {
         let builder = ParquetRecordBatchReaderBuilder::try_new(file)?;
         let wanted = |(place, field): (usize, &Arc<arrow_schema::Field>)| {
             let labels = ["instance", "stratum"].contains(&field.name().as_str());
-            (labels || is_measurement(field.data_type())).then_some(place)
+            (labels || field.name() != "sample" && is_measurement(field.data_type())).then_some(place)
         };
         let roots: Vec<usize> = builder.schema().fields().iter().enumerate().filter_map(wanted).collect();
         let mask = ProjectionMask::roots(builder.parquet_schema(), roots);
@@ -150,7 +156,8 @@ impl Examples {
         Ok(examples)
     }
 
-    /// The mean of a measurement by instance; rows without a value do not count. `MEASUREMENT.STRATUM` takes the rows of one stratum.
+    /// The mean of a measurement by instance; rows without a value do not count. `MEASUREMENT.STRATUM` takes the rows of one
+    /// stratum; of a stratum of several classes, as `10x10.long`, each class may be named alone.
     fn values(&self, metric: &str) -> Option<BTreeMap<Arc<str>, f64>> {
         let measured =
             |wanted: &str| self.measurements.iter().find(|(name, _)| name == wanted).map(|(_, column)| column);
@@ -166,7 +173,9 @@ impl Examples {
                 .find_map(|(dot, _)| Some((measured(&metric[..dot])?, Some(&metric[dot + 1..]))))?,
         };
         let rows = self.instances.iter().zip(&self.strata).zip(column);
-        let of_stratum = |own: &Option<String>| stratum.is_none_or(|wanted| own.as_deref() == Some(wanted));
+        let of_stratum = |own: &Option<String>| {
+            stratum.is_none_or(|wanted| own.as_deref().is_some_and(|own| is_within(own, wanted)))
+        };
         let mut measured: Vec<(&Arc<str>, f64)> = rows
             .filter_map(|((instance, own), value)| Some((instance, (*value)?)).filter(|_| of_stratum(own)))
             .collect();
@@ -195,7 +204,7 @@ impl Examples {
         let mut draws: BTreeMap<Arc<str>, (u64, u64)> = BTreeMap::new();
         let solved = self.measurements.iter().find(|(name, _)| name == "solved").map(|(_, column)| column.as_slice());
         for ((instance, own), solved) in self.instances.iter().zip(&self.strata).zip(solved.unwrap_or_default()) {
-            if stratum.is_none_or(|wanted| own.as_deref() == Some(wanted)) {
+            if stratum.is_none_or(|wanted| own.as_deref().is_some_and(|own| is_within(own, wanted))) {
                 let (all, correct) = draws.entry(Arc::clone(instance)).or_default();
                 *all += 1;
                 *correct += u64::from(solved.is_some_and(|solved| solved >= 1.0));
@@ -209,6 +218,11 @@ impl Examples {
         let least = self.draws(None).values().map(|(draws, _)| *draws).min().unwrap_or(0);
         std::iter::successors(Some(1), |k| Some(2 * k)).take_while(|k| 2 * k <= least).collect()
     }
+}
+
+/// Whether a stratum is the one `wanted`, or has all of its classes.
+fn is_within(stratum: &str, wanted: &str) -> bool {
+    stratum == wanted || wanted.split('.').all(|class| stratum.split('.').any(|own| own == class))
 }
 
 fn is_measurement(data_type: &DataType) -> bool {
@@ -292,6 +306,21 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         fake::evaluation(folder.path(), rows);
         Examples::read(folder.path()).unwrap().unwrap()
+    }
+
+    #[test]
+    fn a_stratum_of_several_classes_is_found_by_each() {
+        for (stratum, wanted, within) in [
+            ("10x10.long", "10x10.long", true),
+            ("10x10.long", "10x10", true),
+            ("10x10.long", "long", true),
+            ("10x10.very_long", "long", false),
+            ("short", "short", true),
+            ("short", "short.4x4", false),
+            ("a.b", "a.b", true),
+        ] {
+            assert_eq!(is_within(stratum, wanted), within, "{stratum} and {wanted}");
+        }
     }
 
     #[test]

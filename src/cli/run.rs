@@ -10,9 +10,10 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::cli::failure::Failure;
+use crate::cli::progress::publish::Publisher;
 use crate::cli::progress::{Asked, Progress};
 use crate::cli::tuning::{self, Tuned};
-use crate::cli::ui::last_words;
+use crate::cli::ui::{last_words, take_back_echo};
 use crate::cli::{Files, Session, render, same_arms, sessions, store_hint, table};
 use crate::pipeline::exec::event::{Event, Outcome};
 use crate::pipeline::exec::{self, ExecError, Options, select};
@@ -76,7 +77,10 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     check_names(args, &experiments, session)?;
     watch_signals(session, &options.interrupt, &options.kill)?;
     let mut whole = Outcome::default();
-    let ended = in_parts(session, &store, &options, &mut experiments, &mut whole);
+    let mut publisher = Publisher::default();
+    let ended = in_parts(session, &store, &options, &mut experiments, &mut whole, &mut publisher);
+    publisher.end(whole);
+    drop(publisher);
     // Whoever reads the events learns what was done, also where the run as a whole failed.
     let told = if ui.is_json() { ui.json_line(&Event::Finished(whole)) } else { Ok(()) };
     let (plan, is_old) = ended?;
@@ -112,6 +116,7 @@ fn in_parts(
     options: &Options,
     experiments: &mut [Experiment],
     whole: &mut Outcome,
+    publisher: &mut Publisher,
 ) -> Result<(ManuallyDrop<Plan>, bool), Failure> {
     let wrong = |error: StoreError| Failure::input(&error).hint(store_hint(&session.store));
     let most_failures = options.most_failures;
@@ -133,7 +138,7 @@ fn in_parts(
         number += 1;
         let phase = is_tuned.then(|| Phase { number, tunes: these.iter().any(|one| one.waiting().next().is_some()) });
         options.most_failures = options.most_failures.map(|most| most - whole.failed);
-        let outcome = execute(&plan, store, &options, phase, session)?;
+        let outcome = execute(&plan, store, &options, phase, session, publisher)?;
         known.extend(plan.nodes.iter().map(|node| node.recipe.clone()));
         add(whole, &outcome, shared);
         let is_over = outcome.skipped > 0
@@ -203,6 +208,7 @@ fn execute(
     options: &Options,
     phase: Option<Phase>,
     session: &Session,
+    publisher: &mut Publisher,
 ) -> Result<Outcome, Failure> {
     let ui = &session.ui;
     let again = select::nodes(plan, &options.again, "--again").map_err(failure)?;
@@ -212,7 +218,7 @@ fn execute(
         select::with_ancestors(plan, select::nodes(plan, &options.until, "--until").map_err(failure)?)
     };
     let tunes = phase.is_some_and(|phase| phase.tunes);
-    let mut progress = Progress::new(ui, plan, store, Asked { wanted, again, jobs: options.jobs, tunes });
+    let mut progress = Progress::new(ui, plan, store, publisher, Asked { wanted, again, jobs: options.jobs, tunes });
     let mut unwritten = None;
     let outcome = exec::execute(plan, store, options, &mut |event: &Event| {
         progress.on(event);
@@ -226,6 +232,7 @@ fn execute(
     if let Some(failure) = unwritten {
         return Err(failure);
     }
+    progress.sum_up();
     progress.recall_failures();
     Ok(outcome)
 }
@@ -346,7 +353,10 @@ fn watch_signals(session: &Session, interrupt: &Arc<AtomicBool>, kill: &Arc<Atom
     let (bars, quiet) = (session.ui.bars().clone(), session.ui.is_quiet());
     #[expect(clippy::disallowed_methods, reason = "the third signal is from someone who wants no more waiting")]
     let watch = move || {
-        for _ in signals.forever() {
+        for signal in signals.forever() {
+            if signal == SIGINT && !bars.is_hidden() {
+                take_back_echo();
+            }
             let said = if !interrupt.swap(true, Ordering::Relaxed) {
                 "saving and stopping; a second interrupt stops at once"
             } else if !kill.swap(true, Ordering::Relaxed) {

@@ -64,24 +64,45 @@ pub struct StageObjects<'a> {
 }
 
 impl Found<'_> {
+    /// The record.
+    pub(super) fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The output that was named, or else the first.
+    pub fn output(&self) -> Result<&StoredOutput, Failure> {
+        output(&self.target, &self.manifest)
+    }
+
+    /// Whether an output was named.
+    pub(super) fn names_output(&self) -> bool {
+        self.target.output.is_some()
+    }
+
     /// The result with its store.
     pub fn result(&self) -> StageObjects<'_> {
         StageObjects { store: &self.store, manifest: &self.manifest }
+    }
+
+    /// The experiment's name and the stage's.
+    pub fn name(&self) -> (String, &str) {
+        let experiment = if self.target.is_file {
+            Path::new(self.target.experiment).file_stem().unwrap_or_default().to_string_lossy().into_owned()
+        } else {
+            self.target.experiment.to_owned()
+        };
+        (experiment, self.target.stage)
     }
 }
 
 /// Looks up `EXPERIMENT[/TRIAL]/STAGE[.OUTPUT]` as it last ran, or `FILE.toml[/TRIAL]/STAGE[.OUTPUT]` as the file is now.
 pub fn find<'a>(text: &'a str, sets: &[String], session: &Session) -> Result<Found<'a>, Failure> {
-    let target = Target::parse(text).ok_or_else(|| {
-        Failure::wrong(format!("`{text}` names no result"))
-            .hint("it reads `EXPERIMENT/STAGE`, `EXPERIMENT/TRIAL/STAGE` or `FILE.toml/STAGE`")
-    })?;
+    let target = parsed(text)?;
     let Some(store) = session.existing_store()? else {
         return Err(Failure::wrong(format!("there is no store at `{}`", session.store.display()))
             .hint("`pipe run` makes it; `--store DIR` or PIPE_STORE names another"));
     };
-    let (recipe, key) =
-        if target.is_file { planned(&target, text, sets, session, &store)? } else { recorded(&target, &store)? };
+    let (recipe, key) = meant(&target, text, sets, session, &store)?;
     let manifest = match store.lookup(&key).map_err(failed)? {
         Lookup::Hit(manifest) => manifest,
         Lookup::Miss => return Err(no_result(text, "its result is no longer in the store")),
@@ -91,6 +112,29 @@ pub fn find<'a>(text: &'a str, sets: &[String], session: &Session) -> Result<Fou
         }
     };
     Ok(Found { target, recipe, store, manifest })
+}
+
+/// The key that a target names, whether or not its result is there.
+pub(super) fn key(text: &str, sets: &[String], session: &Session, store: &Store) -> Result<Digest, Failure> {
+    Ok(meant(&parsed(text)?, text, sets, session, store)?.1)
+}
+
+fn parsed(text: &str) -> Result<Target<'_>, Failure> {
+    Target::parse(text).ok_or_else(|| {
+        Failure::wrong(format!("`{text}` names no result"))
+            .hint("it reads `EXPERIMENT/STAGE`, `EXPERIMENT/TRIAL/STAGE` or `FILE.toml/STAGE`")
+    })
+}
+
+/// Recipe and key.
+fn meant(
+    target: &Target<'_>,
+    text: &str,
+    sets: &[String],
+    session: &Session,
+    store: &Store,
+) -> Result<(Digest, Digest), Failure> {
+    if target.is_file { planned(target, text, sets, session, store) } else { recorded(target, store) }
 }
 
 /// With `--json`, `{recipe, key, digest, path, kind, params, inputs, seconds, attempts, metrics, costs}`.
@@ -199,6 +243,9 @@ fn unknown<'a>(what: &str, wanted: &str, known: impl IntoIterator<Item = &'a str
     }
     let shown: Vec<&str> = known.iter().copied().take(12).collect();
     let more = if known.len() > shown.len() { ", ..." } else { "" };
+    if shown.is_empty() && what == "trial" {
+        return failure.hint("nothing is swept there: leave the trial out");
+    }
     if shown.is_empty() { failure } else { failure.hint(format!("there are: {}{more}", shown.join(", "))) }
 }
 
@@ -210,11 +257,11 @@ fn ambiguous<'a>(stage: &str, trials: impl Iterator<Item = &'a str>) -> Failure 
         .hint(format!("name the trial between two slashes: {shown}{more}"))
 }
 
-fn output<'a>(target: &Target<'_>, manifest: &'a Arc<Manifest>) -> Result<&'a StoredOutput, Failure> {
+fn output<'a>(target: &Target<'_>, manifest: &'a Manifest) -> Result<&'a StoredOutput, Failure> {
     let wanted = |output: &&StoredOutput| target.output.is_none_or(|name| name == output.name);
     manifest.outputs.iter().find(wanted).ok_or_else(|| {
         let known = manifest.outputs.iter().map(|output| output.name.as_str());
-        unknown(&format!("output of `{}`", target.stage), target.output.unwrap_or_default(), known)
+        unknown(&format!("output of `{}` called", target.stage), target.output.unwrap_or_default(), known)
     })
 }
 
@@ -265,7 +312,7 @@ fn text(manifest: &Manifest, recipe: &Digest, output: &StoredOutput, path: &Path
 }
 
 /// Parameters as dotted paths; edges and files as their names.
-fn flatten(path: &str, value: &Value, lines: &mut Vec<(String, String)>) {
+pub(super) fn flatten(path: &str, value: &Value, lines: &mut Vec<(String, String)>) {
     match value {
         Value::Object(fields) => {
             for tag in ["$input", "$file"] {

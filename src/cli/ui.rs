@@ -223,6 +223,14 @@ pub fn last_words(text: &str) {
     let _ = writeln!(stderr, "{}", text.trim_end_matches('\n'));
 }
 
+/// Takes back the `^C` that a terminal shows when the key is pressed: behind the end of the bars it begins a line of its own, and
+/// they would be taken for standing a line lower than they do.
+pub fn take_back_echo() {
+    let mut stderr = std::io::stderr().lock();
+    let _ = stderr.write_all(b"\r\x1b[K\x1b[1A");
+    let _ = stderr.flush();
+}
+
 /// An environment variable that is set to something.
 fn set(name: &str) -> Option<std::ffi::OsString> {
     std::env::var_os(name).filter(|value| !value.is_empty())

@@ -10,6 +10,7 @@
 
 pub mod bundle;
 pub mod exec;
+pub mod export;
 #[cfg(test)]
 pub(crate) mod fixture;
 pub mod plan;

@@ -7,7 +7,9 @@
 mod edge;
 mod erased;
 
-pub use edge::{Any, Artifact, ArtifactType, Checkpoint, Dataset, Input, Rollouts, Tokenizer, Tokens, TrainingState};
+pub use edge::{
+    Any, Artifact, ArtifactType, Checkpoint, Dataset, Evaluation, Input, Rollouts, Tokenizer, Tokens, TrainingState,
+};
 pub use erased::AnyStage;
 
 pub use crate::file::{PlacedFile, SourceFile};

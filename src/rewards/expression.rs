@@ -1,7 +1,8 @@
 //! Arithmetic over named measurements: `0.5 * progress + solved * shortest / max(steps, shortest)`.
 //!
-//! Every intermediate value must be finite: a division by zero inside `min(1, x / 0)` is an error and not a 1. `winnow`
-//! does the parsing; this module says what the words mean. It knows measurements by name and no task.
+//! Every intermediate value must be finite: a division by zero inside `min(1, x / 0)` is an error and not a 1. What is
+//! not 0 counts as true. `winnow` does the parsing; this module says what the words mean. It knows measurements by name
+//! and no task.
 
 use winnow::Parser as _;
 use winnow::ascii::{float, multispace0};
@@ -12,11 +13,11 @@ use winnow::error::ContextError;
 use winnow::token::{any, one_of, take_while};
 
 use crate::rewards::RewardError;
-use crate::tasks::Measurements;
 
 /// What an expression may be made of, for hints.
-pub(super) const GRAMMAR: &str = "an expression has numbers, measurements, `+ - * / ^`, `< <= > >=` (1 or 0), \
-     parentheses, and `min(a, b)`, `max(a, b)`, `abs(a)`, `sqrt(a)`, `exp(a)`, `ln(a)`";
+pub const GRAMMAR: &str = "an expression has numbers, measurements, `+ - * / ^`, `< <= > >= == !=`, `and`, `or` (1 or \
+     0), parentheses, and `min(a, b)`, `max(a, b)`, `clamp(a, low, high)`, `abs(a)`, `sqrt(a)`, `exp(a)`, `ln(a)`, \
+     `floor(a)`, `ceil(a)`";
 
 /// Characters in an expression, at most. This and [`DEEPEST`] bound how deep the parser recurses.
 const LONGEST: usize = 500;
@@ -27,7 +28,7 @@ type Result<T> = winnow::Result<T, ContextError>;
 
 /// A compiled expression.
 #[derive(Clone, Debug)]
-pub(super) struct Expression {
+pub struct Expression {
     text: String,
     root: Node,
     names: Vec<String>,
@@ -43,7 +44,7 @@ enum Node {
 
 impl Expression {
     /// Reads an expression; the error says where it stops making sense.
-    pub(super) fn compile(text: &str) -> std::result::Result<Self, String> {
+    pub fn compile(text: &str) -> std::result::Result<Self, String> {
         if text.trim().is_empty() {
             return Err("the expression is empty".to_owned());
         }
@@ -61,7 +62,7 @@ impl Expression {
                 return Err(format!("parentheses stand more than {DEEPEST} deep"));
             }
         }
-        let root = delimited(multispace0, comparison, multispace0).parse(text).map_err(|error| {
+        let root = delimited(multispace0, disjunction, multispace0).parse(text).map_err(|error| {
             let rest = text[error.offset()..].trim();
             if rest.is_empty() {
                 "the expression ends too early".to_owned()
@@ -77,17 +78,18 @@ impl Expression {
     }
 
     /// The measurements that it reads, sorted.
-    pub(super) fn names(&self) -> &[String] {
+    pub fn names(&self) -> &[String] {
         &self.names
     }
 
-    /// Its value.
-    pub(super) fn evaluate(&self, verdict: &Measurements) -> std::result::Result<f64, RewardError> {
-        if let Some(name) = self.names.iter().find(|name| !verdict.contains_key(*name)) {
+    /// Its value where `value` gives the measurements; an error where one is missing or a value on the way is not finite.
+    pub fn evaluate(&self, value: &dyn Fn(&str) -> Option<f64>) -> std::result::Result<f64, RewardError> {
+        if let Some(name) = self.names.iter().find(|name| value(name).is_none()) {
             return Err(RewardError::Missing(name.clone()));
         }
-        self.root.evaluate(verdict).ok_or_else(|| {
-            let at: Vec<String> = self.names.iter().map(|name| format!("{name} = {}", verdict[name])).collect();
+        self.root.evaluate(value).ok_or_else(|| {
+            let known = |name: &String| Some(format!("{name} = {}", value(name)?));
+            let at: Vec<String> = self.names.iter().filter_map(known).collect();
             RewardError::NotFinite { expression: self.text.clone(), at: at.join(", ") }
         })
     }
@@ -107,14 +109,14 @@ impl Node {
     }
 
     /// The value, or `None` where this node or one below it is not finite.
-    fn evaluate(&self, verdict: &Measurements) -> Option<f64> {
-        let value = match self {
-            Self::Number(value) => *value,
-            Self::Measurement(name) => *verdict.get(name)?,
-            Self::Unary(apply, inner) => apply(inner.evaluate(verdict)?),
-            Self::Binary(apply, left, right) => apply(left.evaluate(verdict)?, right.evaluate(verdict)?),
+    fn evaluate(&self, value: &dyn Fn(&str) -> Option<f64>) -> Option<f64> {
+        let result = match self {
+            Self::Number(number) => *number,
+            Self::Measurement(name) => value(name)?,
+            Self::Unary(apply, inner) => apply(inner.evaluate(value)?),
+            Self::Binary(apply, left, right) => apply(left.evaluate(value)?, right.evaluate(value)?),
         };
-        value.is_finite().then_some(value)
+        result.is_finite().then_some(result)
     }
 
     fn binary(apply: fn(f64, f64) -> f64) -> impl FnOnce(Self, Self) -> Self {
@@ -126,14 +128,45 @@ fn truth(value: bool) -> f64 {
     f64::from(u8::from(value))
 }
 
+#[expect(clippy::float_cmp, reason = "whoever writes `==` means it: measurements are counts and flags")]
+fn equal(left: f64, right: f64) -> bool {
+    left == right
+}
+
+/// Comparisons joined by `or`, each by `and` more tightly.
+fn disjunction(input: &mut &str) -> Result<Node> {
+    joined(input, "or", conjunction, |left, right| truth(left != 0.0 || right != 0.0))
+}
+
+fn conjunction(input: &mut &str) -> Result<Node> {
+    joined(input, "and", comparison, |left, right| truth(left != 0.0 && right != 0.0))
+}
+
+/// One or more operands with a word between them.
+fn joined(
+    input: &mut &str,
+    word: &'static str,
+    operand: fn(&mut &str) -> Result<Node>,
+    apply: fn(f64, f64) -> f64,
+) -> Result<Node> {
+    let mut node = operand(input)?;
+    let letter = || one_of(('a'..='z', 'A'..='Z', '0'..='9', '_'));
+    while let Some(right) = opt(preceded((multispace0, word, not(letter()), multispace0), operand)).parse_next(input)? {
+        node = Node::binary(apply)(node, right);
+    }
+    Ok(node)
+}
+
 /// A sum, or two of them compared; comparisons do not chain.
 fn comparison(input: &mut &str) -> Result<Node> {
     let left = arithmetic.parse_next(input)?;
-    let operator = delimited(multispace0, alt(("<=", ">=", "<", ">")), multispace0);
+    let operator = delimited(multispace0, alt(("<=", ">=", "==", "!=", "<", ">")), multispace0);
     let Some((operator, right)) = opt((operator, arithmetic)).parse_next(input)? else { return Ok(left) };
     let apply: fn(f64, f64) -> f64 = match operator {
         "<=" => |left, right| truth(left <= right),
         ">=" => |left, right| truth(left >= right),
+        "==" => |left, right| truth(equal(left, right)),
+        "!=" => |left, right| truth(!equal(left, right)),
         "<" => |left, right| truth(left < right),
         _ => |left, right| truth(left > right),
     };
@@ -169,7 +202,7 @@ fn number(input: &mut &str) -> Result<Node> {
 }
 
 fn parenthesised(input: &mut &str) -> Result<Node> {
-    delimited(('(', multispace0), comparison, (multispace0, ')')).parse_next(input)
+    delimited(('(', multispace0), disjunction, (multispace0, ')')).parse_next(input)
 }
 
 fn name<'a>(input: &mut &'a str) -> Result<&'a str> {
@@ -186,16 +219,22 @@ fn call(input: &mut &str) -> Result<Node> {
     let function = terminated(name, (multispace0, '(')).parse_next(input)?;
     let comma = (multispace0, ',');
     let arguments: Vec<Node> =
-        terminated(separated(1.., preceded(multispace0, comparison), comma), (multispace0, ')')).parse_next(input)?;
+        terminated(separated(1.., preceded(multispace0, disjunction), comma), (multispace0, ')')).parse_next(input)?;
     let fold: fn(f64, f64) -> f64 = match (function, arguments.len()) {
         ("min", 2..) => f64::min,
         ("max", 2..) => f64::max,
+        ("clamp", 3) => {
+            let [value, low, high] = <[Node; 3]>::try_from(arguments).expect("there are three arguments");
+            return Ok(Node::binary(f64::min)(Node::binary(f64::max)(value, low), high));
+        }
         (function, 1) => {
             let apply: fn(f64) -> f64 = match function {
                 "abs" => f64::abs,
                 "sqrt" => f64::sqrt,
                 "exp" => f64::exp,
                 "ln" => f64::ln,
+                "floor" => f64::floor,
+                "ceil" => f64::ceil,
                 _ => return fail.parse_next(input),
             };
             let inner = arguments.into_iter().next().expect("there is one argument");
@@ -213,7 +252,8 @@ mod tests {
 
     fn value(text: &str) -> f64 {
         let compiled = Expression::compile(text).unwrap_or_else(|error| panic!("{text}: {error}"));
-        compiled.evaluate(&[("x".to_owned(), 3.0), ("max_x".to_owned(), 7.0)].into()).unwrap()
+        let of = |name: &str| [("x", 3.0), ("max_x", 7.0), ("order", 0.0)].into_iter().find(|one| one.0 == name);
+        compiled.evaluate(&|name| of(name).map(|one| one.1)).unwrap()
     }
 
     #[test]
@@ -247,6 +287,16 @@ mod tests {
             ("x > 2", 1.0),
             ("(x >= 4) + (x <= 3) * 0.5", 0.5),
             ("1 + x < 4", 0.0),
+            ("x == 3", 1.0),
+            ("x != 3", 0.0),
+            ("x > 5 or x < 4 and max_x == 7", 1.0),
+            ("(x < 4 or x > 5) and max_x > 7", 0.0),
+            ("x and max_x", 1.0),
+            ("order or order", 0.0),
+            ("0.5 * (x and 1) + 0.25", 0.75),
+            ("clamp(x, 0, 1)", 1.0),
+            ("clamp(-x, -2, 1) + clamp(x, 2, 4)", 1.0),
+            ("floor(-x / 2) + ceil(x / 2)", 0.0),
         ] {
             assert!((value(text) - wanted).abs() < 1e-12, "{text} = {} and not {wanted}", value(text));
         }
@@ -268,8 +318,25 @@ mod tests {
         says("x x", "from `x` on");
         says("x @ 2", "from `@ 2` on");
         says("1 < 2 < 3", "from `< 3` on");
+        says("x and", "from `and` on");
+        says("x android", "from `android` on");
         says(&"x".repeat(501), "501 characters");
-        for text in ["2x", "1.2.3", "min(x)", "min()", "abs(1, 2)", "foo(x)", "x ** 2", "1e999x", ")", "1,2", "é"] {
+        for text in [
+            "2x",
+            "1.2.3",
+            "min(x)",
+            "min()",
+            "abs(1, 2)",
+            "clamp(x, 1)",
+            "or x",
+            "x = 3",
+            "foo(x)",
+            "x ** 2",
+            "1e999x",
+            ")",
+            "1,2",
+            "é",
+        ] {
             assert!(Expression::compile(text).is_err(), "{text} is taken");
         }
     }

@@ -10,6 +10,7 @@ mod program;
 mod rule;
 mod scorer;
 
+pub use expression::{Expression, GRAMMAR};
 pub use outcome::{Outcome, total};
 pub use scorer::{ScoreError, ScoreInput, Scorer};
 
@@ -17,8 +18,14 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::file::{Misplaced, PlacedFile, misplaced};
-use crate::rewards::expression::Expression;
 use crate::tasks::Measure;
+
+/// What expressions may name besides a task's measurements: the tokens that the model wrote, the ends of its replies
+/// included; of a turn, those of its reply.
+pub const COMPLETION_LENGTH: &str = "completion_length";
+
+/// The piece of code behind expressions and its version, for keys.
+pub const EXPRESSION_PART: (&str, u32) = ("reward.expression", 1);
 
 /// A reward by name in a stage's `rewards` table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -36,12 +43,13 @@ pub enum RewardSpec {
         #[serde(default = "one")]
         weight: f64,
     },
-    /// An arithmetic expression over the verdict's measurements.
+    /// An arithmetic expression over the verdict's measurements and `completion_length`, the tokens that the model wrote.
     Expression {
         /// The expression, such as `0.5 * progress + 0.5 * solved`.
         expression: String,
         /// What it reads: the episode's verdict, or each turn's own measurements, whose values are summed.
         #[serde(default, skip_serializing_if = "Per::is_episode")]
+        #[schemars(extend("default" = "episode"))]
         per: Per,
         /// What the reward is multiplied by before rewards are summed.
         #[serde(default = "one")]
@@ -156,7 +164,7 @@ impl RewardSpec {
         match self {
             Self::Correct { .. } => ("reward.correct", 1),
             Self::Format { .. } => ("reward.format", 1),
-            Self::Expression { .. } => ("reward.expression", 1),
+            Self::Expression { .. } => EXPRESSION_PART,
             Self::Program { .. } => ("reward.program", 1),
             Self::Random { .. } => ("reward.random", 1),
         }
@@ -170,6 +178,18 @@ impl RewardSpec {
             | Self::Expression { weight, .. }
             | Self::Program { weight, .. }
             | Self::Random { weight, .. } => *weight,
+        }
+    }
+}
+
+impl RewardSpec {
+    /// Whether the reward looks at how many tokens the model wrote, as far as can be told.
+    pub fn reads_lengths(&self) -> bool {
+        match self {
+            Self::Expression { expression, .. } => Expression::compile(expression)
+                .is_ok_and(|compiled| compiled.names().iter().any(|name| name == COMPLETION_LENGTH)),
+            Self::Program { .. } => true,
+            Self::Correct { .. } | Self::Format { .. } | Self::Random { .. } => false,
         }
     }
 }
@@ -194,11 +214,11 @@ impl RewardSpec {
             Self::Expression { expression, per, .. } => {
                 let at = |(message, hint)| ("expression".to_owned(), message, hint);
                 match Expression::compile(expression) {
-                    Err(message) => complaints.push(at((message, Some(expression::GRAMMAR.to_owned())))),
+                    Err(message) => complaints.push(at((message, Some(GRAMMAR.to_owned())))),
                     // What turns measure is a task's own affair: names are checked on a demonstration before training.
                     Ok(_) if *per == Per::Turn => {}
                     Ok(compiled) => {
-                        let names = compiled.names().iter();
+                        let names = compiled.names().iter().filter(|name| *name != COMPLETION_LENGTH);
                         complaints.extend(names.filter_map(|name| unknown_measure(name, measures)).map(at));
                     }
                 }

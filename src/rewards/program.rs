@@ -7,13 +7,30 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::file::PlacedFile;
 use crate::program::{Launch, Program, ProgramError};
 use crate::rewards::{Outcome, RewardSpec, ScoreInput};
 
 /// A running program that scores samples.
 pub(super) struct ProgramReward {
+    start: Start,
     program: Program,
     batch_size: usize,
+}
+
+/// How it is started.
+struct Start {
+    command: Vec<String>,
+    files: Vec<PlacedFile>,
+    timeout: Duration,
+    interrupt: Option<Arc<AtomicBool>>,
+}
+
+impl Start {
+    fn program(&self) -> Result<Program, ProgramError> {
+        let Self { command, files, timeout, interrupt } = self;
+        Program::start(&Launch { command, files, timeout: *timeout, interrupt: interrupt.clone() })
+    }
 }
 
 #[derive(Serialize)]
@@ -34,15 +51,31 @@ impl ProgramReward {
         };
         let timeout = Duration::try_from_secs_f64(*timeout_seconds)
             .map_err(|error| ProgramError::Start(format!("`{timeout_seconds}` is no time limit: {error}")))?;
-        let program = Program::start(&Launch { command, files, timeout, interrupt: interrupt.cloned() })?;
-        Ok(Self { program, batch_size: (*batch_size).max(1) as usize })
+        let (command, files) = (command.clone(), files.clone());
+        let start = Start { command, files, timeout, interrupt: interrupt.cloned() };
+        Ok(Self { program: start.program()?, start, batch_size: (*batch_size).max(1) as usize })
+    }
+
+    /// Asks for a batch. A program that crashed or hung is started again and asked once more: equal requests have equal
+    /// answers, and hours of training should not end with what an answer anew puts right. What it says wrongly it would say
+    /// again.
+    fn ask(&mut self, samples: &[ScoreInput<'_>]) -> Result<Answer, ProgramError> {
+        let request = Request { samples };
+        match self.program.call(&request) {
+            Err(error @ (ProgramError::Ended { .. } | ProgramError::Timeout { .. })) => {
+                tracing::warn!("{error}; it is started again and asked once more");
+                self.program = self.start.program()?;
+                self.program.call(&request)
+            }
+            answered => answered,
+        }
     }
 
     /// One outcome a sample; anything else that the program does is an error of the program.
     pub(super) fn score(&mut self, samples: &[ScoreInput<'_>]) -> Result<Vec<Outcome>, ProgramError> {
         let mut outcomes = Vec::with_capacity(samples.len());
         for samples in samples.chunks(self.batch_size) {
-            let Answer { rewards } = self.program.call(&Request { samples })?;
+            let Answer { rewards } = self.ask(samples)?;
             if rewards.len() != samples.len() {
                 let (given, asked) = (rewards.len(), samples.len());
                 return Err(self.program.refuse(format!("answered {given} rewards for {asked} samples")));

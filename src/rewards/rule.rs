@@ -4,7 +4,7 @@ use rand::Rng as _;
 
 use crate::random::{rng, unit};
 use crate::rewards::expression::Expression;
-use crate::rewards::{Outcome, Per, RewardError, RewardSpec, ScoreInput};
+use crate::rewards::{COMPLETION_LENGTH, Outcome, Per, RewardError, RewardSpec, ScoreInput};
 use crate::tasks::Measurements;
 
 /// What a built-in [`RewardSpec`] says, compiled once.
@@ -35,16 +35,26 @@ impl Rule {
     pub(super) fn score(&self, sample: &ScoreInput<'_>) -> Outcome {
         let value = match self {
             Self::Measurement(name) => measurement(name, sample.measurements).map(Outcome::Value),
-            Self::Expression(expression, Per::Episode) => expression.evaluate(sample.measurements).map(Outcome::Value),
+            Self::Expression(expression, Per::Episode) => {
+                let length = (!sample.lengths.is_empty()).then(|| sample.lengths.iter().sum());
+                expression.evaluate(&|name| named(name, sample.measurements, length)).map(Outcome::Value)
+            }
             Self::Expression(expression, Per::Turn) => {
-                let turns: Result<Vec<f64>, RewardError> =
-                    sample.turns.iter().map(|turn| expression.evaluate(turn)).collect();
-                turns.map(Outcome::turns)
+                let turns = sample.turns.iter().enumerate().map(|(turn, measured)| {
+                    expression.evaluate(&|name| named(name, measured, sample.lengths.get(turn).copied()))
+                });
+                turns.collect::<Result<Vec<f64>, RewardError>>().map(Outcome::turns)
             }
             Self::Random(seed) => Ok(Outcome::Value(random(*seed, sample))),
         };
         value.unwrap_or_else(|error| Outcome::Error(error.to_string()))
     }
+}
+
+/// What an expression finds under a name: a measurement of the task's, or else what is known of every completion.
+fn named(name: &str, measured: &Measurements, length: Option<u64>) -> Option<f64> {
+    let known = || length.filter(|_| name == COMPLETION_LENGTH).map(|tokens| tokens as f64);
+    measured.get(name).copied().or_else(known)
 }
 
 fn measurement(name: &str, verdict: &Measurements) -> Result<f64, RewardError> {

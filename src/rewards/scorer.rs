@@ -28,6 +28,8 @@ pub struct ScoreInput<'a> {
     pub measurements: &'a Measurements,
     /// Each turn's measurements; never empty.
     pub turns: &'a [Measurements],
+    /// The tokens of each reply, its end included; empty where they are not known.
+    pub lengths: &'a [u64],
 }
 
 /// Why a batch could not be scored: not the error of one sample, but of a reward as a whole.

@@ -1,7 +1,8 @@
 //! `dataset`: a user's own rows, from JSON lines or Parquet, as a data set that the other kinds read.
 //!
 //! A file has a text column (the whole text is to be learnt), a prompt and a completion column, or a column of messages
-//! (a conversation, which the tokenizer's chat template writes). Whatever is not plain text in the right place is an error
+//! (a conversation, which the tokenizer's chat template writes). With a `task`, prompts that show its instances, as those of
+//! a published bench, are read back into instances: stages that follow write them anew and judge by simulation. Whatever is not plain text in the right place is an error
 //! that names file and line; nothing is skipped or guessed.
 
 use std::collections::BTreeMap;
@@ -14,10 +15,11 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::pipeline::stage::{ArtifactType, Output, Problem, SourceFile, Stage, StageContext, Upstream};
+use crate::pipeline::stage::{ArtifactType, Output, Part, Problem, SourceFile, Stage, StageContext, Upstream};
 use crate::stages::chat::Message;
-use crate::stages::synthesize::{instance_id, is_plain_name};
+use crate::stages::synthesize::{self, instance_id, is_plain_name, write_task};
 use crate::stages::table::{self, Column, ColumnType, TableWriter};
+use crate::tasks::{Drawn, Task, TaskSpec, open, open_with};
 
 /// Rows written at a time.
 const CHUNK: usize = 16_384;
@@ -43,7 +45,11 @@ pub struct Dataset {
     pub completion_column: String,
     /// The column with conversations: lists of `{ role, content }`.
     #[serde(default = "Dataset::default_messages_column", skip_serializing_if = "Dataset::is_default_messages_column")]
+    #[schemars(extend("default" = "messages"))]
     pub messages_column: String,
+    /// The task whose instances the prompts show; other columns are left aside.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task: Option<TaskSpec>,
 }
 
 impl Dataset {
@@ -70,6 +76,8 @@ enum Shape {
     Text,
     Pair,
     Messages,
+    /// A prompt that shows an instance of a task.
+    Instance,
 }
 
 impl Shape {
@@ -78,6 +86,7 @@ impl Shape {
         match self {
             Self::Text | Self::Pair => &["prompt", "completion"],
             Self::Messages => &[MESSAGES_COLUMN],
+            Self::Instance => &["prompt"],
         }
     }
 }
@@ -90,8 +99,15 @@ impl Stage for Dataset {
         vec![Output::new("dataset", ArtifactType::Dataset)]
     }
 
+    fn parts(&self) -> Vec<Part> {
+        self.task.iter().map(TaskSpec::part).map(|(name, version)| Part::new(name, version)).collect()
+    }
+
     fn check(&self, _: &Upstream<'_>) -> Vec<Problem> {
         let mut problems = Vec::new();
+        if let Some(Err(error)) = self.task.as_ref().map(|task| open(task, &task.any_format())) {
+            problems.push(Problem::new("task", error.to_string()));
+        }
         if self.files.is_empty() {
             let problem = Problem::new("files", "no file is given");
             problems.push(problem.hint("write `files = { train = \"data/train.jsonl\" }`"));
@@ -129,6 +145,8 @@ impl Stage for Dataset {
     fn run(&self, context: &mut StageContext) -> anyhow::Result<()> {
         let folder = context.output("dataset");
         let mut shapes: Vec<(Shape, &Path)> = Vec::new();
+        let task =
+            self.task.as_ref().map(|task| open_with(task, &task.any_format(), &context.interrupt)).transpose()?;
         for (done, (split, file)) in self.files.iter().enumerate() {
             context.stop_if_interrupted()?;
             context.progress(done as u64, self.files.len() as u64, "files");
@@ -146,7 +164,13 @@ impl Stage for Dataset {
                 );
             }
             shapes.push((shape, &file.path));
-            write_split(&folder, split, shape, &rows)?;
+            match &task {
+                Some(task) => write_instances(&folder, split, &file.path, task.as_ref(), &rows)?,
+                None => write_split(&folder, split, shape, &rows)?,
+            }
+        }
+        if let Some(task) = &self.task {
+            write_task(&folder, task)?;
         }
         context.progress(self.files.len() as u64, self.files.len() as u64, "files");
         Ok(())
@@ -175,6 +199,10 @@ impl Dataset {
         let has = |name: &String| there.contains(&name.as_str());
         let list = || there.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
         let Self { text_column, prompt_column, completion_column, messages_column, .. } = self;
+        if self.task.is_some() {
+            ensure!(has(prompt_column), "there is no column `{prompt_column}`; there are {}", list());
+            return Ok(Shape::Instance);
+        }
         match (has(text_column), has(messages_column), has(prompt_column), has(completion_column)) {
             (true, false, false, false) => Ok(Shape::Text),
             (false, true, false, false) => Ok(Shape::Messages),
@@ -200,6 +228,7 @@ impl Dataset {
         let wanted: Vec<&str> = match shape {
             Shape::Text => vec![&self.text_column],
             Shape::Pair => vec![&self.prompt_column, &self.completion_column],
+            Shape::Instance => vec![&self.prompt_column],
             Shape::Messages => return Ok((shape, self.read_conversations(path)?)),
         };
         let mut columns = Vec::with_capacity(2);
@@ -213,6 +242,9 @@ impl Dataset {
             columns.push(values.into_iter().enumerate().map(full).collect::<anyhow::Result<Vec<String>>>()?);
         }
         let completions = columns.pop().expect("one or two columns are read");
+        if shape == Shape::Instance {
+            return Ok((shape, completions.into_iter().map(|prompt| vec![prompt]).collect()));
+        }
         let prompts = columns.pop().unwrap_or_else(|| vec![String::new(); completions.len()]);
         Ok((shape, prompts.into_iter().zip(completions).map(|(prompt, completion)| vec![prompt, completion]).collect()))
     }
@@ -260,7 +292,11 @@ impl Dataset {
 
     fn read_line(&self, line: &[u8]) -> anyhow::Result<(Shape, Vec<String>)> {
         let line = std::str::from_utf8(line).context("the line is not UTF-8")?;
-        let mut fields: Map<String, Value> = serde_json::from_str(line).context("the line is no JSON object")?;
+        let mut fields: Map<String, Value> = serde_json::from_str(line).map_err(|error| {
+            // The place in a line of its own says nothing.
+            let said = error.to_string();
+            anyhow::anyhow!("the line is no JSON object: {}", said.split(" at line ").next().unwrap_or_default())
+        })?;
         let there: Vec<&str> = fields.keys().map(String::as_str).collect();
         let shape = self.shape(&there)?;
         let mut take = |name: &str| match fields.remove(name) {
@@ -270,6 +306,7 @@ impl Dataset {
         let row = match shape {
             Shape::Text => vec![String::new(), take(&self.text_column)?],
             Shape::Pair => vec![take(&self.prompt_column)?, take(&self.completion_column)?],
+            Shape::Instance => vec![take(&self.prompt_column)?],
             Shape::Messages => {
                 let name = &self.messages_column;
                 conversation(fields.remove(name).unwrap_or_default()).with_context(|| format!("`{name}`"))?
@@ -291,6 +328,17 @@ fn conversation(value: Value) -> anyhow::Result<Vec<String>> {
     let messages: Vec<Message> = list.into_iter().enumerate().map(message).collect::<anyhow::Result<_>>()?;
     ensure!(!messages.is_empty(), "it has no message");
     Ok(vec![serde_json::to_string(&messages).expect("messages are plain data")])
+}
+
+/// Writes the instances that prompts show, as `synthesize` writes those that it draws.
+fn write_instances(folder: &Path, split: &str, path: &Path, task: &dyn Task, rows: &Rows) -> anyhow::Result<()> {
+    let read = |(row, prompt): (usize, &Vec<String>)| {
+        let drawn = task.parse(&prompt[0]).and_then(|instance| Drawn::new(task, &instance));
+        let place = || format!("the prompt of row {} of `{}`", row + 1, path.display());
+        Ok(synthesize::Row::from(drawn.with_context(place)?))
+    };
+    let rows: Vec<synthesize::Row> = rows.iter().enumerate().map(read).collect::<anyhow::Result<_>>()?;
+    synthesize::write_split(folder, split, &rows)
 }
 
 fn write_split(folder: &Path, split: &str, shape: Shape, rows: &[Vec<String>]) -> anyhow::Result<()> {
@@ -399,6 +447,76 @@ mod tests {
         let calls = br#"{"messages": [{"role": "assistant", "content": "", "tool_calls": []}]}"#;
         says(&[("a", "a.jsonl", calls)], "a.jsonl:1: `messages`: message 1 is no `{ role, content }`: unknown field");
         says(&[("a", "a.jsonl", b"{\"text\": \"x\"}"), ("b", "b.jsonl", PAIRS)], "differ: each has another");
+    }
+
+    /// Runs the stage on a file of prompts; gives the folder.
+    fn bench(file: &str, bytes: &[u8], change: &Value) -> anyhow::Result<tempfile::TempDir> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(file);
+        std::fs::write(&path, bytes).unwrap();
+        let mut value = json!({
+            "files": {"test": path}, "prompt_column": "Prompt", "task": {"kind": "maze", "rows": 5, "columns": 5}
+        });
+        value.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        let stage: Dataset = serde_json::from_value(value).unwrap();
+        stage.run(&mut context(folder.path(), &["dataset"]))?;
+        Ok(folder)
+    }
+
+    #[test]
+    fn the_prompts_of_a_bench_become_instances_as_synthesize_writes_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let task = json!({"kind": "maze", "rows": 5, "columns": 5});
+        let drawn: synthesize::Synthesize =
+            serde_json::from_value(json!({"task": task, "splits": {"test": 30}})).unwrap();
+        drawn.run(&mut context(folder.path(), &["dataset"])).unwrap();
+        let drawn = folder.path().join("out/dataset");
+        let data = strings(table::read(&drawn.join("test.parquet"), &["data"]).unwrap().remove(0));
+        let opened = open(&serde_json::from_value(task).unwrap(), &crate::tasks::FormatSpec::default()).unwrap();
+        let prompt = |data: &String| {
+            let instance: Value = serde_json::from_str(data).unwrap();
+            let start = crate::tasks::Start { instance: &instance, seed: 0 };
+            opened.begin(&[start]).unwrap().observe().unwrap().remove(0)
+        };
+        // Rows of cells are lines, as in the published bench.
+        let lines = |prompt: String| {
+            (1..5).fold(prompt, |text, row| text.replace(&format!("<|{row}-0|>"), &format!("\n<|{row}-0|>")))
+        };
+        let rows: Vec<Value> = data
+            .iter()
+            .map(|data| json!({"Prompt": lines(prompt(data)), "Level": "easy", "Maze_image": null}))
+            .collect();
+        let text: String = rows.iter().map(|row| row.to_string() + "\n").collect();
+        let read = bench("bench.jsonl", text.as_bytes(), &json!({})).unwrap();
+        let read = read.path().join("out/dataset");
+        assert_eq!(digest(&read), digest(&drawn), "the same rows, the same task");
+        let path = folder.path().join("bench.parquet");
+        let columns = [("Level", ColumnType::Text), ("Prompt", ColumnType::Text), ("n", ColumnType::Integer)];
+        let mut writer = TableWriter::create(&path, &columns).unwrap();
+        let prompts = || rows.iter().map(|row| row["Prompt"].as_str().unwrap().to_owned());
+        let written = vec![Column::text(prompts()), Column::text(prompts()), Column::integer(0..30)];
+        writer.write(written).unwrap();
+        writer.finish().unwrap();
+        let read = bench("bench.parquet", &std::fs::read(path).unwrap(), &json!({})).unwrap();
+        assert_eq!(digest(&read.path().join("out/dataset")), digest(&drawn));
+    }
+
+    #[test]
+    fn a_bench_that_is_none_is_located() {
+        let says = |line: Value, change: Value, words: &str| {
+            let good = "<|0-0|><|up_left_right_wall|><|origin|><|0-1|><|up_left_right_wall|><|blank|>\n\
+                        <|1-0|><|down_left_wall|><|blank|><|1-1|><|down_right_wall|><|target|>";
+            let text = json!({"Prompt": good}).to_string() + "\n" + &line.to_string();
+            let error = format!("{:#}", bench("b.jsonl", text.as_bytes(), &change).unwrap_err());
+            assert!(error.contains(words), "{error}");
+        };
+        let small = json!({"task": {"kind": "maze", "rows": 2, "columns": 2}});
+        says(json!({"Prompt": "<|0-0|>"}), small.clone(), "the prompt of row 2 of");
+        says(json!({"Prompt": "<|0-0|>"}), small.clone(), "the cell <|0-0|> is not whole");
+        says(json!({"Prompt": "none"}), small.clone(), "there is no cell of a maze");
+        says(json!({"prompt": "none"}), small, "b.jsonl:2: there is no column `Prompt`");
+        says(json!({"Prompt": ""}), json!({}), "the prompt of row 1 of");
+        says(json!({"Prompt": ""}), json!({}), "2 x 2 cells, the task 5 x 5");
     }
 
     #[test]

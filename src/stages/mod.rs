@@ -2,13 +2,16 @@
 
 pub mod chat;
 pub mod command;
+pub mod condition;
 pub mod dataset;
 pub mod evaluate;
 pub mod grpo;
 mod hub;
 pub mod model;
+pub mod rejection_sampling;
 pub mod samples;
 pub mod sampling;
+pub mod select;
 pub mod sft;
 pub mod synthesize;
 pub mod table;
@@ -28,6 +31,8 @@ pub static KINDS: &[Kind] = &[
     Kind::of::<dataset::Dataset>(),
     Kind::of::<tokenizer::Tokenizer>(),
     Kind::of::<tokenize::Tokenize>(),
+    Kind::of::<select::Select>(),
+    Kind::of::<rejection_sampling::RejectionSampling>(),
     Kind::of::<model::Model>(),
     Kind::of::<sft::Sft>(),
     Kind::of::<grpo::Grpo>(),

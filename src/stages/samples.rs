@@ -1,6 +1,7 @@
-//! Stored completions read back for scoring: `rollouts.parquet` of a training, `examples.parquet` of an evaluation.
+//! Stored completions read back: `rollouts.parquet` of a training, `examples.parquet` of an evaluation.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
@@ -39,10 +40,20 @@ pub struct Sample {
     pub completion: String,
     /// Why the last reply ended.
     pub finish: Finish,
+    /// Whether the episode was cut off.
+    pub truncated: bool,
     /// The verdict.
     pub measurements: Measurements,
     /// Each turn's measurements; the verdict's where the episode had one turn.
     pub turns: Vec<Measurements>,
+    /// The tokens of each reply, its end included; empty where they are not known.
+    pub lengths: Vec<u64>,
+    /// Everything behind the first prompt as token ids; empty where none are stored.
+    pub ids: Vec<i32>,
+    /// Where in `ids` the replies stand, their ends included.
+    pub replies: Vec<Range<usize>>,
+    /// Whether the training learnt from its group; true in an evaluation.
+    pub kept: bool,
     /// The rewards that were stored, in the order of their columns.
     pub rewards: Vec<Option<f64>>,
     /// The total that was stored.
@@ -59,12 +70,15 @@ impl Sample {
             finish: self.finish,
             measurements: &self.measurements,
             turns: &self.turns,
+            lengths: &self.lengths,
         }
     }
 }
 
 #[derive(Deserialize)]
 struct StoredTurn {
+    begin: usize,
+    end: usize,
     measurements: Measurements,
 }
 
@@ -93,8 +107,11 @@ impl Samples {
             _ => bail!("the column `{name}` holds no integers"),
         };
         let count = text.0[0].len();
-        let (step, sample) =
-            if is_training { (integers("step")?, integers("sample")?) } else { (vec![0; count], vec![0; count]) };
+        let step = if is_training { integers("step")? } else { vec![0; count] };
+        let sample = if place("sample").is_some() { integers("sample")? } else { vec![0; count] };
+        let mut ids = if place("ids").is_some() { lists(path, "ids")? } else { vec![Vec::new(); count] };
+        let truncated = flags(path, "truncated")?;
+        let kept = if is_training { flags(path, "kept")? } else { vec![true; count] };
         let measured = numbers(path, &measures.iter().map(String::as_str).collect::<Vec<_>>())?;
         let rewarded = numbers(path, &rewards)?;
         let totals = if is_training { numbers(path, &["total"])?.remove(0) } else { vec![None; count] };
@@ -104,13 +121,15 @@ impl Samples {
             for (name, values) in samples.measures.iter().zip(&measured) {
                 measurements.insert(name.clone(), values[row].with_context(|| format!("row {row} has no `{name}`"))?);
             }
-            let turns = match text.0[3][row].take() {
+            let ids = std::mem::take(&mut ids[row]);
+            let (replies, turns): (Vec<Range<usize>>, Vec<Measurements>) = match text.0[3][row].take() {
                 Some(turns) => serde_json::from_str::<Vec<StoredTurn>>(&turns)
                     .with_context(|| format!("the turns of row {row}"))?
                     .into_iter()
-                    .map(|turn| turn.measurements)
-                    .collect(),
-                None => vec![measurements.clone()],
+                    .map(|turn| (turn.begin..turn.end, turn.measurements))
+                    .unzip(),
+                None if ids.is_empty() => (Vec::new(), vec![measurements.clone()]),
+                None => (vec![Range { start: 0, end: ids.len() }], vec![measurements.clone()]),
             };
             let instance = text.0[0][row].take().with_context(|| format!("row {row} has no instance"))?;
             let stored = data.0.first_mut().and_then(|data| data[row].take());
@@ -134,8 +153,13 @@ impl Samples {
                 prompt: text.0[1][row].take().unwrap_or_default(),
                 completion: text.0[2][row].take().unwrap_or_default(),
                 finish,
+                truncated: truncated[row],
                 measurements,
                 turns,
+                lengths: replies.iter().map(|reply| reply.len() as u64).collect(),
+                ids,
+                replies,
+                kept: kept[row],
                 rewards: rewarded.iter().map(|values| values[row]).collect(),
                 total: totals[row],
             });
@@ -157,6 +181,18 @@ impl Text {
         });
         Ok(Self(columns.collect::<anyhow::Result<_>>()?))
     }
+}
+
+fn lists(path: &Path, name: &str) -> anyhow::Result<Vec<Vec<i32>>> {
+    let Column::Integers(lists) = read(path, &[name])?.remove(0) else {
+        bail!("the column `{name}` holds no lists of integers")
+    };
+    Ok(lists)
+}
+
+fn flags(path: &Path, name: &str) -> anyhow::Result<Vec<bool>> {
+    let Column::Flag(flags) = read(path, &[name])?.remove(0) else { bail!("the column `{name}` holds no flags") };
+    Ok(flags)
 }
 
 fn numbers(path: &Path, names: &[&str]) -> anyhow::Result<Vec<Vec<Option<f64>>>> {

@@ -14,17 +14,19 @@ use crate::pipeline::stage::Problem;
 pub struct Filters {
     /// Only this many of the most probable tokens may be drawn (the lowest id among equals); 0 is all.
     #[serde(skip_serializing_if = "is_zero")]
+    #[schemars(extend("default" = 0))]
     pub top_k: u64,
     /// Only the most probable tokens that together reach this probability may be drawn (the lowest id among equals); 1 is all.
     #[serde(skip_serializing_if = "is_one")]
-    #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0.0))]
+    #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0.0, "default" = 1.0))]
     pub top_p: f64,
     /// Only tokens at least this share as probable as the most probable may be drawn; 0 is all.
     #[serde(skip_serializing_if = "is_none")]
-    #[schemars(range(min = 0.0, max = 1.0))]
+    #[schemars(range(min = 0.0, max = 1.0), extend("default" = 0.0))]
     pub min_p: f64,
     /// Texts that end a completion besides the model's own end: as soon as the ids written end in the ids of one of them.
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("default" = []))]
     pub stop: Vec<String>,
 }
 

@@ -6,7 +6,9 @@ use serde::{Deserialize, Serialize};
 use crate::pipeline::stage::{
     ArtifactType, Checkpoint, Continues, Input, Output, Part, Place, Problem, Stage, Tokens, TrainingState, Upstream,
 };
-use crate::stages::training::{Lora, Optimizer, Schedule, Validate, check_select, check_start, task_parts, versions};
+use crate::stages::training::{
+    Lora, Optimizer, Precision, Schedule, Validate, check_select, check_start, is_off, task_parts, versions,
+};
 
 /// Fine-tune a model on tokenized examples with a token-mean cross-entropy over the tokens that the mask marks.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -48,6 +50,13 @@ pub struct Sft {
     /// Train low-rank adapters instead of the model's own weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lora: Option<Lora>,
+    /// The floating-point format of the model's passes: of training and validation.
+    #[serde(default, skip_serializing_if = "Precision::is_default")]
+    pub precision: Precision,
+    /// Keep what each layer reads and compute the rest of its activations again in the backward pass: less memory, a third more
+    /// operations, the same gradient.
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub activation_checkpointing: bool,
     /// Validation on the way; without it `best` equals `last`.
     #[serde(default)]
     pub validate: Option<Validate>,
@@ -126,6 +135,7 @@ impl Stage for Sft {
         problems.extend(check_start(self.model.is_some(), self.continue_from.is_some()));
         problems.extend(check_select(*upstream, &self.data.reference, validate));
         problems.extend(self.lora.iter().flat_map(Lora::problems));
+        problems.extend(self.schedule.problems());
         problems
     }
 }

@@ -3,8 +3,11 @@
 //! One stream of candidates (the task's instances 0, 1, 2, ... under the stage's seed) fills all splits: the hash of a
 //! candidate's canonical form says which split it belongs to, whatever that split still needs. So no layout stands in
 //! two splits, and the result does not depend on threads. Each split owns a share of the hash space proportional to the
-//! root of the rows asked for: small splits still see many layouts, large ones need not wait. The shares follow from
-//! `splits` alone, so two data sets keep their splits apart from each other only when their `splits` are equal.
+//! root of the rows asked for: small splits still see many layouts, large ones need not wait. These shares follow from
+//! `splits` alone, so two data sets keep their splits apart from each other only when their `splits` are equal, or when
+//! both say the same `shares`: then no layout of the test split of one stands in the training split of another.
+
+mod law;
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
@@ -15,13 +18,15 @@ use anyhow::{Context as _, bail};
 use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::pipeline::stage::{ArtifactType, Output, Part, Problem, Stage, StageContext, Upstream};
 use crate::random;
 use crate::stages::interrupted;
 use crate::stages::table::{Column, ColumnType, TableWriter};
-use crate::tasks::{Task, TaskSpec, open, open_with};
+use crate::tasks::{Drawn, Task, TaskSpec, open, open_with};
+pub use law::{Band, Lengths};
+use law::{Class, hash_ranges};
 
 /// The columns of a data set that comes from a task.
 const COLUMNS: &[(&str, ColumnType)] = &[
@@ -34,6 +39,8 @@ const COLUMNS: &[(&str, ColumnType)] = &[
 ];
 /// Candidates drawn at a time.
 const CHUNK: u64 = 1 << 14;
+/// Pieces of so many rows whose columns are made side by side.
+const PARTS: usize = 8;
 /// Candidates that a thread draws at a time.
 const BLOCK: u64 = 1 << 8;
 /// Candidates between two looks at whether the request can be met: as many for every row that is asked for, ...
@@ -42,17 +49,6 @@ const WINDOW_PER_ROW: u64 = 64;
 const LARGEST_WINDOW: u64 = 1 << 20;
 /// A window must bring a row, and one of so many rows that are still missing.
 const LEAST_SHARE: u64 = 256;
-
-/// How path lengths are spread.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Lengths {
-    /// As the task draws them.
-    #[default]
-    Natural,
-    /// Every length from `min_length` to `max_length` equally often in every split.
-    Balanced,
-}
 
 /// Draw a data set of task instances, with splits that share no layout.
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -68,6 +64,18 @@ pub struct Synthesize {
     /// How path lengths are spread.
     #[serde(default)]
     pub lengths: Lengths,
+    /// The share of the rows in which every length is equally often, where `lengths` is `mixed`.
+    #[serde(default = "Synthesize::default_balanced_share", skip_serializing_if = "Synthesize::is_half")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub balanced_share: f64,
+    /// What every split is made of, such as `[{ min = 1, max = 4, share = 0.5 }, { min = 5, max = 8, share = 0.5 }]`; the
+    /// shares sum to 1.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub composition: Vec<Band>,
+    /// The share of all layouts that each split may draw from, in place of one that follows from its rows. They sum to 1 and
+    /// may name splits that are not drawn here. Data sets with the same `shares` keep their splits apart from each other.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub shares: BTreeMap<String, f64>,
     /// Moves of the shortest path, at least.
     #[serde(default)]
     #[schemars(range(min = 1))]
@@ -84,6 +92,15 @@ pub struct Synthesize {
 impl Synthesize {
     fn default_unique() -> bool {
         true
+    }
+
+    fn default_balanced_share() -> f64 {
+        0.5
+    }
+
+    #[expect(clippy::trivially_copy_pass_by_ref, clippy::float_cmp, reason = "serde gives a reference; 0.5 is exact")]
+    fn is_half(share: &f64) -> bool {
+        *share == Self::default_balanced_share()
     }
 
     /// The longest that the `length` of an instance can be.
@@ -133,10 +150,16 @@ impl Stage for Synthesize {
             let message = format!("`max_length` {most} is more than the {} moves a path can have", self.longest());
             problems.push(Problem::new("max_length", message));
         }
-        if self.lengths == Lengths::Balanced && self.max_length.is_none() {
+        if self.lengths != Lengths::Natural && self.max_length.is_none() {
             let problem = Problem::new("lengths", "balanced lengths need `max_length`");
             problems.push(problem.hint("the longest paths are too rare to have a share; 13 suits a maze of 5 x 5"));
         }
+        if self.lengths != Lengths::Mixed && !Self::is_half(&self.balanced_share) {
+            let problem = Problem::new("balanced_share", "only `lengths = \"mixed\"` has a balanced share");
+            problems.push(problem);
+        }
+        problems.extend(self.check_composition());
+        problems.extend(self.check_shares());
         problems
     }
 
@@ -151,16 +174,22 @@ impl Stage for Synthesize {
         pool.install(|| drawing.draw(task.as_ref(), context)).map_err(interrupted)?;
         let folder = context.output("dataset");
         for split in &mut drawing.splits {
-            if self.lengths == Lengths::Balanced {
+            if self.lengths != Lengths::Natural || !self.composition.is_empty() {
                 // Rare lengths are found last; without this the beginning of a split would lack them.
                 random::shuffle(&mut random::rng("synthesize.order", &[self.seed]), &mut split.rows);
             }
-            write_split(&folder, split, task.as_ref())?;
+            pool.install(|| write_split(&folder, &split.name, &split.rows))?;
+            split.rows = Vec::new();
         }
-        let task_path = folder.join("task.json");
-        let text = serde_json::to_string(&json!({"task": self.task.store(&folder)?})).expect("a task is plain data");
-        fs::write(&task_path, text + "\n").with_context(|| format!("writing `{}`", task_path.display()))
+        write_task(&folder, &self.task)
     }
+}
+
+/// Writes which task the rows of a data set are of.
+pub(crate) fn write_task(folder: &Path, task: &TaskSpec) -> anyhow::Result<()> {
+    let path = folder.join("task.json");
+    let text = serde_json::to_string(&json!({"task": task.store(folder)?})).expect("a task is plain data");
+    fs::write(&path, text + "\n").with_context(|| format!("writing `{}`", path.display()))
 }
 
 /// A pool of the threads that the stage was given.
@@ -174,21 +203,50 @@ pub(crate) fn is_plain_name(name: &str) -> bool {
     !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-')
 }
 
-/// A candidate as the parallel part leaves it.
-struct Candidate {
+/// A row as it is kept.
+pub(crate) struct Row {
+    /// Of the canonical form.
     hash: [u8; 16],
     length: Option<u64>,
+    stratum: Option<Box<str>>,
     data: String,
+}
+
+/// A candidate as the parallel part leaves it.
+struct Candidate {
+    row: Row,
+    /// Of the instance.
+    digest: [u8; 16],
+    /// Random bits of the instance's own.
+    coin: u64,
+}
+
+impl From<Drawn> for Row {
+    fn from(drawn: Drawn) -> Self {
+        let hash = blake3::hash(&drawn.canonical);
+        let hash = *hash.as_bytes().first_chunk().expect("a digest has 32 bytes");
+        let stratum = drawn.stratum.map(String::into_boxed_str);
+        Self { hash, length: drawn.length, stratum, data: drawn.data }
+    }
+}
+
+impl Candidate {
+    fn new(drawn: Drawn) -> Self {
+        let digest = blake3::hash(drawn.data.as_bytes());
+        let (digest, rest) = digest.as_bytes().split_first_chunk().expect("a digest has 32 bytes");
+        let coin = u64::from_le_bytes(*rest.first_chunk().expect("16 bytes are left"));
+        Self { digest: *digest, coin, row: drawn.into() }
+    }
 }
 
 /// A split being filled.
 struct Split {
     name: String,
-    /// The first hash beyond the split's range.
-    end: u128,
-    /// Rows still wanted by path length; one entry under 0 where lengths are natural.
-    wanted: BTreeMap<u64, u64>,
-    rows: Vec<Candidate>,
+    /// The hashes of its layouts: the first, and the first beyond them.
+    range: (u128, u128),
+    /// Rows still wanted by class.
+    wanted: BTreeMap<Class, u64>,
+    rows: Vec<Row>,
 }
 
 struct Drawing<'a> {
@@ -200,17 +258,12 @@ struct Drawing<'a> {
 
 impl<'a> Drawing<'a> {
     fn new(stage: &'a Synthesize) -> Self {
-        let lengths = match stage.lengths {
-            Lengths::Natural => 0..=0,
-            Lengths::Balanced => stage.min_length.unwrap_or(1)..=stage.max_length.unwrap_or(stage.longest()),
-        };
-        let count = lengths.clone().count() as u64;
-        let ends = hash_ranges(&stage.splits);
-        let splits = stage.splits.iter().zip(ends).map(|((name, &rows), end)| {
-            // What does not divide evenly goes to the shortest lengths, which are never scarce.
-            let wanted = lengths.clone().enumerate();
-            let wanted = wanted.map(|(at, length)| (length, rows / count + u64::from((at as u64) < rows % count)));
-            Split { name: name.clone(), end, wanted: wanted.collect(), rows: Vec::new() }
+        let ranges = hash_ranges(stage);
+        let splits = stage.splits.iter().map(|(name, &rows)| Split {
+            name: name.clone(),
+            range: ranges[name.as_str()],
+            wanted: stage.wanted(rows),
+            rows: Vec::new(),
         });
         Self { stage, splits: splits.collect(), seen: HashSet::new(), missing: stage.splits.values().sum() }
     }
@@ -244,49 +297,29 @@ impl<'a> Drawing<'a> {
 
     /// The candidates among the instances `indices`.
     fn candidates(&self, task: &dyn Task, indices: Range<u64>) -> anyhow::Result<Vec<Candidate>> {
-        let instances = task.generate(self.stage.seed, indices)?;
-        instances.iter().filter_map(|instance| self.candidate(task, instance).transpose()).collect()
-    }
-
-    fn candidate(&self, task: &dyn Task, instance: &Value) -> anyhow::Result<Option<Candidate>> {
-        let length = instance.get("length").and_then(Value::as_u64);
-        let (least, most) = (self.stage.min_length.unwrap_or(0), self.stage.max_length.unwrap_or(u64::MAX));
-        if length.is_some_and(|length| !(least..=most).contains(&length)) {
-            return Ok(None);
-        }
-        let digest = blake3::hash(&task.canonical(instance)?);
-        let hash = *digest.as_bytes().first_chunk().expect("a digest has 32 bytes");
-        Ok(Some(Candidate { hash, length, data: instance.to_string() }))
+        let lengths = self.stage.min_length.unwrap_or(0)..=self.stage.max_length.unwrap_or(u64::MAX);
+        Ok(task.draw(self.stage.seed, indices, lengths)?.into_iter().map(Candidate::new).collect())
     }
 
     fn take(&mut self, candidate: Candidate) {
-        let hash = u128::from_be_bytes(candidate.hash);
-        let split = self.splits.iter_mut().find(|split| hash < split.end);
-        let split = split.expect("the ranges cover the hash space");
-        let class = if self.stage.lengths == Lengths::Balanced { candidate.length.unwrap_or(0) } else { 0 };
+        let hash = u128::from_be_bytes(candidate.row.hash);
+        let is_owner = |split: &&mut Split| (split.range.0..split.range.1).contains(&hash);
+        // With fixed shares a layout may belong to a split that is not drawn here.
+        let Some(split) = self.splits.iter_mut().find(is_owner) else { return };
+        let Some(class) = self.stage.class(&candidate) else { return };
         let Some(wanted) = split.wanted.get_mut(&class).filter(|wanted| **wanted > 0) else { return };
-        if self.stage.unique {
-            let digest = blake3::hash(candidate.data.as_bytes());
-            if !self.seen.insert(*digest.as_bytes().first_chunk().expect("a digest has 32 bytes")) {
-                return;
-            }
+        if self.stage.unique && !self.seen.insert(candidate.digest) {
+            return;
         }
         *wanted -= 1;
         self.missing -= 1;
-        split.rows.push(candidate);
+        split.rows.push(candidate.row);
     }
 
     fn complaint(&self, drawn: u64) -> String {
         let lacking = self.splits.iter().filter_map(|split| {
-            let lacking: Vec<String> = split
-                .wanted
-                .iter()
-                .filter(|(_, wanted)| **wanted > 0)
-                .map(|(length, wanted)| match self.stage.lengths {
-                    Lengths::Natural => format!("{wanted} rows"),
-                    Lengths::Balanced => format!("{wanted} of length {length}"),
-                })
-                .collect();
+            let wanted = split.wanted.iter().filter(|(_, rows)| **rows > 0);
+            let lacking: Vec<String> = wanted.map(|(class, rows)| self.stage.name(*class, *rows)).collect();
             let found = split.rows.len();
             (!lacking.is_empty()).then(|| format!("`{}` has {found} and lacks {}", split.name, lacking.join(", ")))
         });
@@ -296,46 +329,30 @@ impl<'a> Drawing<'a> {
             "the task does not have the {kind} that are asked for: after {drawn} draws {}; ask for fewer rows{}{}",
             lacking.join("; "),
             if self.stage.unique { ", allow repetitions with `unique = false`" } else { "" },
-            if self.stage.lengths == Lengths::Balanced { ", lower `max_length`" } else { " or for a larger task" },
+            if self.stage.lengths == Lengths::Natural { " or for a larger task" } else { ", lower `max_length`" },
         )
     }
 }
 
-/// Where each split's range of 128-bit hashes ends; the last one covers the highest hash.
-fn hash_ranges(splits: &BTreeMap<String, u64>) -> Vec<u128> {
-    let total: f64 = splits.values().map(|&rows| (rows as f64).sqrt()).sum();
-    let mut sum = 0.0;
-    let mut ends: Vec<u128> = splits
-        .values()
-        .map(|&rows| {
-            sum += (rows as f64).sqrt();
-            // 2^53 steps are enough, and exact on every machine.
-            let step = (sum / total * (1u64 << 53) as f64) as u128;
-            step << 75
-        })
-        .collect();
-    if let Some(last) = ends.last_mut() {
-        *last = u128::MAX;
-    }
-    ends
-}
-
-fn write_split(folder: &Path, split: &Split, task: &dyn Task) -> anyhow::Result<()> {
-    let mut writer = TableWriter::create(&folder.join(format!("{}.parquet", split.name)), COLUMNS)?;
-    for (chunk, rows) in split.rows.chunks(CHUNK as usize).enumerate() {
-        let first = chunk * CHUNK as usize;
-        let stratum = |row: &Candidate| {
-            let instance: Value = serde_json::from_str(&row.data).expect("the instance was written by this stage");
-            task.stratum(&instance)
-        };
-        writer.write(vec![
-            Column::text((first..first + rows.len()).map(|row| instance_id(&split.name, row))),
-            Column::text(rows.iter().map(|_| split.name.clone())),
-            Column::text(rows.iter().map(|row| format!("{:032x}", u128::from_be_bytes(row.hash)))),
-            Column::Text(rows.iter().map(stratum).collect()),
-            Column::Integer(rows.iter().map(|row| row.length.map(|length| length as i64)).collect()),
-            Column::text(rows.iter().map(|row| row.data.clone())),
-        ])?;
+/// Writes the file of a split.
+pub(crate) fn write_split(folder: &Path, name: &str, rows: &[Row]) -> anyhow::Result<()> {
+    let mut writer = TableWriter::create(&folder.join(format!("{name}.parquet")), COLUMNS)?;
+    // Columns are made side by side and written one after the other.
+    for (part, rows) in rows.chunks(CHUNK as usize * PARTS).enumerate() {
+        let chunks = rows.par_chunks(CHUNK as usize).enumerate().map(|(chunk, rows)| {
+            let first = (part * PARTS + chunk) * CHUNK as usize;
+            vec![
+                Column::text((first..first + rows.len()).map(|row| instance_id(name, row))),
+                Column::text(rows.iter().map(|_| name.to_owned())),
+                Column::text(rows.iter().map(|row| format!("{:032x}", u128::from_be_bytes(row.hash)))),
+                Column::Text(rows.iter().map(|row| row.stratum.as_deref().map(str::to_owned)).collect()),
+                Column::Integer(rows.iter().map(|row| row.length.map(|length| length as i64)).collect()),
+                Column::text(rows.iter().map(|row| row.data.clone())),
+            ]
+        });
+        for columns in chunks.collect::<Vec<_>>() {
+            writer.write(columns)?;
+        }
     }
     writer.finish()
 }
@@ -347,6 +364,8 @@ pub(crate) fn instance_id(split: &str, row: usize) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
     use crate::stages::table;
     use crate::stages::testing::{context, digest, strings};
@@ -449,8 +468,109 @@ mod tests {
 
     #[test]
     fn shares_of_the_hash_space_follow_the_root_of_the_rows() {
-        let ends = hash_ranges(&[("a".to_owned(), 100), ("b".to_owned(), 900)].into());
-        assert_eq!(ends, [1u128 << 126, u128::MAX]);
+        let mut value = small();
+        value["splits"] = json!({"a": 100, "b": 900});
+        let stage = stage(&value);
+        let ranges = hash_ranges(&stage);
+        assert_eq!(ranges, [("a", (0, 1u128 << 126)), ("b", (1u128 << 126, u128::MAX))].into());
+    }
+
+    /// The lengths and the layouts of a split.
+    fn drawn(folder: &tempfile::TempDir, split: &str) -> (Vec<u64>, Vec<String>) {
+        let path = folder.path().join(format!("out/dataset/{split}.parquet"));
+        let mut columns = table::read(&path, &["length", "layout"]).unwrap();
+        let layouts = strings(columns.pop().unwrap());
+        let Column::Integer(lengths) = columns.pop().unwrap() else { panic!() };
+        (lengths.into_iter().map(|length| length.unwrap() as u64).collect(), layouts)
+    }
+
+    #[test]
+    fn fixed_shares_keep_the_splits_of_different_data_sets_apart() {
+        let shares = json!({"train": 0.5, "rl": 0.25, "validation": 0.0625, "test": 0.1875});
+        let of = |splits: Value, change: Value| {
+            let mut value = small();
+            value["shares"] = shares.clone();
+            value["splits"] = splits;
+            value.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+            run(&value, 2).unwrap()
+        };
+        let trained = of(json!({"train": 2_000, "rl": 500}), json!({}));
+        let tested = of(json!({"test": 100}), json!({"min_length": 10, "seed": 1}));
+        let other = of(json!({"test": 500, "validation": 100}), json!({"lengths": "balanced", "max_length": 8}));
+        let layouts = |folder, split| drawn(folder, split).1.into_iter().collect::<HashSet<String>>();
+        let seen = &layouts(&trained, "train") | &layouts(&trained, "rl");
+        for (folder, split) in [(&tested, "test"), (&other, "test"), (&other, "validation")] {
+            let found = layouts(folder, split);
+            assert!(found.len() > 30 && found.is_disjoint(&seen), "{split}");
+        }
+        assert!(!layouts(&tested, "test").is_disjoint(&layouts(&other, "test")), "4x4 has few layouts");
+        assert!(layouts(&other, "test").is_disjoint(&layouts(&other, "validation")));
+        // Without them the splits of different data sets mix.
+        let mut value = small();
+        value["splits"] = json!({"test": 500});
+        assert!(!layouts(&run(&value, 2).unwrap(), "test").is_disjoint(&seen));
+    }
+
+    #[test]
+    fn a_mixture_is_natural_and_balanced_by_halves() {
+        let mut value = small();
+        value["splits"] = json!({"train": 3_000});
+        value["max_length"] = 9.into();
+        let natural = drawn(&run(&value, 2).unwrap(), "train").0;
+        value["lengths"] = "mixed".into();
+        value["balanced_share"] = 0.6.into();
+        let mixed = run(&value, 2).unwrap();
+        assert_eq!(digest(&mixed.path().join("out")), digest(&run(&value, 3).unwrap().path().join("out")));
+        let mixed = drawn(&mixed, "train").0;
+        assert!(mixed.len() == 3_000 && !mixed.is_sorted());
+        let count = |lengths: &[u64], length: u64| lengths.iter().filter(|&&found| found == length).count() as f64;
+        for length in 1..=9 {
+            let wanted = 200.0 + 0.4 * count(&natural, length);
+            assert!((count(&mixed, length) - wanted).abs() < 60.0, "{length}: {} and {wanted}", count(&mixed, length));
+        }
+    }
+
+    #[test]
+    fn a_composition_has_its_shares_to_the_row() {
+        let mut value = small();
+        value["task"]["rows"] = 5.into();
+        value["task"]["columns"] = 5.into();
+        value["splits"] = json!({"test": 1_000, "small": 7});
+        let bands = [(1, 4, 0.5), (5, 8, 0.4), (9, 13, 0.1)];
+        let band = |(min, max, share)| json!({"min": min, "max": max, "share": share});
+        value["composition"] = bands.map(band).to_vec().into();
+        let folder = run(&value, 2).unwrap();
+        for (split, wanted) in [("test", [500, 400, 100]), ("small", [3, 3, 1])] {
+            let lengths = drawn(&folder, split).0;
+            let counts =
+                bands.map(|(min, max, _)| lengths.iter().filter(|length| (min..=max).contains(*length)).count());
+            assert_eq!(counts, wanted);
+            assert!(!lengths.is_sorted());
+        }
+        // Within a part lengths are as the task draws them: 9 moves are more often than 13.
+        let lengths = drawn(&folder, "test").0;
+        let count = |wanted: u64| lengths.iter().filter(|&&length| length == wanted).count();
+        assert!(count(9) > count(13), "{} and {}", count(9), count(13));
+    }
+
+    #[test]
+    fn several_sizes_stand_in_one_data_set() {
+        let mut value = small();
+        value["task"]["sizes"] = json!([[3, 4], [4, 4], [4, 3]]);
+        let folder = run(&value, 2).unwrap();
+        let path = folder.path().join("out/dataset/train.parquet");
+        let strata: HashSet<String> =
+            strings(table::read(&path, &["stratum"]).unwrap().remove(0)).into_iter().collect();
+        assert!(strata.contains("3x4.short") && strata.contains("4x3.medium") && strata.contains("4x4.long"));
+        let (train, test) = (drawn(&folder, "train").1, drawn(&folder, "test").1);
+        assert!(test.iter().all(|layout| !train.contains(layout)));
+    }
+
+    #[test]
+    fn parameters_that_are_left_out_are_not_written() {
+        let fields = serde_json::to_value(stage(&small())).unwrap();
+        let names: Vec<&String> = fields.as_object().unwrap().keys().collect();
+        assert_eq!(names, ["lengths", "max_length", "min_length", "seed", "splits", "task", "unique"], "old keys stay");
     }
 
     #[test]
@@ -469,5 +589,31 @@ mod tests {
         assert_eq!(paths(&|value| value["max_length"] = 16.into()), ["max_length"]);
         assert_eq!(paths(&|value| value["min_length"] = 16.into()), ["min_length"]);
         assert_eq!(paths(&|value| value["task"]["rows"] = 33.into()), ["task"]);
+        assert_eq!(paths(&|value| value["lengths"] = "mixed".into()), ["lengths"]);
+        assert_eq!(paths(&|value| value["balanced_share"] = 0.1.into()), ["balanced_share"]);
+        assert_eq!(paths(&|value| value["shares"] = json!({"train": 0.5, "rl": 0.4})), ["shares", "shares"]);
+        assert_eq!(paths(&|value| value["shares"] = json!({"train": 0.5, "rl": 0.5, "test": 0.0})), ["shares.test"]);
+        let bands = |bands: &[(u64, u64, f64)]| {
+            let band = |(min, max, share): &(u64, u64, f64)| json!({"min": min, "max": max, "share": share});
+            Value::Array(bands.iter().map(band).collect())
+        };
+        for (wrong, says) in [
+            (vec![(1, 4, 0.5), (5, 8, 0.4)], "sum to 0.9"),
+            (vec![(1, 4, 0.5), (4, 8, 0.5)], "overlap"),
+            (vec![(5, 4, 1.0)], "no path has 5 to 4 moves"),
+            (vec![(5, 16, 1.0)], "never above 15"),
+        ] {
+            let mut value = small();
+            value["composition"] = bands(&wrong);
+            let stages = BTreeMap::new();
+            let problems = Stage::check(&stage(&value), &Upstream { stages: &stages });
+            assert!(problems.len() == 1 && problems[0].message.contains(says), "{problems:?}");
+        }
+        let both = |value: &mut Value| {
+            value["composition"] = bands(&[(1, 4, 1.0)]);
+            value["lengths"] = "balanced".into();
+            value["max_length"] = 4.into();
+        };
+        assert_eq!(paths(&both), ["composition"]);
     }
 }

@@ -6,8 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use crate::pipeline::stage::{ArtifactType, InputArtifact, Resources, StageContext};
-use crate::stages::table::Column;
+use serde_json::json;
+
+use crate::pipeline::stage::{ArtifactType, InputArtifact, Resources, Stage as _, StageContext};
+use crate::stages::synthesize::Synthesize;
+use crate::stages::table::{Column, ColumnType, TableWriter};
+use crate::stages::tokenize::Tokenize;
+use crate::stages::tokenizer::Tokenizer;
 
 /// A context whose `out` has an empty folder for each of `outputs`.
 pub(crate) fn context(folder: &Path, outputs: &[&str]) -> StageContext {
@@ -61,4 +66,76 @@ pub(crate) fn strings(column: Column) -> Vec<String> {
         Column::Text(values) => values.into_iter().map(Option::unwrap).collect(),
         other => panic!("{other:?} is no text"),
     }
+}
+
+/// Tokens of 3 x 3 mazes with the splits `rl` (30 rows), `train` (20) and `validation` (10); gives where they lie.
+pub(crate) fn maze_tokens(folder: &Path) -> PathBuf {
+    let task = json!({"kind": "maze", "rows": 3, "columns": 3});
+    let format = json!({"kind": "compact", "trace": "path"});
+    let mut context = context(folder, &["dataset", "tokenizer", "tokens"]);
+    let splits = json!({"train": 20, "rl": 30, "validation": 10});
+    let mazes: Synthesize = serde_json::from_value(json!({"task": task, "splits": splits})).unwrap();
+    mazes.run(&mut context).unwrap();
+    let words: Tokenizer = serde_json::from_value(json!({"task": task, "format": format})).unwrap();
+    words.run(&mut context).unwrap();
+    give(&mut context, "data", &folder.join("out/dataset"), ArtifactType::Dataset);
+    give(&mut context, "words", &folder.join("out/tokenizer"), ArtifactType::Tokenizer);
+    let tokenize = json!({"dataset": "data", "tokenizer": "words", "format": format});
+    serde_json::from_value::<Tokenize>(tokenize).unwrap().run(&mut context).unwrap();
+    folder.join("out/tokens")
+}
+
+/// A completion as a training or an evaluation stores it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Said {
+    pub(crate) instance: String,
+    pub(crate) prompt: String,
+    pub(crate) step: i64,
+    pub(crate) sample: i64,
+    pub(crate) ids: Vec<i32>,
+    pub(crate) turns: Option<String>,
+    pub(crate) solved: f64,
+    pub(crate) truncated: bool,
+    /// The token limit ended it.
+    pub(crate) unended: bool,
+    pub(crate) kept: bool,
+}
+
+/// Writes `rollouts.parquet`, or an evaluation's `examples.parquet` of several completions an instance.
+pub(crate) fn store_completions(folder: &Path, is_training: bool, said: &[Said]) {
+    use ColumnType::{Flag, Integer, Integers, Number, Numbers, Text};
+    let text = |value: &dyn Fn(&Said) -> String| Column::text(said.iter().map(value));
+    let integer = |value: &dyn Fn(&Said) -> i64| Column::integer(said.iter().map(value));
+    let number = |value: &dyn Fn(&Said) -> f64| Column::Number(said.iter().map(|one| Some(value(one))).collect());
+    let flag = |value: &dyn Fn(&Said) -> bool| Column::Flag(said.iter().map(value).collect());
+    let mut columns = vec![
+        ("instance", Text, text(&|one| one.instance.clone())),
+        ("sample", Integer, integer(&|one| one.sample)),
+        ("prompt", Text, text(&|one| one.prompt.clone())),
+        ("completion", Text, text(&|_| "words".to_owned())),
+        ("turns", Text, Column::Text(said.iter().map(|one| one.turns.clone()).collect())),
+        ("ids", Integers, Column::Integers(said.iter().map(|one| one.ids.clone()).collect())),
+        ("finish", Text, text(&|one| if one.unended { "length".to_owned() } else { "stop".to_owned() })),
+        ("truncated", Flag, flag(&|one| one.truncated)),
+    ];
+    if is_training {
+        columns.insert(0, ("step", Integer, integer(&|one| one.step)));
+        columns.push(("reward_correct", Number, number(&|one| one.solved)));
+        columns.push(("total", Number, number(&|one| one.solved)));
+        columns.push(("advantages", Numbers, Column::Numbers(said.iter().map(|_| vec![0.0]).collect())));
+    }
+    columns.push(("solved", Number, number(&|one| one.solved)));
+    if is_training {
+        columns.push(("kept", Flag, flag(&|one| one.kept)));
+    }
+    let (names, values): (Vec<_>, Vec<_>) =
+        columns.into_iter().map(|(name, kind, column)| ((name, kind), column)).unzip();
+    let file = if is_training { "rollouts.parquet" } else { "examples.parquet" };
+    let path = folder.join(file);
+    if path.exists() {
+        std::fs::remove_file(&path).unwrap();
+    }
+    let mut table = TableWriter::create(&path, &names).unwrap();
+    table.write(values).unwrap();
+    table.finish().unwrap();
 }

@@ -15,8 +15,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
 use rayon::prelude::*;
-use safetensors::Dtype;
-use safetensors::tensor::TensorView;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -26,23 +24,14 @@ use crate::pipeline::stage::{
 use crate::stages::chat::ChatTemplate;
 use crate::stages::interrupted;
 use crate::stages::synthesize::pool;
-use crate::stages::table::{Column, ColumnType, TableWriter};
+use crate::stages::table::{Column, TableWriter};
 use crate::stages::tokenizer::Encoder;
-use crate::stages::tokens::{ROWS_FILE, TASK_FILE, TENSORS_FILE, TOKENIZER_FOLDER, TaskFile};
+use crate::stages::tokens::{COLUMNS, ROWS_FILE, TASK_FILE, TOKENIZER_FOLDER, TaskFile, save_tensors};
 use crate::tasks::{FormatSpec, TaskSpec, open, open_with, parts};
 use script::{Contents, Script, Split, Writer, read_splits};
 
 /// Rows tokenized at a time.
 const CHUNK: usize = 8_192;
-
-const COLUMNS: &[(&str, ColumnType)] = &[
-    ("row", ColumnType::Integer),
-    ("instance", ColumnType::Text),
-    ("split", ColumnType::Text),
-    ("stratum", ColumnType::Text),
-    ("prompt", ColumnType::Text),
-    ("data", ColumnType::Text),
-];
 
 /// Which tokens of a row are targets of the loss.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -104,9 +93,13 @@ pub struct Tokenize {
     /// Which tokens are targets of the loss.
     #[serde(default)]
     pub mask: Mask,
+    /// Whether the mistakes of demonstrations are no targets: wrong attempts are read, and giving them up is learnt.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub mask_mistakes: bool,
     /// Whether the tokenizer's chat template writes a task's episodes. Messages always need one; prompts and completions
     /// of your own never use it.
     #[serde(default, skip_serializing_if = "Template::is_default")]
+    #[schemars(extend("default" = "auto"))]
     pub template: Template,
     /// Decides what demonstrations draw at random.
     #[serde(default)]
@@ -143,8 +136,16 @@ impl Stage for Tokenize {
     }
 
     fn metrics(&self, _upstream: &Upstream<'_>) -> Option<Vec<String>> {
-        let names =
-            ["rows", "tokens", "target_tokens", "longest_row", "rows_without_demonstration", "rows.*", "dropped.*"];
+        let names = [
+            "rows",
+            "tokens",
+            "target_tokens",
+            "masked_tokens",
+            "longest_row",
+            "rows_without_demonstration",
+            "rows.*",
+            "dropped.*",
+        ];
         Some(names.map(str::to_owned).to_vec())
     }
 
@@ -201,6 +202,8 @@ struct Encoded {
     row: usize,
     ids: Vec<i32>,
     mask: Vec<u8>,
+    /// Tokens of mistakes, which are no targets.
+    masked: usize,
     prompt_length: i32,
     prompt: String,
     stratum: Option<String>,
@@ -227,7 +230,7 @@ impl Tokenize {
         row: usize,
         script: Script,
     ) -> anyhow::Result<Encoded> {
-        let Script { conversation, stratum, chat } = script;
+        let Script { conversation, stratum, chat, mistakes } = script;
         let template = template.filter(|_| chat);
         let end = template.map_or(Ok(encoder.end), |template| end_of_turn(encoder, template))?;
         let mut ids = if template.is_some() { Vec::new() } else { encoder.begin.into_iter().collect() };
@@ -237,9 +240,13 @@ impl Tokenize {
         // Nothing precedes the first token: without `bos` and prompt it stands for the prompt.
         let prompt_length = ids.len().max(1);
         let mut learnt = if self.mask == Mask::All { prompt_length - 1 } else { 0 };
+        let mut masked = Vec::new();
         for (turn, said) in conversation.turns.iter().enumerate() {
             let begin = ids.len();
             encoder.encode(&said.reply, &mut ids)?;
+            if let Some(spans) = mistakes.get(turn).filter(|_| self.mask_mistakes) {
+                masked.extend(encoder.within(&said.reply, spans)?.into_iter().map(|place| begin + place));
+            }
             learnt += ids.len() - begin;
             ensure!(
                 learnt > 0,
@@ -263,6 +270,10 @@ impl Tokenize {
             mask.fill(1);
         }
         mask[0] = 0;
+        for &place in &masked {
+            mask[place] = 0;
+        }
+        let masked = masked.len();
         let retokenized = match template {
             Some(template) => {
                 let mut whole = Vec::with_capacity(ids.len());
@@ -273,7 +284,7 @@ impl Tokenize {
         };
         let prompt = conversation.prompt;
         let prompt_length = prompt_length as i32;
-        Ok(Encoded { row, ids, mask, prompt_length, prompt, stratum, undemonstrated, retokenized })
+        Ok(Encoded { row, ids, mask, masked, prompt_length, prompt, stratum, undemonstrated, retokenized })
     }
 
     fn report(&self, rows: &Rows, context: &mut StageContext) -> anyhow::Result<()> {
@@ -295,6 +306,11 @@ impl Tokenize {
                  can use them",
                 rows.undemonstrated
             ));
+        }
+        if self.mask_mistakes && rows.masked == 0 {
+            context.note(
+                "`mask_mistakes` masks nothing: no demonstration has a mistake; `retry_share` makes some".to_owned(),
+            );
         }
         if rows.retokenized > 0 {
             context.note(format!(
@@ -321,6 +337,7 @@ struct Rows {
     longest_seen: usize,
     undemonstrated: u64,
     retokenized: u64,
+    masked: u64,
 }
 
 impl Rows {
@@ -353,6 +370,7 @@ impl Rows {
         for row in rows {
             self.undemonstrated += u64::from(row.undemonstrated);
             self.retokenized += u64::from(row.retokenized);
+            self.masked += row.masked as u64;
             self.ids.extend(&row.ids);
             self.mask.extend(&row.mask);
             self.ends.push(self.ids.len() as i64);
@@ -364,21 +382,8 @@ impl Rows {
     }
 
     fn save(&self, folder: &Path) -> anyhow::Result<()> {
-        let path = folder.join(TENSORS_FILE);
-        let ids: Vec<u8> = self.ids.iter().flat_map(|id| id.to_le_bytes()).collect();
-        let offsets: Vec<u8> = std::iter::once(&0).chain(&self.ends).flat_map(|end| end.to_le_bytes()).collect();
-        let lengths: Vec<u8> = self.prompt_lengths.iter().flat_map(|length| length.to_le_bytes()).collect();
-        let (tokens, rows) = (self.ids.len(), self.ends.len());
-        let save = || {
-            let tensors = [
-                ("ids", TensorView::new(Dtype::I32, vec![tokens], &ids)?),
-                ("mask", TensorView::new(Dtype::U8, vec![tokens], &self.mask)?),
-                ("offsets", TensorView::new(Dtype::I64, vec![rows + 1], &offsets)?),
-                ("prompt_lengths", TensorView::new(Dtype::I32, vec![rows], &lengths)?),
-            ];
-            anyhow::Ok(fs::write(&path, safetensors::serialize(tensors, None)?)?)
-        };
-        save().with_context(|| format!("writing `{}`", path.display()))
+        let offsets: Vec<i64> = std::iter::once(&0).chain(&self.ends).copied().collect();
+        save_tensors(folder, &self.ids, &offsets, &self.mask, &self.prompt_lengths)
     }
 
     fn metrics(&self, splits: &[Split]) -> BTreeMap<String, u64> {
@@ -390,6 +395,9 @@ impl Rows {
         ]);
         if self.undemonstrated > 0 {
             metrics.insert("rows_without_demonstration".to_owned(), self.undemonstrated);
+        }
+        if self.masked > 0 {
+            metrics.insert("masked_tokens".to_owned(), self.masked);
         }
         for split in splits {
             let count = |counts: &HashMap<String, u64>| counts.get(&split.name).copied().unwrap_or(0);
@@ -433,7 +441,7 @@ fn files(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
 }
 
 /// Copies the files of a folder into a new one. Contents only: what the store keeps is read-only.
-fn copy_files(from: &Path, to: &Path) -> anyhow::Result<()> {
+pub(crate) fn copy_files(from: &Path, to: &Path) -> anyhow::Result<()> {
     fs::create_dir(to).with_context(|| format!("creating `{}`", to.display()))?;
     for file in files(from)? {
         let Some(name) = file.file_name() else { continue };
@@ -444,7 +452,8 @@ fn copy_files(from: &Path, to: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn write_json<T: Serialize>(path: &Path, value: &T) -> anyhow::Result<()> {
+/// Writes plain data as one line of JSON.
+pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> anyhow::Result<()> {
     let text = serde_json::to_string(value).expect("plain data");
     fs::write(path, text + "\n").with_context(|| format!("writing `{}`", path.display()))
 }

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context as _, anyhow};
@@ -56,6 +57,7 @@ pub struct Tokenizer {
     /// Tokens to add to the tokenizer in `from`, in the order of their ids; those that it has keep their ids. A token that
     /// the chat template writes, as `<|im_end|>`, becomes a special one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("default" = []))]
     pub added_tokens: Vec<String>,
     /// A chat template in Jinja, in place of the one that the folder has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -164,7 +166,7 @@ impl Tokenizer {
                 ("eos_token", END, specials.end),
             ];
             let stands = |token: &str| framed.iter().any(|(_, frame, has)| *frame == token && has.is_some());
-            tokens.extend(open(task, &self.format)?.vocabulary().into_iter().filter(|token| !stands(token)));
+            tokens.extend(open(task, &self.format)?.added_tokens().into_iter().filter(|token| !stands(token)));
             let mut config = read_json(&folder.join(CONFIG_FILE))?;
             for (name, frame, _) in framed.iter().filter(|(_, _, has)| has.is_none()) {
                 config.insert((*name).to_owned(), json!(frame));
@@ -318,12 +320,20 @@ impl Encoder {
 
     /// The ids of a text, nothing added; an error shows the text that has none.
     pub(crate) fn encode(&self, text: &str, ids: &mut Vec<i32>) -> anyhow::Result<()> {
-        let encoded = self.tokenizer.encode_fast(text, false).map_err(|error| {
-            let shown: String = text.chars().take(80).collect();
-            anyhow!("`{shown}` has text that the vocabulary lacks ({error})")
-        })?;
+        let encoded = self.tokenizer.encode_fast(text, false).map_err(|error| lacking(text, &error))?;
         ids.extend(encoded.get_ids().iter().map(|&id| id as i32));
         Ok(())
+    }
+
+    /// The places, among the ids of a text, of those that begin within one of `spans` of its bytes.
+    pub(crate) fn within(&self, text: &str, spans: &[Range<usize>]) -> anyhow::Result<Vec<usize>> {
+        if spans.is_empty() {
+            return Ok(Vec::new());
+        }
+        let encoded = self.tokenizer.encode(text, false).map_err(|error| lacking(text, &error))?;
+        let is_within = |&(begin, _): &(usize, usize)| spans.iter().any(|span| span.contains(&begin));
+        let places = encoded.get_offsets().iter().enumerate().filter(|(_, offsets)| is_within(offsets));
+        Ok(places.map(|(place, _)| place).collect())
     }
 
     /// The text of ids, special tokens included.
@@ -332,6 +342,11 @@ impl Encoder {
         let ids: Vec<u32> = ids.iter().map(|&id| id as u32).collect();
         self.tokenizer.decode(&ids, false).unwrap()
     }
+}
+
+fn lacking(text: &str, error: &tokenizers::Error) -> anyhow::Error {
+    let shown: String = text.chars().take(80).collect();
+    anyhow!("`{shown}` has text that the vocabulary lacks ({error})")
 }
 
 #[cfg(test)]
@@ -426,6 +441,24 @@ mod tests {
         let mut ids = Vec::new();
         grown.encode(&text, &mut ids).unwrap();
         assert_eq!((ids.len(), grown.decode(&ids)), (vocabulary.len() + 1, text));
+    }
+
+    #[test]
+    fn a_folder_that_reads_text_gets_the_signs_of_a_task_and_none_of_its_words() {
+        let source = run(&json!({"kind": "alphamaze", "prompt": "legend", "trace": "reprint"}));
+        let source = source.path().join("out/tokenizer");
+        let task = json!({"kind": "maze", "rows": 6, "columns": 5});
+        let grown = |format: Value| {
+            let folder = imported(json!({"from": source, "task": task, "format": format})).unwrap();
+            let before = read(&source).unwrap().get_vocab(true);
+            let after = read(&folder.path().join("out/tokenizer")).unwrap().get_vocab(true);
+            let mut new: Vec<String> = after.into_keys().filter(|token| !before.contains_key(token)).collect();
+            new.sort();
+            new
+        };
+        let row = ["<|5-0|>", "<|5-1|>", "<|5-2|>", "<|5-3|>", "<|5-4|>"];
+        assert_eq!(grown(json!({"kind": "alphamaze", "prompt": "legend", "trace": "path", "retry_share": 0.5})), row);
+        assert!(grown(json!({"kind": "alphamaze", "prompt": "legend", "signs": "text"})).is_empty());
     }
 
     #[test]

@@ -6,16 +6,21 @@
 //! are `ids[offsets[row]..offsets[row + 1]]`, of which the first `prompt_lengths[row]` are `bos` and the prompt. Where a chat
 //! template wrote the row, its own marks stand for `bos` and `eos`. This module knows the files and no tensor library.
 
+mod selection;
+
+pub use selection::Selection;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
+use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::stages::table::{self, Column};
+use crate::stages::table::{self, Column, ColumnType};
 use crate::tasks::{FormatSpec, TaskSpec};
 
 /// The tensors' file.
@@ -26,6 +31,16 @@ pub const ROWS_FILE: &str = "rows.parquet";
 pub const TASK_FILE: &str = "task.json";
 /// The folder with a copy of the tokenizer's files.
 pub const TOKENIZER_FOLDER: &str = "tokenizer";
+
+/// The columns of [`ROWS_FILE`].
+pub(crate) const COLUMNS: &[(&str, ColumnType)] = &[
+    ("row", ColumnType::Integer),
+    ("instance", ColumnType::Text),
+    ("split", ColumnType::Text),
+    ("stratum", ColumnType::Text),
+    ("prompt", ColumnType::Text),
+    ("data", ColumnType::Text),
+];
 
 /// What a row of tokens was made from.
 #[derive(Clone, Debug, PartialEq)]
@@ -156,6 +171,31 @@ impl TokensFolder {
         }
         Ok(())
     }
+}
+
+/// Writes [`TENSORS_FILE`] into `folder`: what [`TokensFolder`] has under the same names.
+pub(crate) fn save_tensors(
+    folder: &Path,
+    ids: &[i32],
+    offsets: &[i64],
+    mask: &[u8],
+    prompt_lengths: &[i32],
+) -> anyhow::Result<()> {
+    let path = folder.join(TENSORS_FILE);
+    let (tokens, rows) = (ids.len(), prompt_lengths.len());
+    let ids: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+    let offsets: Vec<u8> = offsets.iter().flat_map(|offset| offset.to_le_bytes()).collect();
+    let lengths: Vec<u8> = prompt_lengths.iter().flat_map(|length| length.to_le_bytes()).collect();
+    let save = || {
+        let tensors = [
+            ("ids", TensorView::new(Dtype::I32, vec![tokens], &ids)?),
+            ("mask", TensorView::new(Dtype::U8, vec![tokens], mask)?),
+            ("offsets", TensorView::new(Dtype::I64, vec![rows + 1], &offsets)?),
+            ("prompt_lengths", TensorView::new(Dtype::I32, vec![rows], &lengths)?),
+        ];
+        anyhow::Ok(std::fs::write(&path, safetensors::serialize(tensors, None)?)?)
+    };
+    save().with_context(|| format!("writing `{}`", path.display()))
 }
 
 fn tensor<const WIDTH: usize, T>(

@@ -8,6 +8,31 @@ use crate::rewards::unknown_measure;
 use crate::stages::sampling::Filters;
 use crate::tasks::TaskSpec;
 
+/// The floating-point format of a model's passes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// 32 bits throughout.
+    #[default]
+    Fp32,
+    /// bfloat16 in the layers, with fp32 inside norms and rotations; weights that are trained, their gradients and moments, the
+    /// output projection and log-probabilities stay fp32.
+    Bf16,
+}
+
+impl Precision {
+    /// Whether it is the default, which is not written.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Whether an option is off, which is not written.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands a reference")]
+pub(crate) fn is_off(option: &bool) -> bool {
+    !option
+}
+
 /// AdamW and gradient clipping (Loshchilov and Hutter 2019, decoupled weight decay).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -47,7 +72,7 @@ pub enum Decay {
     Constant,
 }
 
-/// The learning-rate schedule: linear warm-up, then decay.
+/// The learning-rate schedule: linear warm-up, then decay; with a `decay_ratio` below 1 a constant rate between the two.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Schedule {
@@ -59,11 +84,15 @@ pub struct Schedule {
     /// The rate at the last step, as a share of the peak.
     #[schemars(range(min = 0.0, max = 1.0))]
     pub final_ratio: f64,
+    /// The share of all steps, at the end, over which the rate falls (warm-up, stable, decay); 1 is all steps after warm-up.
+    #[serde(skip_serializing_if = "Schedule::is_all")]
+    #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0.0))]
+    pub decay_ratio: f64,
 }
 
 impl Default for Schedule {
     fn default() -> Self {
-        Self { decay: Decay::Cosine, warmup_ratio: 0.05, final_ratio: 0.1 }
+        Self { decay: Decay::Cosine, warmup_ratio: 0.05, final_ratio: 0.1, decay_ratio: 1.0 }
     }
 }
 
@@ -71,6 +100,28 @@ impl Schedule {
     /// Warm-up over a twentieth of the steps, then a constant rate: what reinforcement learning starts from.
     pub fn constant() -> Self {
         Self { decay: Decay::Constant, ..Self::default() }
+    }
+
+    // A parameter that came later: keys from before it stay what they were.
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands a reference")]
+    fn is_all(ratio: &f64) -> bool {
+        *ratio >= 1.0
+    }
+
+    /// What is wrong with the parameters beyond their schema.
+    pub fn problems(&self) -> Option<Problem> {
+        if self.decay_ratio >= 1.0 {
+            return None;
+        }
+        if self.decay == Decay::Constant {
+            let problem = Problem::new("schedule.decay_ratio", "a `constant` rate does not fall");
+            return Some(problem.hint("set `decay` to `cosine` or `linear`, or leave `decay_ratio` out"));
+        }
+        (self.warmup_ratio + self.decay_ratio > 1.0 + 1e-9).then(|| {
+            let (warmup, decay) = (self.warmup_ratio, self.decay_ratio);
+            let message = format!("warm-up ({warmup}) and decay ({decay}) are more than all steps together");
+            Problem::new("schedule.decay_ratio", message)
+        })
     }
 }
 
@@ -276,6 +327,38 @@ mod tests {
     use super::*;
 
     #[test]
+    fn precisions_are_two_and_defaults_are_not_written() {
+        use crate::stages::{evaluate::Evaluate, grpo::Grpo, sft::Sft};
+        fn written<S: Serialize + serde::de::DeserializeOwned>(file: &serde_json::Value) -> Result<String, String> {
+            let stage: S = serde_json::from_value(file.clone()).map_err(|error| error.to_string())?;
+            Ok(serde_json::to_value(stage).unwrap().to_string())
+        }
+        let check =
+            |run: &dyn Fn(&serde_json::Value) -> Result<String, String>, mut file: serde_json::Value, trains: bool| {
+                let plain = run(&file).unwrap();
+                assert!(!plain.contains("precision") && !plain.contains("checkpointing"), "old keys stay: {plain}");
+                file["precision"] = serde_json::json!("fp32");
+                assert_eq!(run(&file).unwrap(), plain, "the default by name is the default");
+                file["precision"] = serde_json::json!("bf16");
+                assert!(run(&file).unwrap().contains(r#""precision":"bf16""#));
+                if trains {
+                    file["activation_checkpointing"] = serde_json::json!(true);
+                    assert!(run(&file).unwrap().contains(r#""activation_checkpointing":true"#));
+                }
+                file["precision"] = serde_json::json!("fp16");
+                let error = run(&file).unwrap_err();
+                assert!(error.contains("`fp16`") && error.contains("`fp32` or `bf16`"), "{error}");
+            };
+        let sft = serde_json::json!({"model": "m", "data": "t", "steps": 1});
+        check(&written::<Sft>, sft, true);
+        let grpo = serde_json::json!({"model": "m", "prompts": "t", "steps": 1, "max_new_tokens": 4, "rewards": {}});
+        check(&written::<Grpo>, grpo, true);
+        check(&written::<Evaluate>, serde_json::json!({"model": "m", "prompts": "t", "max_new_tokens": 4}), false);
+        let schema = schemars::schema_for!(Precision).to_value().to_string();
+        assert!(schema.contains("fp32") && schema.contains("bf16") && !schema.contains("fp16"), "{schema}");
+    }
+
+    #[test]
     fn adapters_have_targets_and_no_dropout() {
         let problems = |json: serde_json::Value| serde_json::from_value::<Lora>(json).unwrap().problems();
         assert_eq!(problems(serde_json::json!({"rank": 4})), []);
@@ -292,6 +375,22 @@ mod tests {
         assert!((lora(serde_json::json!({"rank": 4, "alpha": 2.0})).scale() - 0.5).abs() < 1e-12);
         assert!(lora(serde_json::json!({"rank": 4})).adapts("up_proj"));
         assert!(!lora(serde_json::json!({"rank": 4, "targets": ["v_proj"]})).adapts("up_proj"));
+    }
+
+    #[test]
+    fn a_stable_phase_is_written_where_there_is_one_and_must_end_in_a_fall() {
+        let schedule = |json: serde_json::Value| serde_json::from_value::<Schedule>(json).unwrap();
+        let written = |json| serde_json::to_value(schedule(json)).unwrap();
+        let plain = serde_json::json!({"decay": "cosine", "warmup_ratio": 0.05, "final_ratio": 0.1});
+        assert_eq!(written(serde_json::json!({})), plain);
+        assert_eq!(written(serde_json::json!({"decay_ratio": 1.0})), plain);
+        assert_eq!(written(serde_json::json!({"decay_ratio": 0.2}))["decay_ratio"], 0.2);
+        let path = |json| schedule(json).problems().map(|problem| problem.path);
+        assert_eq!(path(serde_json::json!({"decay": "linear", "decay_ratio": 0.2})), None);
+        assert_eq!(path(serde_json::json!({"decay": "constant"})), None);
+        let wrong = Some("schedule.decay_ratio".to_owned());
+        assert_eq!(path(serde_json::json!({"decay": "constant", "decay_ratio": 0.2})), wrong);
+        assert_eq!(path(serde_json::json!({"warmup_ratio": 0.9, "decay_ratio": 0.2})), wrong);
     }
 
     #[test]

@@ -9,14 +9,20 @@ pub mod number_line;
 pub mod probes;
 pub mod program;
 mod spec;
+mod words;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 use serde_json::Value;
 
-pub use spec::{Algorithm, FormatSpec, SearchOrder, SearchTrace, TaskSpec, Trace, open, open_with, parts};
+pub use spec::{
+    FormatSpec, MazePrompt, Retry, SearchOrder, SearchTrace, Signs, TaskSpec, Trace, open, open_with, parts,
+};
+
+/// The version of what diagnoses tell; it enters the keys of evaluations alone.
+pub const DIAGNOSES_VERSION: u32 = 1;
 
 /// Named numbers that a task measures in an episode; rewards, metrics and expressions read them.
 pub type Measurements = BTreeMap<String, f64>;
@@ -119,10 +125,54 @@ impl<E: Episode> Episodes for Vec<E> {
     }
 }
 
+/// An instance as a data set keeps it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Drawn {
+    /// The instance as JSON.
+    pub data: String,
+    /// See [`Task::canonical`].
+    pub canonical: Vec<u8>,
+    /// How long it is, where instances have a length.
+    pub length: Option<u64>,
+    /// See [`Task::stratum`].
+    pub stratum: Option<String>,
+}
+
+impl Drawn {
+    /// An instance of a task.
+    pub fn new(task: &dyn Task, instance: &Value) -> anyhow::Result<Self> {
+        let (canonical, stratum) = (task.canonical(instance)?, task.stratum(instance));
+        let length = instance.get("length").and_then(Value::as_u64);
+        Ok(Self { data: instance.to_string(), canonical, length, stratum })
+    }
+}
+
+/// A reply of a demonstration.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Demonstrated {
+    /// What is said.
+    pub text: String,
+    /// The bytes of `text` that are mistakes, in order.
+    pub mistakes: Vec<Range<usize>>,
+}
+
 /// A task together with the format in which it is written for a model.
 pub trait Task: Send + Sync {
     /// The instances number `indices` of the stream `seed`: structured data, stored as they are.
     fn generate(&self, seed: u64, indices: Range<u64>) -> anyhow::Result<Vec<Value>>;
+    /// The same as a data set keeps them, without those whose length lies outside of `lengths`; an instance without a length
+    /// stays.
+    fn draw(&self, seed: u64, indices: Range<u64>, lengths: RangeInclusive<u64>) -> anyhow::Result<Vec<Drawn>> {
+        let mut drawn = Vec::new();
+        for instance in self.generate(seed, indices)? {
+            let length = instance.get("length").and_then(Value::as_u64);
+            if length.is_none_or(|length| lengths.contains(&length)) {
+                let (canonical, stratum) = (self.canonical(&instance)?, self.stratum(&instance));
+                drawn.push(Drawn { data: instance.to_string(), canonical, length, stratum });
+            }
+        }
+        Ok(drawn)
+    }
     /// The bytes whose hash decides the split: equal for instances that must not be split apart.
     fn canonical(&self, instance: &Value) -> anyhow::Result<Vec<u8>>;
     /// Begins an episode on each instance; an error when a value is no instance of this task.
@@ -132,12 +182,37 @@ pub trait Task: Send + Sync {
     ///
     /// Where the environment draws at random, it does so as in an episode that begins with the same seed.
     fn demonstrate(&self, instance: &Value, seed: u64) -> anyhow::Result<Vec<String>>;
+    /// The same with the places at which they err: the spans of bytes of each reply that a learner may read and need not
+    /// imitate.
+    fn demonstration(&self, instance: &Value, seed: u64) -> anyhow::Result<Vec<Demonstrated>> {
+        let replies = self.demonstrate(instance, seed)?;
+        Ok(replies.into_iter().map(|text| Demonstrated { text, mistakes: Vec::new() }).collect())
+    }
+    /// The instance that a prompt of someone else's shows; an error where the task cannot tell.
+    fn parse(&self, prompt: &str) -> anyhow::Result<Value> {
+        let _ = prompt;
+        anyhow::bail!("the task does not read instances from prompts")
+    }
     /// Every token that observations and replies are made of, in the order of their ids.
     fn vocabulary(&self) -> Vec<String>;
+    /// The tokens of the vocabulary that a tokenizer which reads plain text lacks.
+    fn added_tokens(&self) -> Vec<String> {
+        self.vocabulary()
+    }
     /// The regular expression by which text falls into the tokens of the vocabulary.
     fn pieces(&self) -> String;
     /// What verdicts measure.
     fn measures(&self) -> &[Measure];
+    /// What [`Task::diagnose`] tells.
+    fn diagnoses(&self) -> &[Measure] {
+        &[]
+    }
+    /// What is further to be said of an episode on the instance with these replies, the last of which ended as `finish`
+    /// says: for those who read results. No training depends on it, so it may grow without any being done anew.
+    fn diagnose(&self, instance: &Value, replies: &[&str], finish: Finish) -> anyhow::Result<Measurements> {
+        let _ = (instance, replies, finish);
+        Ok(Measurements::new())
+    }
     /// Turns that an episode may have.
     fn max_turns(&self) -> usize;
     /// The class by which results are broken down (`short`, `medium`, `long`), where the task has one.

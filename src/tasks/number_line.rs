@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use crate::random;
 use crate::tasks::maze::{BEGIN, END, PAD};
+use crate::tasks::words::{cut, digits};
 use crate::tasks::{Episode, Episodes, Finish, FormatSpec, Measure, Measurements, Start, Task, Turn, stratum};
 
 /// The version of instances, rules and verdicts.
@@ -132,25 +133,6 @@ fn observation(current: u64, goal: u64) -> String {
     format!("Target: {goal}\nCurrent: {current}\n")
 }
 
-/// Text as the tokens of [`NumberLine::vocabulary`]: words and digits with the space before them, else characters.
-fn cut(text: &str) -> Vec<&str> {
-    let (mut pieces, mut rest) = (Vec::new(), text);
-    while let Some(first) = rest.chars().next() {
-        let space = usize::from(first == ' ');
-        let body = &rest[space..];
-        let letters = body.bytes().take_while(u8::is_ascii_alphabetic).count();
-        let length = match body.bytes().next() {
-            Some(byte) if byte.is_ascii_digit() => space + 1,
-            _ if letters > 0 => space + letters,
-            _ => first.len_utf8(),
-        };
-        let (piece, after) = rest.split_at(length);
-        pieces.push(piece);
-        rest = after;
-    }
-    pieces
-}
-
 /// The one action that a reply names after the key `action`; `None` where it names none or several.
 fn read_action(reply: &str) -> Option<Action> {
     let lower = reply.to_lowercase();
@@ -203,10 +185,9 @@ impl Task for NumberLine {
 
     fn vocabulary(&self) -> Vec<String> {
         let mut tokens: Vec<String> = [PAD, BEGIN, END].map(str::to_owned).into();
-        let digits = (0..10).flat_map(|digit| [format!("{digit}"), format!(" {digit}")]);
         let texts = [self.rules(), observation(0, 0), self.reply(0, 1, Action::Up), self.reply(1, 0, Action::Down)];
         let pieces = texts.iter().flat_map(|text| cut(text).into_iter().map(str::to_owned));
-        for piece in digits.chain(pieces) {
+        for piece in digits().chain(pieces) {
             if !tokens.contains(&piece) {
                 tokens.push(piece);
             }

@@ -93,7 +93,7 @@ pub fn probes(task: &dyn Task, instance: &Value, other: Option<&Value>, seed: u6
 }
 
 /// A text as tokens, the longest that fits first; a character that no token begins with stands by itself.
-fn pieces(text: &str, vocabulary: &[String]) -> Vec<String> {
+pub fn pieces(text: &str, vocabulary: &[String]) -> Vec<String> {
     let (mut found, mut rest) = (Vec::new(), text);
     while let Some(first) = rest.chars().next() {
         let fits = vocabulary.iter().filter(|token| rest.starts_with(token.as_str())).map(String::len).max();

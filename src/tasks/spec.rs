@@ -10,25 +10,16 @@ use std::sync::atomic::AtomicBool;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::tasks::maze::MazeSpec;
 use crate::tasks::program::ProgramTask;
 use crate::tasks::{Measure, Task, maze, number_line, program};
 
 /// What a model is taught to do.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum TaskSpec {
     /// Walk from the origin of a maze to its target; one turn.
-    Maze {
-        /// Rows of cells.
-        #[schemars(range(min = 2, max = 32))]
-        rows: u64,
-        /// Columns of cells.
-        #[schemars(range(min = 2, max = 32))]
-        columns: u64,
-        /// How layouts are drawn.
-        #[serde(default)]
-        algorithm: Algorithm,
-    },
+    Maze(MazeSpec),
     /// Bring a number to a target by steps of one, a step a turn (NumberLine of RL4VLM, arXiv 2405.10292, as text). A
     /// reply that names no action moves at random.
     NumberLine {
@@ -45,21 +36,17 @@ pub enum TaskSpec {
     Program(ProgramTask),
 }
 
+/// Whether a parameter says what it says where it is left out: then old keys do not have it.
+pub(super) fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
 fn default_max_position() -> u64 {
     5
 }
 
 fn default_max_turns() -> u64 {
     10
-}
-
-/// How maze layouts are drawn.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Algorithm {
-    /// Randomised depth-first search from a uniformly random cell: every cell is reached by exactly one path.
-    #[default]
-    Dfs,
 }
 
 /// What stands between `<think>` and `</think>` in a demonstration.
@@ -69,8 +56,44 @@ pub enum Trace {
     /// The right path, as `cell move cell move ... cell`.
     #[default]
     Path,
-    /// Nothing: the answer follows at once.
+    /// Nothing: the answer follows at once. Where a `prompt` says what to do, the answer is the whole reply.
     Direct,
+    /// The right path in words, the whole maze printed again at each step: the thoughts of AlphaMaze.
+    Reprint,
+}
+
+/// What a prompt of the format `alphamaze` holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MazePrompt {
+    /// The maze.
+    #[default]
+    Maze,
+    /// What is to be done, what the signs mean, and the maze.
+    Legend,
+}
+
+/// What the format `alphamaze` is written with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Signs {
+    /// Tokens of its own: coordinates, walls, markers and moves.
+    #[default]
+    Tokens,
+    /// Plain characters, for tokenizers that get no tokens added.
+    Text,
+}
+
+/// Where the wrong attempts of demonstrations leave the right path.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Retry {
+    /// At the origin, by the rules of AlphaMaze: one wrong attempt where two ways lead out, one for each wrong way where
+    /// three do, else none.
+    #[default]
+    Origin,
+    /// At any cell of the right path from which a wrong way leads.
+    Junction,
 }
 
 /// Which way a search tries first at every cell.
@@ -98,7 +121,7 @@ pub enum SearchTrace {
 }
 
 /// How a task is written for a model.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum FormatSpec {
     /// The tokens of AlphaMaze (arXiv 2502.14669): coordinate, walls and marker, three tokens a cell.
@@ -106,6 +129,20 @@ pub enum FormatSpec {
         /// What demonstrations think before they answer.
         #[serde(default)]
         trace: Trace,
+        /// What the prompt holds.
+        #[serde(default, skip_serializing_if = "is_default")]
+        prompt: MazePrompt,
+        /// What prompt, thoughts and answer are written with.
+        #[serde(default, skip_serializing_if = "is_default")]
+        signs: Signs,
+        /// Where the wrong attempts of demonstrations leave the right path.
+        #[serde(default, skip_serializing_if = "is_default")]
+        retry: Retry,
+        /// The share of demonstrations that begin with a wrong attempt, of the mazes that have one; 0 has the words for it
+        /// and none is shown.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 0.0, max = 1.0))]
+        retry_share: Option<f64>,
     },
     /// One token a cell: walls and marker fused, the place in the prompt says which cell it is.
     Compact {
@@ -115,6 +152,14 @@ pub enum FormatSpec {
         /// Which way a search tries first.
         #[serde(default)]
         order: SearchOrder,
+        /// Where the wrong attempts of demonstrations leave the right path.
+        #[serde(default, skip_serializing_if = "is_default")]
+        retry: Retry,
+        /// The share of demonstrations that begin with a wrong attempt, of the mazes that have one; 0 has the words for it
+        /// and none is shown.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 0.0, max = 1.0))]
+        retry_share: Option<f64>,
     },
     /// One token a cell and one a step: a cell's coordinate and walls are fused, and so are a move of the trace and the
     /// cell it leads to; the coordinates of origin and target end the prompt. The shortest rows, the largest vocabulary.
@@ -125,6 +170,14 @@ pub enum FormatSpec {
         /// Which way a search tries first.
         #[serde(default)]
         order: SearchOrder,
+        /// Where the wrong attempts of demonstrations leave the right path.
+        #[serde(default, skip_serializing_if = "is_default")]
+        retry: Retry,
+        /// The share of demonstrations that begin with a wrong attempt, of the mazes that have one; 0 has the words for it
+        /// and none is shown.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 0.0, max = 1.0))]
+        retry_share: Option<f64>,
     },
     /// English and JSON, for `number_line`: each reply is an object with the keys of RL4VLM, `action` last.
     Json {
@@ -142,7 +195,13 @@ fn default_thoughts() -> bool {
 
 impl Default for FormatSpec {
     fn default() -> Self {
-        Self::Alphamaze { trace: Trace::default() }
+        Self::Alphamaze {
+            trace: Trace::default(),
+            prompt: MazePrompt::default(),
+            signs: Signs::default(),
+            retry: Retry::default(),
+            retry_share: None,
+        }
     }
 }
 
@@ -150,7 +209,7 @@ impl TaskSpec {
     /// The piece of code behind the task and its version, for keys.
     pub fn part(&self) -> (&'static str, u32) {
         match self {
-            Self::Maze { .. } => ("task.maze", maze::VERSION),
+            Self::Maze(_) => ("task.maze", maze::VERSION),
             Self::NumberLine { .. } => ("task.number_line", number_line::VERSION),
             Self::Program(_) => ("task.program", program::VERSION),
         }
@@ -159,28 +218,42 @@ impl TaskSpec {
     /// What verdicts of the task measure, whatever the format.
     pub fn measures(&self) -> Vec<Measure> {
         match self {
-            Self::Maze { .. } => maze::MEASURES.to_vec(),
+            Self::Maze(_) => maze::MEASURES.to_vec(),
             Self::NumberLine { .. } => number_line::MEASURES.to_vec(),
             Self::Program(program) => program.measurements(),
         }
     }
 
+    /// What diagnoses of the task tell beside its measurements, whatever the format.
+    pub fn diagnoses(&self) -> &'static [Measure] {
+        match self {
+            Self::Maze(_) => maze::DIAGNOSES,
+            Self::NumberLine { .. } | Self::Program(_) => &[],
+        }
+    }
+
     /// The strata into which instances may fall; `None` where the task does not say.
-    pub fn strata(&self) -> Option<Vec<&'static str>> {
-        let all = match self {
-            Self::Maze { .. } => maze::STRATA,
-            Self::NumberLine { .. } => number_line::STRATA,
+    ///
+    /// A name of several classes, as `10x10.long`, stands beside the names of its classes.
+    pub fn strata(&self) -> Option<Vec<String>> {
+        let (all, sizes) = match self {
+            Self::Maze(mazes) => (maze::STRATA, maze::size_names(mazes)),
+            Self::NumberLine { .. } => (number_line::STRATA, Vec::new()),
             Self::Program(_) => return None,
         };
         let longest = self.longest().unwrap_or(u64::MAX);
-        Some(all.iter().filter(|(least, _)| *least <= longest).map(|(_, name)| *name).collect())
+        let lengths = all.iter().filter(|(least, _)| *least <= longest).map(|(_, name)| (*name).to_owned());
+        let lengths: Vec<String> = lengths.collect();
+        let both: Vec<String> =
+            sizes.iter().flat_map(|size| lengths.iter().map(move |length| format!("{size}.{length}"))).collect();
+        Some([lengths, sizes, both].concat())
     }
 
     /// The longest that the `length` of an instance can be, where instances have one.
     pub fn longest(&self) -> Option<u64> {
-        match *self {
-            Self::Maze { rows, columns, .. } => Some((rows * columns).saturating_sub(1)),
-            Self::NumberLine { max_position, .. } => Some(max_position),
+        match self {
+            Self::Maze(mazes) => Some((mazes.rows * mazes.columns).saturating_sub(1)),
+            Self::NumberLine { max_position, .. } => Some(*max_position),
             Self::Program(_) => None,
         }
     }
@@ -188,7 +261,7 @@ impl TaskSpec {
     /// A format in which the task can be written, for stages that need its instances alone.
     pub fn any_format(&self) -> FormatSpec {
         match self {
-            Self::Maze { .. } => FormatSpec::default(),
+            Self::Maze(_) => FormatSpec::default(),
             Self::NumberLine { .. } => FormatSpec::Json { thoughts: true },
             Self::Program(_) => FormatSpec::Plain {},
         }
@@ -252,9 +325,7 @@ pub fn open_with(task: &TaskSpec, format: &FormatSpec, interrupt: &Arc<AtomicBoo
 
 fn opened(task: &TaskSpec, format: &FormatSpec, interrupt: Option<Arc<AtomicBool>>) -> anyhow::Result<Box<dyn Task>> {
     match task {
-        TaskSpec::Maze { rows, columns, algorithm } => {
-            Ok(Box::new(maze::MazeTask::new(*rows, *columns, *algorithm, format)?))
-        }
+        TaskSpec::Maze(mazes) => Ok(Box::new(maze::MazeTask::new(mazes, format)?)),
         TaskSpec::NumberLine { max_position, max_turns } => {
             Ok(Box::new(number_line::NumberLine::new(*max_position, *max_turns, format)?))
         }

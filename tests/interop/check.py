@@ -7,8 +7,10 @@ STORE holds a finished run of experiments/smoke.toml. Exits with 1 and says why 
 
 import json
 import math
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pandas
@@ -145,9 +147,54 @@ def check_toml(paths: list[str]) -> None:
     print(f"tombi accepts {len(paths)} TOML files")
 
 
+def check_templates() -> None:
+    """And every template of `pipe init`, against the schema that is written beside it."""
+    with tempfile.TemporaryDirectory() as place:
+        for template in ["maze", "number_line", "own-data", "own-task"]:
+            subprocess.run([ROOT / "pipe", "init", template, "--template", template, "--quiet"], cwd=place, check=True)
+        check_toml(sorted(str(path) for path in Path(place).glob("*.toml")))
+
+
+COMMAND = '[stages.a]\nkind = "command"\ncommand = ["true"]\noutputs = ["o"]\n'
+MAZES = '[stages.a]\nkind = "synthesize"\nsplits = {{ train = 5 }}\ntask = {{ kind = "maze", rows = {}, columns = 3 }}\n'
+# The schema, a text with one mistake, and where it is: line and column from 1, the line of the schema not counted.
+MISTAKES = {
+    "an unknown field": ("pipeline", COMMAND + "outpts = []\n", (5, 1)),
+    "a wrong type": ("pipeline", COMMAND.replace('["true"]', '"true"'), (3, 11)),
+    "a number below its range": ("pipeline", MAZES.format(1), (4, 32)),
+    "an unknown kind": ("pipeline", COMMAND.replace('"command"', '"comand"'), (2, 8)),
+    "a word that is no choice": ("pipeline", MAZES.format('3, algorithm = "dsf"'), (4, 47)),
+    "an unknown field of an inner table": ("experiment", "[stages.sft.optimizer]\nweight_deca = 0.1\n", (2, 1)),
+    "a float for an integer": ("experiment", "[stages.sft]\nsteps = 1.5\n", (2, 9)),
+    "a reward of no kind": ("experiment", '[stages.grpo.rewards.x]\nkind = "corect"\n', (2, 8)),
+    "a number below the range of an overlay": ("experiment", "[stages.grpo]\ngroup_size = 1\n", (2, 14)),
+    "a list for a table": ("experiment", "[sweep]\nseeds = [1, 2]\n", (2, 9)),
+    "a text for a list": ("experiment", '[table]\nmetrics = "a.solved"\n', (2, 11)),
+    "a negative count": ("pipeline", COMMAND + "[stages.a.run]\nretries = -1\n", (6, 11)),
+}
+
+
+def check_mistakes() -> None:
+    """The editor's checker points at each planted mistake, and at nothing else."""
+    tombi = Path(sys.executable).parent / "tombi"
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "planted.toml"
+        for name, (schema, text, (line, column)) in MISTAKES.items():
+            file.write_text(f"#:schema {ROOT / 'schemas' / schema}.json\n{text}")
+            done = subprocess.run([tombi, "lint", "--offline", file.name], cwd=place, capture_output=True, text=True)
+            said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
+            places = {(int(line) - 1, int(column)) for line, column in re.findall(r"planted\.toml:(\d+):(\d+)", said)}
+            # What is missing has no place but the file's beginning; an unknown kind lacks every kind's fields.
+            places.discard((0, 1))
+            assert done.returncode != 0 and places == {(line, column)}, f"{name}: {said}"
+    print(f"tombi points at {len(MISTAKES)} planted mistakes")
+
+
 def main() -> None:
     store = Path(sys.argv[1]).resolve()
     check_toml(sys.argv[2:])
+    check_templates()
+    check_mistakes()
     check_events(store)
     check_parquet(store)
     check_evaluations(store)

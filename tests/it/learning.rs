@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::sandbox::{Ended, Sandbox, files, wait_for};
 
 /// 3x3 mazes and a very small decoder: every stage takes a second or two.
-const TINY: &str = r#"
+pub(crate) const TINY: &str = r#"
     [params]
     seed = 1
     [stages.mazes]

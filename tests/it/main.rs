@@ -3,8 +3,11 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on should stop where it stands")]
 
 mod architecture;
+mod cockpit;
 mod continuing;
+mod documentation;
 mod engine;
+mod errors;
 mod explanation;
 mod generated;
 mod learning;

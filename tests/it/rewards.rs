@@ -121,3 +121,66 @@ fn a_reward_for_every_valid_move_is_named_as_a_hole_before_training() {
     assert_eq!(wrong.code, Some(2));
     assert!(wrong.stderr.contains("no stage of kind `grpo`"), "{}", wrong.stderr);
 }
+
+/// Several completions of each prompt, prompts chosen by them, and the training's own completions as rows.
+const CHOSEN: &str = r#"
+    [stages.probe]
+    kind = "evaluate"
+    model = "sft"
+    prompts = "tokens"
+    split = "rl"
+    samples_per_prompt = 4
+    temperature = 1.0
+    max_new_tokens = 20
+    run = { cpus = 1, device = "cpu" }
+    [stages.chosen]
+    kind = "select"
+    tokens = "tokens"
+    evaluation = "probe"
+    where = "length >= 2 and progress < 1"
+    [stages.own]
+    kind = "rejection_sampling"
+    prompts = "tokens"
+    rollouts = "grpo"
+    where = "kept"
+    [stages.again]
+    kind = "sft"
+    model = "sft"
+    data = "own"
+    split = "rl"
+    steps = 2
+    batch_size = 8
+    run = { cpus = 1, device = "cpu" }
+    [table]
+    metrics = [
+        "grpo.reward/correct/variance_share", "grpo.reward/moves/variance_share",
+        "probe.pass@1", "probe.pass@2", "probe.solved", "chosen.kept", "own.kept",
+    ]
+"#;
+
+#[test]
+fn a_table_shows_pass_at_k_what_was_chosen_and_what_each_reward_did() {
+    let sandbox = Sandbox::new();
+    sandbox.write("tiny.toml", &[TINY, CHOSEN].concat());
+    sandbox.ok(&["run", "tiny.toml"]);
+    let table = sandbox.json(&["table", "--json", "tiny.toml"]);
+    let metrics = &table["arms"][0]["metrics"];
+    let mean = |name: &str| metrics[name]["mean"].as_f64().unwrap_or_else(|| panic!("no `{name}`: {table}"));
+    assert!((mean("probe.pass@1") - mean("probe.solved")).abs() < 1e-12);
+    assert!(mean("probe.pass@2") >= mean("probe.pass@1"));
+    assert_eq!(metrics["probe.pass@2"]["n"], metrics["probe.solved"]["n"], "instances, and not completions");
+    assert!(mean("chosen.kept") > 0.0 && mean("own.kept") > 0.0);
+    // The shares over the run are those that the same rewards have over the stored completions.
+    let rewards = "[rewards.correct]\nkind = \"correct\"\n[rewards.moves]\nkind = \"expression\"\nexpression = \"0.5 * valid_moves\"\n";
+    sandbox.write("same.toml", rewards);
+    let report = sandbox.json(&["rescore", "--json", "tiny/grpo", "--rewards", "same.toml"]);
+    for reward in report["rewards"].as_array().unwrap() {
+        let name = format!("grpo.reward/{}/variance_share", reward["name"].as_str().unwrap());
+        assert!((mean(&name) - reward["variance_share"].as_f64().unwrap()).abs() < 1e-9, "{name}");
+    }
+    // A name that no stage measures is told before anything runs.
+    sandbox.write("wrong.toml", &[TINY, &CHOSEN.replace("pass@2", "pass@4")].concat());
+    let told = sandbox.pipe(&["check", "wrong.toml"]);
+    assert_ne!(told.code, Some(0), "{}", told.stderr);
+    assert!(told.stderr.contains("pass@4"), "{}", told.stderr);
+}

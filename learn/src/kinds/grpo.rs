@@ -14,7 +14,7 @@ use pipe::pipeline::stage::{Interrupted, Stage as _, StageContext};
 use pipe::stages::grpo::Grpo;
 use pipe::stages::grpo::axes::Truncation;
 use pipe::stages::tokens::TokensFolder;
-use pipe::stages::training::Validate;
+use pipe::stages::training::{Precision, Validate};
 use pipe::statistics::alarm::{Cause, Evaluation, Rule, assess};
 use pipe::telemetry::Metrics;
 use serde::{Deserialize, Serialize};
@@ -26,7 +26,8 @@ use crate::loss::PolicySums;
 use crate::memory::{Forecast, Generation, Shape};
 use crate::model::{Transformer, new_tokens};
 use crate::optimizer::learning_rate;
-use crate::policy::{PARITY, PolicyRow, backward};
+use crate::parity::{Mismatch, PARITY, PARITY_BF16};
+use crate::policy::{PolicyRow, backward, mismatch, recompute};
 use crate::prompts::Prompts;
 use crate::replay::StoredRollouts;
 use crate::rewards::Rewards;
@@ -58,6 +59,7 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
     // Open.
     let (terms, free) = (terms(params, context), memory::free(device::open(&context.resources)?));
     let Start { folder, model, reference, from } = start(params, &terms, context)?;
+    let model = model.with_activation_checkpointing(params.activation_checkpointing);
     let prompts = Prompts::open(&folder, TokensFolder::open(context.input(&params.prompts)?)?, &context.interrupt)?;
     let rows = prompts.tokens.split(&params.split)?;
     let checked = preflight::prompts(&prompts.tokens, &rows, model.config(), params.max_new_tokens)?;
@@ -106,7 +108,7 @@ pub fn run(params: &Grpo, context: &mut StageContext) -> anyhow::Result<()> {
         validation = Some(opened);
     }
     context.note(forecast.check(free)?);
-    let mut session = Session::open(context, params, training.model.device(), params.steps, recorded)?;
+    let mut session = Session::open(context, params, &training.model, params.steps, recorded)?;
 
     // Loop.
     while training.counters.step < params.steps || training.counters.unrecorded.is_some() {
@@ -234,19 +236,20 @@ struct Start {
 fn start(params: &Grpo, terms: &Terms, context: &StageContext) -> anyhow::Result<Start> {
     let device = device::open(&context.resources)?;
     let has_reference = params.axes.needs_reference();
+    let (precision, lora) = (params.precision, params.lora.as_ref());
     match (&params.model, &params.continue_from) {
         (Some(model), None) => {
             let folder = context.input(model)?.to_owned();
-            let model = Transformer::load_to_train(&folder, device, params.lora.as_ref(), params.seed)?;
-            let reference = has_reference.then(|| Transformer::load_frozen(&folder, device)).transpose()?;
+            let model = Transformer::load_to_train(&folder, device, precision, lora, params.seed)?;
+            let reference = has_reference.then(|| Transformer::load_frozen(&folder, device, precision)).transpose()?;
             Ok(Start { folder, model, reference, from: None })
         }
         (None, Some(from)) => {
             let folder = context.input(from)?.to_owned();
             let from = Published::open(&folder)?;
             from.check(terms, params.steps, &[VALIDATE, REWARDS])?;
-            let model = from.model(&folder, device, params.lora.as_ref(), params.seed)?;
-            let reference = has_reference.then(|| from.reference(&folder, device)).transpose()?;
+            let model = from.model(&folder, device, precision, lora, params.seed)?;
+            let reference = has_reference.then(|| from.reference(&folder, device, precision)).transpose()?;
             Ok(Start { folder, model, reference, from: Some(from) })
         }
         _ => bail!("a training begins either at a `model` or where another ended (`continue`)"),
@@ -348,13 +351,35 @@ fn train(
     let Training { model, optimizer, counters, .. } = training;
     let mut metrics = Metrics::default();
     let (mut read, mut updates) = (0, 0);
-    for rows in minibatches(params, prompts, &rollout.groups) {
+    let sampled = minibatches(params, prompts, &rollout.groups);
+    // In bf16 sampler and trainer round differently, and a ratio of the two would be of their rounding: the policy before the
+    // first update is what the trainer says it is.
+    let recomputes = params.precision == Precision::Bf16 && rollout.on_policy;
+    let mut recomputed = Vec::new();
+    if recomputes {
+        recomputed = phases::time("forward", || {
+            sampled.iter().map(|rows| recompute(params, model, rows)).collect::<anyhow::Result<_>>()
+        })?;
+        let mismatch = mismatch(&sampled.concat(), &recomputed.concat());
+        metrics.merge(&mismatch.metrics());
+        if counters.step == 0 {
+            check_parity(params, model, &mismatch)?;
+        }
+    }
+    for (index, mut rows) in sampled.into_iter().enumerate() {
+        for (row, own) in rows.iter_mut().zip(recomputed.get(index).into_iter().flatten()) {
+            row.old = own;
+        }
         let on_policy = rollout.on_policy && updates == 0;
         model.zero_gradients();
         let sums = backward(params, model, reference, &rows, on_policy)?;
-        metrics.merge(&sums.metrics(&params.axes, on_policy));
+        metrics.merge(&sums.metrics(&params.axes, on_policy && !recomputes));
         if on_policy && counters.step == 0 {
-            check_first(params, model, &sums)?;
+            let (mean, max) = (sums.mismatch / sums.covered.max(1) as f64, sums.mismatch_max);
+            if !recomputes {
+                check_parity(params, model, &Mismatch { mean, p99: max, max })?;
+            }
+            check_reference(model, &sums)?;
         }
         let at = counters.step * params.updates_per_step + updates;
         let all = params.steps * params.updates_per_step;
@@ -375,16 +400,30 @@ fn train(
     Ok(metrics)
 }
 
-/// Before the first update of a run the policy that learns is the one that sampled, and it is its own reference.
-fn check_first(params: &Grpo, model: &Transformer, sums: &PolicySums) -> anyhow::Result<()> {
+/// Before the first update of a run the policy that learns is the one that sampled.
+fn check_parity(params: &Grpo, model: &Transformer, mismatch: &Mismatch) -> anyhow::Result<()> {
+    if model.device() != Device::Cpu || mismatch.is_rounding(params.precision, params.temperature) {
+        return Ok(());
+    }
+    let Mismatch { mean, p99, max } = mismatch;
+    match params.precision {
+        Precision::Fp32 => bail!(
+            "sampler and trainer disagree by {max} in a log-probability before the first update: more than {PARITY}"
+        ),
+        Precision::Bf16 => bail!(
+            "sampler and trainer disagree before the first update by {mean} in the mean of log-probabilities and by {p99} in \
+             their 99th percentile: more than {} or {}",
+            PARITY_BF16[0],
+            PARITY_BF16[1]
+        ),
+    }
+}
+
+/// Before the first update of a run the policy that learns is its own reference.
+fn check_reference(model: &Transformer, sums: &PolicySums) -> anyhow::Result<()> {
     if model.device() != Device::Cpu {
         return Ok(());
     }
-    let mismatch = sums.mismatch_max;
-    ensure!(
-        mismatch <= PARITY / params.temperature.min(1.0),
-        "sampler and trainer disagree by {mismatch} in a log-probability before the first update: more than {PARITY}"
-    );
     let divergence = sums.reference_k3 / sums.covered.max(1) as f64;
     ensure!(
         divergence <= PARITY * PARITY,

@@ -20,6 +20,7 @@ use crate::memory::Forecast;
 use crate::model::{Transformer, new_tokens};
 use crate::optimizer::learning_rate;
 use crate::order::Order;
+use crate::pass::Pass;
 use crate::prompts::Prompts;
 use crate::session::{Session, rate, states};
 use crate::training::{Published, Terms, Training, VALIDATE};
@@ -42,18 +43,20 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
     let (folder, model, from) = match (&params.model, &params.continue_from) {
         (Some(model), None) => {
             let folder = context.input(model)?.to_owned();
-            let model = Transformer::load_to_train(&folder, device, params.lora.as_ref(), params.seed)?;
+            let lora = params.lora.as_ref();
+            let model = Transformer::load_to_train(&folder, device, params.precision, lora, params.seed)?;
             (folder, model, None)
         }
         (None, Some(from)) => {
             let folder = context.input(from)?.to_owned();
             let from = Published::open(&folder)?;
             from.check(&terms, params.steps, &[VALIDATE])?;
-            let model = from.model(&folder, device, params.lora.as_ref(), params.seed)?;
+            let model = from.model(&folder, device, params.precision, params.lora.as_ref(), params.seed)?;
             (folder, model, Some(from))
         }
         _ => bail!("a training begins either at a `model` or where another ended (`continue`)"),
     };
+    let model = model.with_activation_checkpointing(params.activation_checkpointing);
     let tokens = TokensFolder::open(context.input(&params.data)?)?;
     preflight::tokenizers(&folder, Codec::open(&folder)?.digest(), &tokens)?;
     let rows = tokens.split(&params.split)?;
@@ -90,7 +93,7 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
         validation = Some((opened, prompts));
     }
     context.note(forecast.check(free)?);
-    let mut session = Session::open(context, params, device, params.steps, recorded)?;
+    let mut session = Session::open(context, params, &training.model, params.steps, recorded)?;
 
     // Loop.
     while training.counters.step < params.steps || training.counters.unrecorded.is_some() {
@@ -176,16 +179,17 @@ fn step(
         if batch.count() == 0 {
             continue;
         }
-        phases::count_training(model.config(), &batch, rows.iter().map(|row| row.ids.len()).sum());
-        let (logits, loss, value) = phases::time("forward", || {
-            let logits = model.logits(&batch.states(model));
+        let (pass, logits, loss, value) = phases::time("forward", || {
+            let pass = Pass::forward(model, &batch);
+            let logits = model.logits(pass.states());
             let loss = supervised_loss(&token_logprobs(&logits, &batch.targets, 1.0), targets as f64);
             let value = loss.double_value(&[]);
-            (logits, loss, value)
+            (pass, logits, loss, value)
         });
+        phases::count_training(model, &batch, rows.iter().map(|row| row.ids.len()).sum());
         ensure!(value.is_finite(), "the loss is {value} at step {}", step + 1);
         phases::time("backward", || {
-            device::backward(&loss)?;
+            pass.backward(&batch, &loss)?;
             phases::settle(model.device());
             anyhow::Ok(())
         })?;

@@ -1,7 +1,8 @@
 //! Generation token by token: every prompt is read once, and each of its samples goes on from it.
 //!
-//! Two engines do the same: on a processor kernels of our own, which share a prompt's keys and values among its samples and
-//! forget rows at once; elsewhere `kv_cache`, in libtorch's operations. What is computed depends on the prompts, the samples
+//! Three engines do the same: on a processor kernels of our own, which share a prompt's keys and values among its samples and
+//! forget rows at once; on a GPU `steps`, which a GPU replays; where both are switched off, or numbers are of a kind that the
+//! kernels do not take, `kv_cache`, in libtorch's operations alone. What is computed depends on the prompts, the samples
 //! and when each ended, and on nothing else. Everything here runs outside of the gradient graph.
 
 use anyhow::Result;
@@ -10,8 +11,9 @@ use tch::{Kind, Tensor, no_grad};
 use crate::model::Transformer;
 use crate::model::kv_cache::{Decoder, KvCache};
 use crate::model::layout::Layout;
+use crate::model::steps::Steps;
 use crate::model::transformer::{Layer, add_norm, attention, heads, norm};
-use crate::native::{self, LayerCache, Prompts, Rows};
+use crate::native::{LayerCache, Prompts, Rows, gpu};
 
 /// Samples under way.
 pub struct Decoding<'a> {
@@ -26,6 +28,7 @@ pub struct Decoding<'a> {
 
 enum Engine<'a> {
     Native(Native<'a>),
+    Steps(Steps<'a>),
     Plain(Plain<'a>),
 }
 
@@ -33,9 +36,12 @@ impl<'a> Decoding<'a> {
     /// Reads `prompts`, none of them empty; sample s goes on from the prompt `owners[s]`, owners never falling. There is room
     /// for `new` tokens a sample. Gives the logits `[samples, V]` of each sample's first token, too.
     pub fn begin(model: &'a Transformer, prompts: &[&[i64]], owners: &[usize], new: usize) -> Result<(Self, Tensor)> {
-        let (engine, logits) = if native::takes(model.base().flat()) {
+        let (engine, logits) = if model.by_kernels() {
             let (engine, logits) = no_grad(|| Native::begin(model, prompts, owners.len(), new))?;
             (Engine::Native(engine), logits)
+        } else if gpu::takes(model.device()) {
+            let (engine, logits) = Steps::begin(model, prompts, owners, new)?;
+            (Engine::Steps(engine), logits)
         } else {
             let (engine, logits) = Plain::begin(model, prompts, owners, new);
             (Engine::Plain(engine), logits)
@@ -71,12 +77,14 @@ impl<'a> Decoding<'a> {
     pub fn forget(&mut self, ended: impl Fn(usize) -> bool) {
         match &mut self.engine {
             Engine::Native(_) => self.rows.retain(|&sample| !ended(sample)),
+            Engine::Steps(engine) => engine.compact(&mut self.rows, ended),
             Engine::Plain(engine) => engine.compact(&mut self.rows, &self.owners, ended),
         }
     }
 
-    /// Appends to every row the last token of its sample; gives the logits `[rows, V]` of the next ones.
-    pub fn step(&mut self, last: impl Fn(usize) -> i64) -> Tensor {
+    /// Appends to every row the last token of its sample; gives the logits `[rows, V]` of the next ones, to be read before the
+    /// next step.
+    pub fn step(&mut self, last: impl Fn(usize) -> i64) -> Result<Tensor> {
         let tokens: Vec<i64> = self.rows.iter().map(|&sample| last(sample)).collect();
         let positions: Vec<i64> = self.rows.iter().map(|&sample| self.owners[sample].1 + self.used).collect();
         let logits = match &mut self.engine {
@@ -86,10 +94,11 @@ impl<'a> Decoding<'a> {
                 let rows = Rows { prompt, slot, position: positions };
                 no_grad(|| engine.step(&tokens, &rows, self.used))
             }
+            Engine::Steps(engine) => engine.step(&tokens, &positions)?,
             Engine::Plain(engine) => engine.step(&tokens, &positions),
         };
         self.used += 1;
-        logits
+        Ok(logits)
     }
 }
 

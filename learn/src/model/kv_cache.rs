@@ -7,10 +7,11 @@
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::model::Transformer;
-use crate::model::plain::{attend, normalise, repeat_heads};
+use crate::model::plain::{attend, normalise, repeat_heads, widened};
 use crate::model::rope::{Turn, paired};
+use crate::model::transformer::norm;
 
-/// Keys and values of all layers, `[layers, 2, rows, kv heads, slots, D]` f32: what a head attends to lies together.
+/// Keys and values of all layers, `[layers, 2, rows, kv heads, slots, D]` in the model's kind: what a head attends to lies together.
 #[derive(Debug)]
 pub struct KvCache {
     entries: Tensor,
@@ -69,11 +70,19 @@ impl KvCache {
 /// Attention of one query a row, `[R, 1, heads, D]`, over `keys` and `values` `[R, kv heads, S, D]`; gives `[R, heads * D]`.
 ///
 /// Two products over all heads at once beat the fused kernel here, which is made for many queries a head, and query heads
-/// that share a key head are rows of one product, so nothing is repeated.
+/// that share a key head are rows of one product, so nothing is repeated. In half precision that would round scores, which the
+/// fused kernel does not, and training uses the fused one.
 fn attend_last(query: &Tensor, keys: &Tensor, values: &Tensor, mask: Option<&Tensor>) -> Tensor {
     let size = keys.size();
     let [rows, shared, slots, width] = [size[0], size[1], size[2], size[3]];
     let heads = query.size()[2];
+    if query.kind() == Kind::BFloat16 {
+        let (query, mask) = (query.transpose(1, 2), mask.map(|mask| mask.to_kind(Kind::BFloat16)));
+        let (keys, values) = (repeat_heads(keys, heads), repeat_heads(values, heads));
+        let mixed =
+            Tensor::scaled_dot_product_attention(&query, &keys, &values, mask.as_ref(), 0.0, false, None, false);
+        return mixed.reshape([rows, heads * width]);
+    }
     let query = query.reshape([rows * shared, heads / shared, width]) * (width as f64).powf(-0.5);
     let mut scores = query.bmm(&keys.view([rows * shared, slots, width]).transpose(1, 2));
     if let Some(mask) = mask {
@@ -95,7 +104,7 @@ fn attend_all(query: &Tensor, key: &Tensor, value: &Tensor) -> Tensor {
 /// dimension in the order of [`paired`].
 fn turn(rotation: &Turn, heads: &Tensor, norm: Option<&Tensor>, epsilon: f64) -> Tensor {
     match norm {
-        Some(norm) => rotation.apply(&(normalise(heads, epsilon) * norm)),
+        Some(norm) => rotation.apply(&(normalise(&widened(heads), epsilon) * norm).to_kind(heads.kind())),
         None => rotation.apply(heads),
     }
 }
@@ -103,9 +112,16 @@ fn turn(rotation: &Turn, heads: &Tensor, norm: Option<&Tensor>, epsilon: f64) ->
 /// The projections of a layer that read the same states, in the order in which they are stacked.
 const QUERY_KEY_VALUE: [&str; 3] = ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"];
 
+/// `x` normed by `weight`, or to be multiplied with a matrix that has the weight in it.
+fn normed(x: &Tensor, weight: Option<&Tensor>, epsilon: f64) -> Tensor {
+    weight.map_or_else(|| normalise(x, epsilon), |weight| norm(x, weight, epsilon))
+}
+
 /// One layer's weights with its norms multiplied in and its projections stacked.
 #[derive(Debug)]
 struct Layer {
+    /// Its two norms in half precision: a product with them would round otherwise than in training.
+    norms: [Option<Tensor>; 2],
     projection: Projection,
     /// The norm of each query and key head, `[heads + kv heads, D]`.
     head_norms: Option<Tensor>,
@@ -137,7 +153,8 @@ pub struct Decoder<'a> {
 
 impl<'a> Decoder<'a> {
     pub(crate) fn new(model: &'a Transformer) -> Self {
-        let (config, weights) = (model.config(), model.base());
+        let (config, weights, kind) = (model.config(), model.base(), model.kind());
+        let half = kind == Kind::BFloat16;
         let (heads, shared, size) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
         // Queries and keys come first in the stack; their rows are paired, those of values are not.
         let paired_stack = |stack: &Tensor| {
@@ -152,7 +169,9 @@ impl<'a> Decoder<'a> {
                 let stacked = |short: &[&str], rows: i64| {
                     model.stacked(&short.iter().map(|short| name(short)).collect::<Vec<_>>(), rows)
                 };
-                let biases = |short: &str, rows: i64| weights.stacked(&name(short), rows);
+                let biases = |short: &str, rows: i64| weights.stacked(&name(short), rows).to_kind(kind);
+                let times = |matrix: Tensor, norm: &str| if half { matrix } else { matrix * leaf(norm) };
+                let norms = ["input_layernorm.weight", "post_attention_layernorm.weight"];
                 let (projected, inner) = ((heads + 2 * shared) * size, config.intermediate_size);
                 let fed = config.feed_forward_bias();
                 let head_norms = || {
@@ -161,8 +180,9 @@ impl<'a> Decoder<'a> {
                     Tensor::cat(&[norm("self_attn.q_norm.weight", heads), norm("self_attn.k_norm.weight", shared)], 0)
                 };
                 Layer {
+                    norms: norms.map(|norm| half.then(|| leaf(norm))),
                     projection: Projection {
-                        weight: paired_stack(&(stacked(&QUERY_KEY_VALUE, projected) * leaf("input_layernorm.weight"))),
+                        weight: paired_stack(&times(stacked(&QUERY_KEY_VALUE, projected), norms[0])),
                         bias: config
                             .projection_bias()
                             .then(|| paired_stack(&biases("self_attn.q_proj.bias", projected))),
@@ -170,16 +190,15 @@ impl<'a> Decoder<'a> {
                     head_norms: config.head_norms().then(head_norms),
                     output: Projection {
                         weight: model.effective(&name("self_attn.o_proj.weight")),
-                        bias: config.output_bias().then(|| leaf("self_attn.o_proj.bias")),
+                        bias: config.output_bias().then(|| leaf("self_attn.o_proj.bias").to_kind(kind)),
                     },
                     gate_up: Projection {
-                        weight: stacked(&["mlp.gate_proj.weight", "mlp.up_proj.weight"], 2 * inner)
-                            * leaf("post_attention_layernorm.weight"),
+                        weight: times(stacked(&["mlp.gate_proj.weight", "mlp.up_proj.weight"], 2 * inner), norms[1]),
                         bias: fed.then(|| biases("mlp.gate_proj.bias", 2 * inner)),
                     },
                     down: Projection {
                         weight: model.effective(&name("mlp.down_proj.weight")),
-                        bias: fed.then(|| leaf("mlp.down_proj.bias")),
+                        bias: fed.then(|| leaf("mlp.down_proj.bias").to_kind(kind)),
                     },
                 }
             })
@@ -198,7 +217,7 @@ impl<'a> Decoder<'a> {
             let (rows, length) = ids.size2().expect("ids have two dimensions");
             let config = self.model.config();
             let size = [config.num_hidden_layers, 2, rows, config.num_key_value_heads, length, config.head_dim];
-            let entries = Tensor::empty(size, (Kind::Float, self.model.device()));
+            let entries = Tensor::empty(size, (self.model.kind(), self.model.device()));
             let mut cache = KvCache { entries, rows, used: 0 };
             let hidden = self.forward(ids, &mut cache, &self.model.rotation().first(length), None);
             let last = Tensor::arange(rows, (Kind::Int64, self.model.device())) * length + lengths - 1;
@@ -222,10 +241,11 @@ impl<'a> Decoder<'a> {
         let (rows, length) = ids.size2().expect("ids have two dimensions");
         let config = self.model.config();
         let (heads, shared, size) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
-        let mut x = Tensor::embedding(self.model.embedding(), ids, -1, false, false);
+        let mut x = Tensor::embedding(self.model.embedding(), ids, -1, false, false).to_kind(self.model.kind());
         for (index, layer) in self.layers.iter().enumerate() {
-            let normed = normalise(&x, config.rms_norm_eps);
-            let projected = layer.projection.of(&normed).view([rows, length, heads + 2 * shared, size]);
+            let [input, behind] = &layer.norms;
+            let read = normed(&x, input.as_ref(), config.rms_norm_eps);
+            let projected = layer.projection.of(&read).view([rows, length, heads + 2 * shared, size]);
             // Queries and keys lie side by side and turn together.
             let turning = projected.narrow(2, 0, heads + shared);
             let turned = turn(rotation, &turning, layer.head_norms.as_ref(), config.rms_norm_eps);
@@ -235,8 +255,8 @@ impl<'a> Decoder<'a> {
             let mixed =
                 if length == 1 { attend_last(&query, &keys, &values, mask) } else { attend_all(&query, &key, &value) };
             x += layer.output.of(&mixed.reshape([rows, length, heads * size]));
-            let normed = normalise(&x, config.rms_norm_eps);
-            let mut parts = layer.gate_up.of(&normed).chunk(2, -1).into_iter();
+            let read = normed(&x, behind.as_ref(), config.rms_norm_eps);
+            let mut parts = layer.gate_up.of(&read).chunk(2, -1).into_iter();
             let (gate, up) = parts.next().zip(parts.next()).expect("a chunking in two has two parts");
             x += layer.down.of(&(gate.silu() * up));
         }
@@ -245,7 +265,7 @@ impl<'a> Decoder<'a> {
     }
 
     fn logits(&self, hidden: &Tensor) -> Tensor {
-        normalise(hidden, self.model.config().rms_norm_eps).linear(&self.head, None::<&Tensor>)
+        normalise(&widened(hidden), self.model.config().rms_norm_eps).linear(&self.head, None::<&Tensor>)
     }
 }
 

@@ -19,6 +19,7 @@ pub struct Layout {
     /// The longest sequence.
     longest: i64,
     padded: OnceCell<Padded>,
+    unequal: OnceCell<Unequal>,
 }
 
 /// A segment to be laid out.
@@ -49,7 +50,7 @@ impl Layout {
         }
         let table = Tensor::from_slice(rows.as_flattened()).view([-1, 3]);
         let positions = Tensor::from_slice(&positions).to_device(device);
-        Self { segments: rows, table, positions, longest, padded: OnceCell::new() }
+        Self { segments: rows, table, positions, longest, padded: OnceCell::new(), unequal: OnceCell::new() }
     }
 
     /// Sequences of these lengths, none of which continues another.
@@ -84,11 +85,11 @@ impl Layout {
         self.segments.iter().map(|segment| segment[1] * before(segment) + segment[1] * (segment[1] + 1) / 2).sum()
     }
 
-    /// Places of the padded rectangles, where attention needs them.
+    /// Places that attention has computed: tokens, and padding where it went over padded rectangles.
     pub fn places(&self) -> i64 {
-        let padded = self.padded();
         let of = |rectangle: &Rectangle| rectangle.rows * rectangle.length;
-        of(&padded.roots) + padded.children.as_ref().map_or(0, |(_, own)| of(own))
+        let padded = |padded: &Padded| of(&padded.roots) + padded.children.as_ref().map_or(0, |(_, own)| of(own));
+        self.padded.get().map_or(self.tokens(), padded)
     }
 
     /// The first token of each segment.
@@ -96,9 +97,57 @@ impl Layout {
         self.segments[segment][0]
     }
 
+    /// The same as sequences of queries and of keys, for attention over unequal lengths.
+    pub(crate) fn unequal(&self) -> &Unequal {
+        self.unequal.get_or_init(|| Unequal::new(&self.segments, self.positions.device()))
+    }
+
     /// The same as padded rectangles, for attention without a kernel for segments.
     pub(crate) fn padded(&self) -> &Padded {
         self.padded.get_or_init(|| Padded::new(&self.segments, self.positions.device()))
+    }
+}
+
+/// Segments as queries over their parent's keys and their own, none of them padded: the last query of each stands at its last
+/// key.
+#[derive(Debug)]
+pub(crate) struct Unequal {
+    /// `[S + 1]` i32: where each segment begins among the queries, and their end.
+    pub(crate) begins_q: Tensor,
+    /// `[S + 1]` i32: the same among the keys.
+    pub(crate) begins_k: Tensor,
+    /// Tokens of the longest segment.
+    pub(crate) longest_q: i64,
+    /// Keys of the one that has most.
+    pub(crate) longest_k: i64,
+    /// `[K]` i64: the token of each key; `None` where every segment has its own alone, so that keys stand as tokens do.
+    pub(crate) keys: Option<Tensor>,
+}
+
+impl Unequal {
+    fn new(segments: &[[i64; 3]], device: Device) -> Self {
+        let (mut queries, mut keys) = (vec![0i32], Vec::new());
+        let (mut begins_k, mut longest_q, mut longest_k) = (vec![0i32], 0, 0);
+        for &[first, length, parent] in segments {
+            let begun = keys.len();
+            if parent >= 0 {
+                let [first, length, _] = segments[parent as usize];
+                keys.extend(first..first + length);
+            }
+            keys.extend(first..first + length);
+            queries.push((first + length) as i32);
+            // Of all keys of a batch there are fewer than two thousand million: they would not fit anywhere.
+            begins_k.push(keys.len() as i32);
+            (longest_q, longest_k) = (longest_q.max(length), longest_k.max((keys.len() - begun) as i64));
+        }
+        let tree = segments.iter().any(|segment| segment[2] >= 0);
+        Self {
+            begins_q: Tensor::from_slice(&queries).to_device(device),
+            begins_k: Tensor::from_slice(&begins_k).to_device(device),
+            longest_q,
+            longest_k,
+            keys: tree.then(|| Tensor::from_slice(&keys).to_device(device)),
+        }
     }
 }
 
@@ -168,5 +217,34 @@ impl Padded {
                 .then(|| (Rectangle::new(&parents, device), Rectangle::new(&children, device))),
             back: Tensor::from_slice(&back).to_device(device),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(tensor: &Tensor) -> Vec<i64> {
+        Vec::try_from(tensor.to_kind(tch::Kind::Int64)).expect("numbers")
+    }
+
+    /// By hand: a prompt of two tokens with two samples, one that stands alone, one with a sample.
+    #[test]
+    fn samples_are_queries_over_their_prompts_keys_and_their_own() {
+        let segment = |(length, continues)| Segment { length, continues };
+        let tree = [(2, false), (1, true), (3, true), (2, false), (1, false), (2, true)].map(segment);
+        let layout = Layout::new(&tree, Device::Cpu);
+        let Unequal { begins_q, begins_k, longest_q, longest_k, keys } = layout.unequal();
+        assert_eq!(numbers(begins_q), [0, 2, 3, 6, 8, 9, 11]);
+        assert_eq!(numbers(begins_k), [0, 2, 5, 10, 12, 13, 16]);
+        assert_eq!((*longest_q, *longest_k), (3, 5));
+        let keys = numbers(keys.as_ref().expect("a tree"));
+        assert_eq!(keys, [0, 1, 0, 1, 2, 0, 1, 3, 4, 5, 6, 7, 8, 8, 9, 10]);
+        let rows = Layout::rows([3, 1], Device::Cpu);
+        assert_eq!(
+            (numbers(&rows.unequal().begins_q), numbers(&rows.unequal().begins_k)),
+            (vec![0, 3, 4], vec![0, 3, 4])
+        );
+        assert!(rows.unequal().keys.is_none());
     }
 }

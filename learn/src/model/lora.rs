@@ -86,6 +86,7 @@ impl Adapters {
 
 #[cfg(test)]
 mod tests {
+    use pipe::stages::training::Precision;
     use serde_json::{Value, json};
     use tch::Kind;
 
@@ -162,7 +163,10 @@ mod tests {
         let (folder, base) = sandbox::model(&json!({}));
         base.save(folder.path(), folder.path()).expect("saved");
         let parameters = lora(json!({"rank": 3, "targets": ["q_proj", "down_proj"]}));
-        let load = || Transformer::load_to_train(folder.path(), Device::Cpu, Some(&parameters), 1).expect("a model");
+        let load = || {
+            let lora = Some(&parameters);
+            Transformer::load_to_train(folder.path(), Device::Cpu, Precision::Fp32, lora, 1).expect("a model")
+        };
         let adapted = load();
         let names: Vec<String> = adapted.weights().entries().iter().map(|entry| entry.name.clone()).collect();
         assert_eq!(names.len(), 2 * 2 * 2, "two layers, two targets, A and B: {names:?}");
@@ -183,6 +187,30 @@ mod tests {
         assert!(changed.iter().all(|name| name.contains("q_proj.weight") || name.contains("down_proj.weight")));
         assert_eq!(changed.len(), 4, "{changed:?}");
         assert_eq!(load().weights().flat(), load().weights().flat(), "the seed decides the beginning");
+    }
+
+    #[test]
+    fn a_base_in_bf16_takes_half_the_memory_of_its_projections_and_computes_the_same() {
+        for (model, other) in sandbox::families().into_iter().zip(sandbox::families()) {
+            let (trained, wide) = (model.half(), other.base().bytes());
+            let adapted = other.half().adapt(&lora(json!({"rank": 2})), 3).expect("adapters");
+            let (count, bytes) = (adapted.base().count(), adapted.base().bytes());
+            assert_eq!((4 * count, adapted.base().entries().len()), (wide, model.base().entries().len()));
+            let projections = adapted.base().entries().iter().filter(|entry| entry.half).map(|entry| &entry.shape);
+            let halves: i64 = projections.map(|shape| shape.iter().product::<i64>()).sum();
+            assert!(halves > 0 && bytes == wide - 2 * halves as u64, "{bytes} of {wide}");
+            // The projections act rounded in either model; whatever acts in fp32 is kept in fp32.
+            assert_eq!(no_grad(|| logits(&trained)), no_grad(|| logits(&adapted)));
+            backward(&adapted);
+            let gradient = adapted.weights().gradient();
+            assert!(gradient.kind() == Kind::Float && gradient.norm().double_value(&[]) > 0.0);
+            // A state and a checkpoint hold fp32, and a model that is restored from them is the same.
+            let state: BTreeMap<String, Tensor> = adapted.frozen().into_iter().collect();
+            assert!(state.values().all(|tensor| tensor.kind() == Kind::Float));
+            assert!(adapted.merged().iter().all(|(_, tensor)| tensor.kind() == Kind::Float));
+            adapted.base().load("base.", &state).expect("its own weights");
+            assert_eq!(no_grad(|| logits(&trained)), no_grad(|| logits(&adapted)));
+        }
     }
 
     #[test]

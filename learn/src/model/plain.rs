@@ -1,11 +1,16 @@
 //! The steps of the forward pass in libtorch's own operations, for devices without kernels of ours. The kernels are tested
 //! against these.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::model::layout::{Layout, Rectangle};
 use crate::model::rope::Rotation;
 use crate::native::Heads;
+
+/// `x` in fp32 where it is of half precision, else as it is.
+pub(crate) fn widened(x: &Tensor) -> Tensor {
+    x.to_kind(if x.kind() == Kind::BFloat16 { Kind::Float } else { x.kind() })
+}
 
 /// `x / sqrt(mean(x^2) + epsilon)` over the last dimension (RMSNorm without its weight, Zhang and Sennrich 2019).
 pub(crate) fn normalise(x: &Tensor, epsilon: f64) -> Tensor {
@@ -13,6 +18,14 @@ pub(crate) fn normalise(x: &Tensor, epsilon: f64) -> Tensor {
     let width = x.size()[x.dim() - 1] as f64;
     let norm = x.norm_scalaropt_dim(2, [-1i64].as_slice(), true);
     x * (norm.square() / width + epsilon).rsqrt()
+}
+
+/// [`normalise`] times `weight`; on a GPU in one launch of libtorch's, with one more for the gradient of each.
+pub(crate) fn norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Tensor {
+    if x.device() == Device::Cpu {
+        return normalise(x, epsilon) * weight;
+    }
+    x.rms_norm(weight.size(), Some(weight), epsilon)
 }
 
 /// See [`crate::native::swiglu`].

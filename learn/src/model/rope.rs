@@ -11,6 +11,7 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use crate::model::ModelConfig;
+use crate::model::plain::widened;
 
 /// The rotary positions that a configuration asks for.
 #[derive(Clone, Debug, PartialEq)]
@@ -254,13 +255,16 @@ impl Rotation {
         (&self.cosine, &self.sine)
     }
 
-    /// Rotates heads `[N, heads, D]` by `positions` `[N]`, element i with element i + D/2. Positions occur many times, but no
+    /// Rotates heads `[N, heads, D]` by `positions` `[N]`, element i with element i + D/2, half precision in fp32. Positions occur many times, but no
     /// gradient reaches the tables, so the order of a sum never depends on that.
     pub(crate) fn apply(&self, heads: &Tensor, positions: &Tensor) -> Tensor {
+        self.chosen(positions).apply(heads)
+    }
+
+    /// The rotations of `positions` `[N]`, for several uses.
+    pub(crate) fn chosen(&self, positions: &Tensor) -> Chosen {
         let [cosine, sine] = [&self.cosine, &self.sine].map(|table| table.index_select(0, positions).unsqueeze(1));
-        let half = heads.size()[2] / 2;
-        let (one, two) = (heads.narrow(2, 0, half), heads.narrow(2, half, half));
-        Tensor::cat(&[&one * &cosine - &two * &sine, two * cosine + one * sine], 2)
+        Chosen { cosine: Tensor::cat(&[&cosine, &cosine], 2), sine: Tensor::cat(&[&(-&sine), &sine], 2) }
     }
 
     /// Rotations for positions 0 to `length` of every row.
@@ -280,16 +284,32 @@ impl Rotation {
     }
 }
 
+/// The rotations of some positions, `[N, 1, D]` each: cosines, and sines that are negative in the first half.
+#[derive(Debug)]
+pub(crate) struct Chosen {
+    cosine: Tensor,
+    sine: Tensor,
+}
+
+impl Chosen {
+    /// Rotates heads `[N, heads, D]`, each token by its position; half precision as wide as the tables are, rounded once.
+    pub(crate) fn apply(&self, heads: &Tensor) -> Tensor {
+        let half = heads.size()[2] / 2;
+        // Few launches on a GPU: the halves are turned in one go.
+        (heads * &self.cosine).addcmul(&heads.roll(half, 2), &self.sine).to_kind(heads.kind())
+    }
+}
+
 /// A rotation that broadcasts over `[B, T, heads, D/2]` complex.
 #[derive(Debug)]
 pub(crate) struct Turn(Tensor);
 
 impl Turn {
-    /// Rotates `[B, T, heads, D]` f32.
+    /// Rotates `[B, T, heads, D]`, half precision in fp32.
     pub(crate) fn apply(&self, x: &Tensor) -> Tensor {
         let size = x.size();
-        let pairs = x.view([size[0], size[1], size[2], size[3] / 2, 2]).view_as_complex();
-        (pairs * &self.0).view_as_real().view(size.as_slice())
+        let pairs = widened(x).view([size[0], size[1], size[2], size[3] / 2, 2]).view_as_complex();
+        (pairs * &self.0).view_as_real().view(size.as_slice()).to_kind(x.kind())
     }
 }
 

@@ -1,22 +1,24 @@
 //! The forward pass: token ids to hidden states to logits, for every family of [`ModelConfig`].
 //!
 //! Sequences stand one behind another without padding, and only attention knows where one ends. Projections that read the
-//! same states are one matrix. On a processor, norms, attention and activation are kernels of our own (`native`), elsewhere
-//! libtorch's operations (`plain`). It knows nothing of losses or text.
+//! same states are one matrix. Weights that are trained are kept in fp32 whatever the precision of the passes; the last norm and
+//! the output projection compute in fp32, too. It knows nothing of losses or text.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Result;
-use pipe::stages::training::Lora;
-use tch::{Device, Tensor, no_grad};
+use pipe::stages::training::{Lora, Precision};
+use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::model::companions::save_companions;
+pub(crate) use crate::model::layer::{Layer, add_norm, attention, heads, norm};
+use crate::model::layer::{Projection, Weight};
 use crate::model::lora::{Adapter, Adapters};
 use crate::model::rope::Rotation;
 use crate::model::weights::Weights;
-use crate::model::{Layout, ModelConfig, folder, plain};
-use crate::native::{self, Heads};
+use crate::model::{Layout, ModelConfig, folder};
+use crate::native;
 
 /// Before the names of frozen weights in a training state.
 pub const BASE: &str = "base.";
@@ -34,92 +36,9 @@ pub struct Transformer {
     head: Tensor,
     rotation: Rotation,
     device: Device,
-}
-
-/// The leaves of one decoder layer.
-#[derive(Debug)]
-pub(crate) struct Layer {
-    pub(crate) input_norm: Tensor,
-    pub(crate) query_key_value: Projection,
-    /// The norms of every query head and every key head, `[D]` each.
-    pub(crate) head_norms: Option<(Tensor, Tensor)>,
-    pub(crate) output: Projection,
-    pub(crate) post_norm: Tensor,
-    pub(crate) gate_up: Projection,
-    pub(crate) down: Projection,
-}
-
-impl Layer {
-    /// The layer outside of the gradient graph, adapters added to the weights.
-    pub(crate) fn frozen(&self) -> Self {
-        let norms = |(query, key): &(Tensor, Tensor)| (query.detach(), key.detach());
-        Self {
-            input_norm: self.input_norm.detach(),
-            query_key_value: self.query_key_value.frozen(),
-            head_norms: self.head_norms.as_ref().map(norms),
-            output: self.output.frozen(),
-            post_norm: self.post_norm.detach(),
-            gate_up: self.gate_up.frozen(),
-            down: self.down.frozen(),
-        }
-    }
-
-    /// Queries, keys and values `[N, (queries + 2 shared) width]` of normed states `[N, H]`, not yet rotated.
-    pub(crate) fn project(&self, normed: &Tensor, heads: Heads, epsilon: f64) -> Tensor {
-        let projected = self.query_key_value.of(normed);
-        match &self.head_norms {
-            Some((query, key)) => norm_heads(&projected, heads, query, key, epsilon),
-            None => projected,
-        }
-    }
-
-    /// What the layer adds to `x` `[N, H]` behind its attention `mixed`: the states, and what is to be added to them.
-    pub(crate) fn feed(&self, x: &Tensor, mixed: &Tensor, epsilon: f64) -> (Tensor, Tensor) {
-        let (x, normed) = add_norm(x, Some(&self.output.of(mixed)), &self.post_norm, epsilon);
-        let delta = self.down.of(&swiglu(&self.gate_up.of(&normed)));
-        (x, delta)
-    }
-}
-
-/// Matrices that read the same states, as one, and their biases.
-#[derive(Debug)]
-pub(crate) struct Projection {
-    weight: Weight,
-    bias: Option<Tensor>,
-}
-
-#[derive(Debug)]
-enum Weight {
-    /// Neighbours in the buffer of weights are one leaf.
-    Whole(Tensor),
-    /// With adapters each part acts with its own.
-    Parts(Vec<(Tensor, Option<Adapter>)>),
-}
-
-impl Projection {
-    /// The matrix as it acts: with adapters, where it has some.
-    fn effective(&self) -> Tensor {
-        match &self.weight {
-            Weight::Whole(weight) => weight.shallow_clone(),
-            Weight::Parts(parts) => {
-                let effective = parts.iter().map(|(weight, adapter)| match adapter {
-                    Some(adapter) => weight + adapter.delta(),
-                    None => weight.shallow_clone(),
-                });
-                Tensor::cat(&effective.collect::<Vec<_>>(), 0)
-            }
-        }
-    }
-
-    /// `x @ weight^T + bias`.
-    fn of(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.effective(), self.bias.as_ref())
-    }
-
-    fn frozen(&self) -> Self {
-        let weight = Weight::Whole(no_grad(|| self.effective()).detach());
-        Self { weight, bias: self.bias.as_ref().map(Tensor::detach) }
-    }
+    /// What the layers compute in.
+    kind: Kind,
+    activation_checkpointing: bool,
 }
 
 /// The names, shapes and decay flags of the weights that `config` needs, in the order of the layers.
@@ -170,32 +89,44 @@ pub fn plan(config: &ModelConfig) -> Vec<(String, Vec<i64>, bool)> {
 }
 
 impl Transformer {
-    /// Reads a Hugging Face folder into fp32 on `device`; a missing, unused or misshapen weight is an error.
+    /// Reads a Hugging Face folder to train it in fp32 on `device`; a missing, unused or misshapen weight is an error.
     pub fn load(folder: &Path, device: Device) -> Result<Self> {
-        let config = ModelConfig::read(folder)?;
-        let weights = Weights::zeros(plan(&config), device);
-        Self::read(folder, config, weights, device)
+        Self::load_to_train(folder, device, Precision::Fp32, None, 0)
     }
 
-    /// [`Transformer::load`] for a model that is not trained: it takes no memory for gradients.
-    pub fn load_frozen(folder: &Path, device: Device) -> Result<Self> {
+    /// The model of a folder that is not trained: it takes no memory for gradients, and in bf16 half the memory for layers.
+    pub fn load_frozen(folder: &Path, device: Device, precision: Precision) -> Result<Self> {
         let config = ModelConfig::read(folder)?;
-        let weights = Weights::frozen(plan(&config), device);
-        Self::read(folder, config, weights, device)
+        let weights = frozen(&config, device, precision);
+        Self::read(folder, config, weights, device, precision)
     }
 
     /// The model of a folder as a training begins with it: all of it, or frozen with fresh adapters that `seed` decides.
-    pub fn load_to_train(folder: &Path, device: Device, lora: Option<&Lora>, seed: u64) -> Result<Self> {
-        match lora {
-            Some(lora) => Self::load_frozen(folder, device)?.adapt(lora, seed),
-            None => Self::load(folder, device),
+    pub fn load_to_train(
+        folder: &Path,
+        device: Device,
+        precision: Precision,
+        lora: Option<&Lora>,
+        seed: u64,
+    ) -> Result<Self> {
+        if let Some(lora) = lora {
+            return Self::load_frozen(folder, device, precision)?.adapt(lora, seed);
         }
+        let config = ModelConfig::read(folder)?;
+        let weights = Weights::zeros(plan(&config), device);
+        Self::read(folder, config, weights, device, precision)
     }
 
-    fn read(folder: &Path, config: ModelConfig, weights: Weights, device: Device) -> Result<Self> {
+    fn read(
+        folder: &Path,
+        config: ModelConfig,
+        weights: Weights,
+        device: Device,
+        precision: Precision,
+    ) -> Result<Self> {
         let tied = config.tie_word_embeddings.then_some(("lm_head.weight", "model.embed_tokens.weight"));
         folder::read(folder, &weights, tied)?;
-        Ok(Self::of(config, weights, None, device))
+        Ok(Self::of(config, weights, None, device, kind(precision)))
     }
 
     /// The model of a folder's configuration for a training state to fill: what is trained is 0 or fresh, and where there
@@ -203,43 +134,74 @@ impl Transformer {
     pub fn empty(
         folder: &Path,
         device: Device,
+        precision: Precision,
         lora: Option<(&Lora, u64)>,
         tensors: &BTreeMap<String, Tensor>,
     ) -> Result<Self> {
         let Some((lora, seed)) = lora else {
             let config = ModelConfig::read(folder)?;
             let weights = Weights::zeros(plan(&config), device);
-            return Ok(Self::of(config, weights, None, device));
+            return Ok(Self::of(config, weights, None, device, kind(precision)));
         };
-        Self::restored(folder, device, BASE, tensors)?.adapt(lora, seed)
+        Self::restored(folder, device, precision, BASE, tensors)?.adapt(lora, seed)
     }
 
     /// The model of a folder's configuration with the weights of `tensors` whose names begin with `prefix`, frozen.
-    pub fn restored(folder: &Path, device: Device, prefix: &str, tensors: &BTreeMap<String, Tensor>) -> Result<Self> {
+    pub fn restored(
+        folder: &Path,
+        device: Device,
+        precision: Precision,
+        prefix: &str,
+        tensors: &BTreeMap<String, Tensor>,
+    ) -> Result<Self> {
         let config = ModelConfig::read(folder)?;
-        let weights = Weights::frozen(plan(&config), device);
-        weights.fill(prefix, weights.flat(), tensors)?;
-        Ok(Self::of(config, weights, None, device))
+        let weights = frozen(&config, device, precision);
+        weights.load(prefix, tensors)?;
+        Ok(Self::of(config, weights, None, device, kind(precision)))
     }
 
-    /// What a training state must hold beside what is trained: the frozen weights below adapters.
+    /// With the activations of layers computed again in the backward pass instead of kept (see [`crate::pass::Pass`]).
+    #[must_use]
+    pub fn with_activation_checkpointing(self, activation_checkpointing: bool) -> Self {
+        Self { activation_checkpointing, ..self }
+    }
+
+    /// Whether adapters are trained and the weights of the model proper are frozen.
+    pub fn has_adapters(&self) -> bool {
+        self.adapters.is_some()
+    }
+
+    /// What a training state must hold beside what is trained: the frozen weights below adapters, f32.
     pub fn frozen(&self) -> Vec<(String, Tensor)> {
-        if self.adapters.is_some() { self.base.named(BASE, self.base.flat()) } else { Vec::new() }
+        let wide = |(name, tensor): (String, Tensor)| (name, tensor.to_kind(Kind::Float));
+        if self.has_adapters() { self.base.tensors(BASE).into_iter().map(wide).collect() } else { Vec::new() }
     }
 
     /// A model whose weights are all 0.
-    #[cfg(test)]
     pub(crate) fn zeros(config: ModelConfig, device: Device) -> Self {
+        Self::zeros_in(config, Kind::Float, device)
+    }
+
+    /// The same with layers that compute in `kind`.
+    pub(crate) fn zeros_in(config: ModelConfig, kind: Kind, device: Device) -> Self {
         let weights = Weights::zeros(plan(&config), device);
-        Self::of(config, weights, None, device)
+        Self::of(config, weights, None, device, kind)
     }
 
     /// The same model in f64.
     #[cfg(test)]
     pub(crate) fn double(&self) -> Self {
-        let weights = Weights::of_kind(plan(&self.config), tch::Kind::Double, self.device);
+        let weights = Weights::of_kind(plan(&self.config), Kind::Double, self.device);
         no_grad(|| weights.flat().shallow_clone().copy_(self.base.flat()));
-        Self::of(self.config.clone(), weights, None, self.device)
+        Self::of(self.config.clone(), weights, None, self.device, Kind::Double)
+    }
+
+    /// The same model with master weights of its own and passes in bf16.
+    #[cfg(test)]
+    pub(crate) fn half(&self) -> Self {
+        let model = Self::zeros_in(self.config.clone(), Kind::BFloat16, self.device);
+        no_grad(|| model.base.flat().shallow_clone().copy_(self.base.flat()));
+        model
     }
 
     /// The same model with its weights frozen and adapters to train.
@@ -248,14 +210,15 @@ impl Transformer {
         let base = if self.base.gradient().numel() == 0 {
             self.base
         } else {
-            let frozen = Weights::frozen(plan(&self.config), self.device);
-            no_grad(|| frozen.flat().shallow_clone().copy_(self.base.flat()));
+            let precision = if self.kind == Kind::BFloat16 { Precision::Bf16 } else { Precision::Fp32 };
+            let frozen = frozen(&self.config, self.device, precision);
+            frozen.load("", &self.base.tensors("").into_iter().collect())?;
             frozen
         };
-        Ok(Self::of(self.config, base, Some(adapters), self.device))
+        Ok(Self::of(self.config, base, Some(adapters), self.device, self.kind))
     }
 
-    fn of(config: ModelConfig, weights: Weights, adapters: Option<Adapters>, device: Device) -> Self {
+    fn of(config: ModelConfig, weights: Weights, adapters: Option<Adapters>, device: Device, kind: Kind) -> Self {
         let heads = heads(&config);
         let layers = (0..config.num_hidden_layers)
             .map(|layer| {
@@ -272,7 +235,7 @@ impl Transformer {
                                 .collect(),
                         ),
                     };
-                    Projection { weight, bias: biased.then(|| weights.joined(&name(names[0], "bias"), rows)) }
+                    Projection { weight, bias: biased.then(|| weights.joined(&name(names[0], "bias"), rows)), kind }
                 };
                 let (projected, fed) = (config.projection_bias(), config.feed_forward_bias());
                 let norms = || (leaf("self_attn.q_norm.weight"), leaf("self_attn.k_norm.weight"));
@@ -300,6 +263,8 @@ impl Transformer {
             base: weights,
             adapters,
             device,
+            kind,
+            activation_checkpointing: false,
         }
     }
 
@@ -313,6 +278,21 @@ impl Transformer {
         self.device
     }
 
+    /// The kind in which the layers compute and keep keys and values.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Whether the backward pass computes the activations of layers again.
+    pub fn activation_checkpointing(&self) -> bool {
+        self.activation_checkpointing
+    }
+
+    /// Whether layers are computed by kernels of our own.
+    pub fn by_kernels(&self) -> bool {
+        native::takes_kind(self.kind, self.device)
+    }
+
     /// The weights that a training moves, with their gradients and names: all of the model's, or its adapters alone.
     pub fn weights(&self) -> &Weights {
         self.adapters.as_ref().map_or(&self.base, |adapters| &adapters.weights)
@@ -323,33 +303,34 @@ impl Transformer {
         &self.base
     }
 
-    /// Every weight with its adapter added, by its Hugging Face name.
+    /// Every weight with its adapter added, f32, by its Hugging Face name.
     pub fn merged(&self) -> Vec<(String, Tensor)> {
         let adapter = |name: &str| self.adapters.as_ref()?.of(name);
-        let named = self.base.named("", self.base.flat()).into_iter();
+        let named = self.base.tensors("").into_iter();
         no_grad(|| {
             named
                 .map(|(name, weight)| match adapter(&name) {
                     Some(adapter) => (name, weight + adapter.delta()),
-                    None => (name, weight),
+                    None => (name, weight.to_kind(self.base.flat().kind())),
                 })
                 .collect()
         })
     }
 
-    /// The matrix `name` as it acts: with its adapter, where it has one, outside of the gradient graph.
+    /// The matrix `name` as it acts: with its adapter, where it has one, outside of the gradient graph and in the kind that the
+    /// layers compute in.
     pub(crate) fn effective(&self, name: &str) -> Tensor {
         let weight = self.base.leaf(name).detach();
         match self.adapters.as_ref().and_then(|adapters| adapters.of(name)) {
-            Some(adapter) => no_grad(|| weight + adapter.delta()),
-            None => weight,
+            Some(adapter) => no_grad(|| (weight + adapter.delta()).to_kind(self.kind)),
+            None => weight.to_kind(self.kind),
         }
     }
 
-    /// Neighbouring matrices as one, as they act; `rows` is the sum of their rows.
+    /// Neighbouring matrices as one, as they act, in the kind that the layers compute in; `rows` is the sum of their rows.
     pub(crate) fn stacked(&self, names: &[String], rows: i64) -> Tensor {
         if self.adapters.is_none() {
-            return self.base.stacked(&names[0], rows);
+            return self.base.stacked(&names[0], rows).to_kind(self.kind);
         }
         Tensor::cat(&names.iter().map(|name| self.effective(name)).collect::<Vec<_>>(), 0)
     }
@@ -376,24 +357,12 @@ impl Transformer {
     }
 
     fn forward(&self, ids: &Tensor, layout: &Layout, wanted: Option<&Tensor>) -> Tensor {
-        let (heads, epsilon) = (heads(&self.config), self.config.rms_norm_eps);
-        let positions = self.config.max_position_embeddings;
-        assert!(layout.longest() <= positions, "a sequence of {} tokens in a model of {positions}", layout.longest());
-        assert_eq!(ids.size(), [layout.tokens()], "ids as the layout has tokens");
-        let mut x = Tensor::embedding(&self.embedding, ids, -1, false, false);
+        let mut x = self.embed(ids, layout);
         // What the next norm adds before it norms.
         let mut delta: Option<Tensor> = None;
-        for (index, layer) in self.layers.iter().enumerate() {
-            let normed;
-            (x, normed) = add_norm(&x, delta.as_ref(), &layer.input_norm, epsilon);
-            let projected = layer.project(&normed, heads, epsilon);
-            let mut mixed = attention(&projected, heads, layout, &self.rotation);
-            if let Some(wanted) = wanted.filter(|_| index + 1 == self.layers.len()) {
-                (x, mixed) = (x.index_select(0, wanted), mixed.index_select(0, wanted));
-            }
-            let behind;
-            (x, behind) = layer.feed(&x, &mixed, epsilon);
-            delta = Some(behind);
+        for index in 0..self.layers.len() {
+            let through = self.through(index, &x, delta.as_ref(), layout, wanted);
+            (x, delta) = (through.states, Some(through.delta));
         }
         // Never in place: the norm's backward pass needs the sum as it was.
         match delta {
@@ -402,9 +371,40 @@ impl Transformer {
         }
     }
 
-    /// Logits `[N, V]` of hidden states `[N, H]`: the last norm and the output projection.
+    /// The states `[N, H]` that the first layer reads.
+    pub(crate) fn embed(&self, ids: &Tensor, layout: &Layout) -> Tensor {
+        let positions = self.config.max_position_embeddings;
+        assert!(layout.longest() <= positions, "a sequence of {} tokens in a model of {positions}", layout.longest());
+        assert_eq!(ids.size(), [layout.tokens()], "ids as the layout has tokens");
+        Tensor::embedding(&self.embedding, ids, -1, false, false).to_kind(self.kind)
+    }
+
+    /// The layer `index` on `x` `[N, H]` and what is still to be added to it. The last layer computes nothing behind its
+    /// attention but for the tokens `wanted`.
+    pub(crate) fn through(
+        &self,
+        index: usize,
+        x: &Tensor,
+        delta: Option<&Tensor>,
+        layout: &Layout,
+        wanted: Option<&Tensor>,
+    ) -> Through {
+        let (heads, epsilon, layer) = (heads(&self.config), self.config.rms_norm_eps, &self.layers[index]);
+        let (read, normed) = add_norm(x, delta, &layer.input_norm, epsilon);
+        let projected = layer.project(&normed, heads, epsilon);
+        let mut mixed = attention(&projected, heads, layout, &self.rotation);
+        let mut x = read.shallow_clone();
+        if let Some(wanted) = wanted.filter(|_| index + 1 == self.layers.len()) {
+            (x, mixed) = (x.index_select(0, wanted), mixed.index_select(0, wanted));
+        }
+        let (states, delta) = layer.feed(&x, &mixed, epsilon);
+        Through { read, states, delta }
+    }
+
+    /// Logits `[N, V]` of hidden states `[N, H]`: the last norm and the output projection, in fp32 or wider.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        norm(hidden, &self.norm, self.config.rms_norm_eps).linear(&self.head, None::<&Tensor>)
+        let hidden = hidden.to_kind(self.head.kind());
+        norm(&hidden, &self.norm, self.config.rms_norm_eps).linear(&self.head, None::<&Tensor>)
     }
 
     pub(crate) fn layers(&self) -> &[Layer] {
@@ -416,9 +416,14 @@ impl Transformer {
         (&self.norm, &self.head)
     }
 
-    /// The last norm's weight multiplied into the output projection, `[V, H]`.
+    /// The last norm's weight multiplied into the output projection, `[V, H]`, in fp32 or wider.
     pub(crate) fn folded_head(&self) -> Tensor {
         no_grad(|| &self.head * &self.norm)
+    }
+
+    /// The gradient of an embedding that is trained and is the output projection, too.
+    pub(crate) fn tied_gradient(&self) -> Option<Tensor> {
+        (self.config.tie_word_embeddings && self.embedding.requires_grad()).then(|| self.embedding.grad())
     }
 
     pub(crate) fn rotation(&self) -> &Rotation {
@@ -437,48 +442,29 @@ impl Transformer {
     }
 }
 
-/// The heads of the attention.
-pub(crate) fn heads(config: &ModelConfig) -> Heads {
-    let (queries, shared) = (config.num_attention_heads, config.num_key_value_heads);
-    Heads { queries, shared, width: config.head_dim }
+/// What a layer makes.
+pub(crate) struct Through {
+    /// What it has read, all added, `[N, H]`.
+    pub(crate) read: Tensor,
+    /// Its states `[N, H]`, or `[M, H]` where only `M` are wanted.
+    pub(crate) states: Tensor,
+    /// What is to be added to them.
+    pub(crate) delta: Tensor,
 }
 
-/// RMSNorm over the last dimension (Zhang and Sennrich 2019).
-pub(crate) fn norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Tensor {
-    if native::takes(x) { native::rms_norm(x, weight, epsilon) } else { plain::normalise(x, epsilon) * weight }
-}
-
-/// The sum of `x` and what is added to it, and its norm.
-pub(crate) fn add_norm(x: &Tensor, delta: Option<&Tensor>, weight: &Tensor, epsilon: f64) -> (Tensor, Tensor) {
-    match delta {
-        Some(delta) if native::takes(x) => native::add_rms_norm(x, delta, weight, epsilon),
-        _ => {
-            let x = delta.map_or(x.shallow_clone(), |delta| x + delta);
-            let normed = norm(&x, weight, epsilon);
-            (x, normed)
-        }
+/// The kind in which layers compute.
+pub fn kind(precision: Precision) -> Kind {
+    match precision {
+        Precision::Fp32 => Kind::Float,
+        Precision::Bf16 => Kind::BFloat16,
     }
 }
 
-fn swiglu(gate_up: &Tensor) -> Tensor {
-    if native::takes(gate_up) { native::swiglu(gate_up) } else { plain::swiglu(gate_up) }
-}
-
-pub(crate) fn attention(projected: &Tensor, heads: Heads, layout: &Layout, rotation: &Rotation) -> Tensor {
-    if native::takes(projected) {
-        native::attention(projected, heads, layout.table(), layout.positions(), rotation.tables())
-    } else {
-        plain::attention(projected, heads, layout, rotation)
-    }
-}
-
-/// Norms every query head and every key head of projections `[N, (queries + 2 shared) width]`.
-fn norm_heads(projected: &Tensor, heads: Heads, query: &Tensor, key: &Tensor, epsilon: f64) -> Tensor {
-    let Heads { queries, shared, width } = heads;
-    let all = projected.view([-1, queries + 2 * shared, width]);
-    let normed = |first: i64, count: i64, weight: &Tensor| norm(&all.narrow(1, first, count), weight, epsilon);
-    let values = all.narrow(1, queries + shared, shared);
-    Tensor::cat(&[normed(0, queries, query), normed(queries, shared, key), values], 1).view_as(projected)
+/// Weights of a model that is not trained. In bf16 the projections of layers are kept as they act; what computes in fp32 stays.
+fn frozen(config: &ModelConfig, device: Device, precision: Precision) -> Weights {
+    let halves = precision == Precision::Bf16;
+    let half = |name: &str| halves && name.starts_with("model.layers.") && !name.ends_with("norm.weight");
+    Weights::frozen(plan(config), half, device)
 }
 
 #[cfg(test)]

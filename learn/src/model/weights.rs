@@ -1,8 +1,8 @@
 //! Every weight of a model in one buffer, each weight a leaf of the gradient graph that looks into it.
 //!
 //! One buffer for weights and one for gradients make an optimizer step a handful of long vector operations whatever the
-//! number of weights. Matrices that decay come first, so decay is one operation on a prefix. It knows names and shapes
-//! and nothing of what they are for.
+//! number of weights. Matrices that decay come first, so decay is one operation on a prefix. Weights that are frozen may
+//! lie in part in a second buffer, of half precision. It knows names and shapes and nothing of what they are for.
 
 use std::collections::BTreeMap;
 
@@ -18,8 +18,10 @@ pub struct Entry {
     pub shape: Vec<i64>,
     /// Whether weight decay applies to it.
     pub decays: bool,
-    /// The first element in the buffer.
+    /// The first element in its buffer.
     pub offset: i64,
+    /// Whether it lies in the buffer of half precision.
+    pub half: bool,
 }
 
 impl Entry {
@@ -33,6 +35,8 @@ impl Entry {
 #[derive(Debug)]
 pub struct Weights {
     flat: Tensor,
+    /// Frozen weights of half precision, `[Q]` bf16; empty where there are none.
+    half: Tensor,
     gradient: Tensor,
     decayed: i64,
     entries: Vec<Entry>,
@@ -49,24 +53,37 @@ impl Weights {
 
     /// [`Weights::zeros`] of another floating kind.
     pub(crate) fn of_kind(plan: Vec<(String, Vec<i64>, bool)>, kind: Kind, device: Device) -> Self {
-        let (entries, decayed, length) = lay_out(plan);
+        let (entries, decayed, [length, _]) = lay_out(plan, |_| false);
         let flat = Tensor::zeros([length], (kind, device));
-        let gradient = flat.zeros_like();
+        let (gradient, half) = (flat.zeros_like(), Tensor::zeros([0], (Kind::BFloat16, device)));
         let leaves = entries.iter().map(|entry| leaf(&flat, &gradient, entry)).collect();
-        Self { flat, gradient, decayed, entries, leaves }
+        Self { flat, half, gradient, decayed, entries, leaves }
     }
 
-    /// [`Weights::zeros`] outside of the gradient graph: they take no gradients and no memory for them.
-    pub fn frozen(plan: Vec<(String, Vec<i64>, bool)>, device: Device) -> Self {
-        let (entries, decayed, length) = lay_out(plan);
+    /// [`Weights::zeros`] outside of the gradient graph: they take no gradients and no memory for them. Those that `half` names
+    /// are kept in bf16.
+    pub fn frozen(plan: Vec<(String, Vec<i64>, bool)>, half: impl Fn(&str) -> bool, device: Device) -> Self {
+        let (entries, decayed, [length, halves]) = lay_out(plan, half);
         let flat = Tensor::zeros([length], (Kind::Float, device));
-        let leaves = entries.iter().map(|entry| view(&flat, entry)).collect();
-        Self { gradient: Tensor::zeros([0], (Kind::Float, device)), flat, decayed, entries, leaves }
+        let half = Tensor::zeros([halves], (Kind::BFloat16, device));
+        let gradient = Tensor::zeros([0], (Kind::Float, device));
+        let leaves = entries.iter().map(|entry| view(if entry.half { &half } else { &flat }, entry)).collect();
+        Self { flat, half, gradient, decayed, entries, leaves }
     }
 
-    /// All weights, `[P]` f32; writing to it changes the model.
+    /// All weights that are not of half precision, `[P]` f32; writing to it changes the model.
     pub fn flat(&self) -> &Tensor {
         &self.flat
+    }
+
+    /// Bytes of the weights alone.
+    pub fn bytes(&self) -> u64 {
+        (self.flat.numel() * self.flat.kind().elt_size_in_bytes() + self.half.numel() * 2) as u64
+    }
+
+    /// Weights of either precision.
+    pub fn count(&self) -> u64 {
+        (self.flat.numel() + self.half.numel()) as u64
     }
 
     /// All gradients, `[P]` f32, in the order of [`Weights::flat`]; empty where the weights are frozen.
@@ -104,7 +121,12 @@ impl Weights {
         let columns: i64 = entry.shape[1..].iter().product();
         let mut shape = entry.shape.clone();
         shape[0] = rows;
-        self.flat.narrow(0, entry.offset, rows * columns).view(shape.as_slice())
+        self.buffer(entry).narrow(0, entry.offset, rows * columns).view(shape.as_slice())
+    }
+
+    /// Where a weight lies.
+    fn buffer(&self, entry: &Entry) -> &Tensor {
+        if entry.half { &self.half } else { &self.flat }
     }
 
     /// The neighbours `first` .. as one leaf of the gradient graph, whose gradient lies where theirs do; `rows` is the sum of
@@ -115,22 +137,45 @@ impl Weights {
         let mut shape = entry.shape.clone();
         shape[0] = rows;
         let joined = Entry { shape, ..entry.clone() };
-        if self.gradient.numel() == 0 { view(&self.flat, &joined) } else { leaf(&self.flat, &self.gradient, &joined) }
+        if self.gradient.numel() == 0 {
+            view(self.buffer(entry), &joined)
+        } else {
+            leaf(&self.flat, &self.gradient, &joined)
+        }
     }
 
-    /// A buffer shaped like [`Weights::flat`] as named tensors over its memory: `prefix` goes before each name.
+    /// Every weight over its own memory, in the kind that it is kept in: `prefix` goes before each name.
+    pub fn tensors(&self, prefix: &str) -> Vec<(String, Tensor)> {
+        self.entries.iter().map(|entry| (format!("{prefix}{}", entry.name), view(self.buffer(entry), entry))).collect()
+    }
+
+    /// Takes the weights that [`Weights::tensors`] would name.
+    pub fn load(&self, prefix: &str, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+        self.take(prefix, tensors, |entry| self.buffer(entry))
+    }
+
+    /// A buffer shaped like [`Weights::flat`] of weights that are trained, as named tensors over its memory: `prefix` goes before each name.
     pub fn named(&self, prefix: &str, flat: &Tensor) -> Vec<(String, Tensor)> {
         self.entries.iter().map(|entry| (format!("{prefix}{}", entry.name), view(flat, entry))).collect()
     }
 
     /// Fills the buffer `flat` with the tensors that [`Weights::named`] would name.
     pub fn fill(&self, prefix: &str, flat: &Tensor, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+        self.take(prefix, tensors, |_| flat)
+    }
+
+    fn take<'a>(
+        &self,
+        prefix: &str,
+        tensors: &BTreeMap<String, Tensor>,
+        buffer: impl Fn(&Entry) -> &'a Tensor,
+    ) -> Result<()> {
         for entry in &self.entries {
             let name = format!("{prefix}{}", entry.name);
             let tensor = tensors.get(&name).with_context(|| format!("the weight `{name}` is missing"))?;
             let size = tensor.size();
             ensure!(size == entry.shape, "the weight `{name}` has the shape {size:?}, but {:?} is due", entry.shape);
-            no_grad(|| view(flat, entry).copy_(tensor));
+            no_grad(|| view(buffer(entry), entry).copy_(tensor));
         }
         Ok(())
     }
@@ -140,7 +185,7 @@ impl Weights {
         let Some(entry) = self.entries.iter().find(|entry| entry.name == name) else { return Ok(false) };
         let size = tensor.size();
         ensure!(size == entry.shape, "the weight `{name}` has the shape {size:?}, but {:?} is due", entry.shape);
-        no_grad(|| view(&self.flat, entry).copy_(tensor));
+        no_grad(|| view(self.buffer(entry), entry).copy_(tensor));
         Ok(true)
     }
 
@@ -150,21 +195,23 @@ impl Weights {
     }
 }
 
-/// Places for the weights of a plan, those that decay first; the elements of these, and of all.
-fn lay_out(plan: Vec<(String, Vec<i64>, bool)>) -> (Vec<Entry>, i64, i64) {
-    let mut entries: Vec<Entry> =
-        plan.into_iter().map(|(name, shape, decays)| Entry { name, shape, decays, offset: 0 }).collect();
-    let (mut offset, mut decayed) = (0, 0);
+/// Places for the weights of a plan, those that decay first; the elements of these that are not of half precision, and of
+/// either buffer.
+fn lay_out(plan: Vec<(String, Vec<i64>, bool)>, half: impl Fn(&str) -> bool) -> (Vec<Entry>, i64, [i64; 2]) {
+    let entry = |(name, shape, decays): (String, _, _)| Entry { half: half(&name), name, shape, decays, offset: 0 };
+    let mut entries: Vec<Entry> = plan.into_iter().map(entry).collect();
+    let (mut offsets, mut decayed) = ([0, 0], 0);
     for decays in [true, false] {
         for entry in entries.iter_mut().filter(|entry| entry.decays == decays) {
-            entry.offset = offset;
-            offset += entry.length();
+            let offset = &mut offsets[usize::from(entry.half)];
+            entry.offset = *offset;
+            *offset += entry.length();
         }
         if decays {
-            decayed = offset;
+            decayed = offsets[0];
         }
     }
-    (entries, decayed, offset)
+    (entries, decayed, offsets)
 }
 
 /// An entry as a leaf of the gradient graph, whose gradients are gathered in `gradient`.

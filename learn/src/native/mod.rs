@@ -1,4 +1,5 @@
-//! Kernels for processors that libtorch lacks, as operations on tensors with gradients.
+//! Kernels for processors that libtorch lacks, as operations on tensors with gradients; and what `tch` lacks of libtorch: its
+//! switches (`context`) and its GPUs (`gpu`).
 //!
 //! `kernels.cpp` holds the arithmetic, compiled once for each instruction set and chosen when first used; `ops.cpp` gives it
 //! to libtorch's gradient graph. Both are compiled by `build.rs` against libtorch's own headers. Nothing here depends on the
@@ -7,6 +8,9 @@
 #![expect(unsafe_code, reason = "the kernels stand behind a C interface")]
 
 pub mod context;
+pub mod gpu;
+#[cfg(test)]
+mod reference;
 
 use std::ffi::{CStr, OsStr, OsString, c_char};
 use std::sync::LazyLock;
@@ -113,48 +117,75 @@ impl Heads {
 /// The environment variable that turns the kernels off with `none`.
 pub const SWITCH: &str = "PIPE_KERNELS";
 
-/// Whether [`SWITCH`] turns the kernels off; an error where it says anything else but `auto`.
-fn off() -> Result<bool> {
-    static SAID: LazyLock<Option<OsString>> = LazyLock::new(|| std::env::var_os(SWITCH));
-    match SAID.as_deref().map(OsStr::as_encoded_bytes) {
+/// Whether the environment variable `switch` turns something off; an error where it says anything else but `auto`.
+fn off(switch: &'static str) -> Result<bool> {
+    static SAID: LazyLock<[Option<OsString>; 2]> = LazyLock::new(|| [SWITCH, gpu::GRAPHS].map(std::env::var_os));
+    match SAID[usize::from(switch == gpu::GRAPHS)].as_deref().map(OsStr::as_encoded_bytes) {
         None | Some(b"" | b"auto") => Ok(false),
         Some(b"none") => Ok(true),
-        Some(other) => bail!("`{SWITCH}` is `{}`: expected `auto` or `none`", String::from_utf8_lossy(other)),
+        Some(other) => bail!("`{switch}` is `{}`: expected `auto` or `none`", String::from_utf8_lossy(other)),
     }
 }
 
 /// Whether the kernels take tensors like this one.
 pub fn takes(tensor: &Tensor) -> bool {
-    #[cfg(test)]
-    if WITHOUT.get() {
-        return false;
-    }
-    tensor.device() == Device::Cpu && matches!(tensor.kind(), Kind::Float | Kind::Double) && !matches!(off(), Ok(true))
+    takes_kind(tensor.kind(), tensor.device())
 }
 
-/// With which kernels `device` computes: the instructions of ours on a processor (`avx512`, `avx2` or `base`), or `none`.
-/// Results differ between them by rounding.
+/// Whether the kernels take tensors of `kind` on `device`.
+pub fn takes_kind(kind: Kind, device: Device) -> bool {
+    #[cfg(test)]
+    if AS_ON_GPU.get().is_some() {
+        return false;
+    }
+    let kernels = || !matches!(off(SWITCH), Ok(true));
+    device == Device::Cpu && matches!(kind, Kind::Float | Kind::Double) && kernels()
+}
+
+/// With which kernels `device` computes: the instructions of ours on a processor (`avx512`, `avx2` or `base`), what a GPU has
+/// (`flash`, `graphs` or `flash+graphs`), or `none`. Results differ between them by rounding.
 pub fn set(device: Device) -> Result<&'static str> {
-    if off()? || device != Device::Cpu {
+    if off(SWITCH)? {
         return Ok("none");
+    }
+    if device != Device::Cpu {
+        return gpu::set(device);
     }
     // SAFETY: the text is a constant and ends with a zero.
     let name = unsafe { CStr::from_ptr(pipe_native_set()) };
     name.to_str().context("the name of a set of instructions")
 }
 
+/// What a thread without kernels of ours does on a processor, in tests.
+#[cfg(test)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AsOnGpu {
+    /// libtorch's ordinary operations.
+    No,
+    /// Steps of generation whose shapes never change.
+    Steps,
+    /// The same, and attention over unequal lengths, as `reference` has it.
+    WithAttention,
+}
+
 #[cfg(test)]
 thread_local! {
-    /// Whether this thread does without the kernels.
-    static WITHOUT: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+    /// Whether this thread does without the kernels, and with what instead.
+    static AS_ON_GPU: std::cell::Cell<Option<AsOnGpu>> = const { std::cell::Cell::new(None) };
 }
 
 /// Runs `run` as on a device without kernels of ours.
 #[cfg(test)]
 pub(crate) fn without<R>(run: impl FnOnce() -> R) -> R {
-    WITHOUT.set(true);
+    instead(AsOnGpu::No, run)
+}
+
+/// Runs `run` with `path` in place of the kernels.
+#[cfg(test)]
+pub(crate) fn instead<R>(path: AsOnGpu, run: impl FnOnce() -> R) -> R {
+    AS_ON_GPU.set(Some(path));
     let made = run();
-    WITHOUT.set(false);
+    AS_ON_GPU.set(None);
     made
 }
 
@@ -599,7 +630,7 @@ mod tests {
                 break;
             }
             decoding.forget(ended);
-            last = decoding.step(|sample| ((sample * 5 + token * 3) % 13) as i64);
+            last = decoding.step(|sample| ((sample * 5 + token * 3) % 13) as i64).expect("a step");
         }
         logits
     }

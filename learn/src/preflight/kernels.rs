@@ -1,14 +1,15 @@
 //! The kernels against libtorch's own operations, on a small fixed input before a stage begins.
 //!
 //! A processor, a compiler or a build that goes wrong in one of them would spoil a training without a word. It takes some
-//! milliseconds and changes no result.
+//! milliseconds and changes no result. What a GPU has instead is tried in `gpu`.
 
-#![expect(clippy::unnecessary_wraps, reason = "all cases have one type, and some can fail")]
+mod gpu;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
 use tch::{Device, Kind, Tensor, no_grad, with_grad};
 
+use crate::device;
 use crate::model::layout::Segment;
 use crate::model::rope::Rotation;
 use crate::model::{Layout, ModelConfig, plain};
@@ -51,10 +52,14 @@ const CASES: [Case; 6] = [
     ("adamw", adamw),
 ];
 
-/// Refuses a processor on which a kernel does not do what libtorch's operations do, with numbers of `kind`. Where kernels of
-/// ours are not used there is nothing to compare.
+/// Refuses a device on which a kernel does not do what libtorch's operations do: on a processor with numbers of `kind`, on a
+/// GPU in bf16 and fp32. Where nothing beside these operations is used there is nothing to compare.
 pub fn check(device: Device, kind: Kind) -> Result<()> {
-    if native::set(device)? == "none" { Ok(()) } else { compare(&USUAL, kind) }
+    match device {
+        _ if native::set(device)? == "none" => Ok(()),
+        Device::Cpu => compare(&USUAL, kind),
+        _ => gpu::check(device, Kind::BFloat16),
+    }
 }
 
 fn compare(sizes: &Sizes, kind: Kind) -> Result<()> {
@@ -101,32 +106,33 @@ fn wave(size: &[i64], kind: Kind, phase: f64) -> Tensor {
 }
 
 /// What `run` makes of `inputs`, and the gradient of a fixed sum of it in each of them.
-fn differentiated(inputs: Vec<Tensor>, run: impl Fn(&[Tensor]) -> Vec<Tensor>) -> Vec<Tensor> {
+fn differentiated(inputs: Vec<Tensor>, run: impl Fn(&[Tensor]) -> Vec<Tensor>) -> Result<Vec<Tensor>> {
     with_grad(|| {
         let leaves: Vec<Tensor> = inputs.into_iter().map(|input| input.set_requires_grad(true)).collect();
         let outputs = run(&leaves);
-        let weighted = outputs
-            .iter()
-            .zip(1..)
-            .map(|(output, phase)| (output * wave(&output.size(), output.kind(), f64::from(phase))).sum(output.kind()));
-        weighted.sum::<Tensor>().backward();
+        let weighted = outputs.iter().zip(1..).map(|(output, phase)| {
+            let wave = wave(&output.size(), output.kind(), f64::from(phase)).to_device(output.device());
+            (output * wave).sum(output.kind())
+        });
+        let sum: Tensor = weighted.sum();
+        device::strictly(sum.device(), || sum.backward())?;
         let gradients = leaves.iter().map(Tensor::grad);
-        outputs.iter().map(Tensor::detach).chain(gradients).collect()
+        Ok(outputs.iter().map(Tensor::detach).chain(gradients).collect())
     })
 }
 
 fn norm(sizes: &Sizes, kind: Kind, ours: bool) -> Result<Vec<Tensor>> {
     let inputs = vec![wave(&[sizes.rows, sizes.width], kind, 0.1), wave(&[sizes.width], kind, 0.2)];
-    Ok(differentiated(inputs, |inputs| {
+    differentiated(inputs, |inputs| {
         let (x, weight) = (&inputs[0], &inputs[1]);
         vec![if ours { native::rms_norm(x, weight, EPSILON) } else { plain::normalise(x, EPSILON) * weight }]
-    }))
+    })
 }
 
 fn add_norm(sizes: &Sizes, kind: Kind, ours: bool) -> Result<Vec<Tensor>> {
     let size = [sizes.rows, sizes.width];
     let inputs = vec![wave(&size, kind, 0.1), wave(&size, kind, 0.3), wave(&[sizes.width], kind, 0.2)];
-    Ok(differentiated(inputs, |inputs| {
+    differentiated(inputs, |inputs| {
         let (x, delta, weight) = (&inputs[0], &inputs[1], &inputs[2]);
         let (sum, normed) = if ours {
             native::add_rms_norm(x, delta, weight, EPSILON)
@@ -136,12 +142,12 @@ fn add_norm(sizes: &Sizes, kind: Kind, ours: bool) -> Result<Vec<Tensor>> {
             (sum, normed)
         };
         vec![sum, normed]
-    }))
+    })
 }
 
 fn swiglu(sizes: &Sizes, kind: Kind, ours: bool) -> Result<Vec<Tensor>> {
     let inputs = vec![wave(&[sizes.rows, 2 * sizes.width], kind, 0.1) * 6.0];
-    Ok(differentiated(inputs, |inputs| vec![if ours { native::swiglu(&inputs[0]) } else { plain::swiglu(&inputs[0]) }]))
+    differentiated(inputs, |inputs| vec![if ours { native::swiglu(&inputs[0]) } else { plain::swiglu(&inputs[0]) }])
 }
 
 /// Two prompts, the first with two samples behind it, the second with one.
@@ -166,13 +172,13 @@ fn rotation(sizes: &Sizes, kind: Kind) -> Result<Rotation> {
 
 fn attention(sizes: &Sizes, kind: Kind, ours: bool) -> Result<Vec<Tensor>> {
     let (layout, rotation) = (Layout::new(&segments(sizes), Device::Cpu), rotation(sizes, kind)?);
-    Ok(differentiated(vec![projected(sizes, kind, layout.tokens())], |inputs| {
+    differentiated(vec![projected(sizes, kind, layout.tokens())], |inputs| {
         vec![if ours {
             native::attention(&inputs[0], sizes.heads, layout.table(), layout.positions(), rotation.tables())
         } else {
             plain::attention(&inputs[0], sizes.heads, &layout, &rotation)
         }]
-    }))
+    })
 }
 
 /// The samples' tokens one after another behind stored prompts: what the attention over whole sequences gives there.
@@ -201,6 +207,7 @@ fn decode(sizes: &Sizes, kind: Kind, ours: bool) -> Result<Vec<Tensor>> {
     Ok((0..sizes.sample).map(step).collect())
 }
 
+#[expect(clippy::unnecessary_wraps, reason = "all cases have one type, and some can fail")]
 fn adamw(sizes: &Sizes, kind: Kind, ours: bool) -> Result<Vec<Tensor>> {
     let count = sizes.rows * sizes.width;
     let made = |phase| wave(&[count], kind, phase);

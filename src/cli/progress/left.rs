@@ -7,12 +7,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use crate::cli::plan;
+use crate::cli::progress::snapshot::Left;
 use crate::pipeline::plan::forecast::{Forecast, Share, Width};
 use crate::pipeline::plan::{Node, Plan};
 use crate::pipeline::store::Store;
 
 /// Estimates may take one part in so many of a run's time,
-const SHARE: u32 = 50;
+const SHARE: u32 = 200;
 
 /// and so much of it at once, since events come together.
 const BURST: Duration = Duration::from_millis(100);
@@ -143,12 +144,20 @@ impl Estimate {
         Self { rest: 0.0, ..self }
     }
 
-    /// `about 12 min left`; nothing where nothing is known to be left.
-    pub(super) fn text(&self, now: Instant) -> Option<String> {
+    /// What is left now; nothing where nothing is known to be left.
+    pub(super) fn now(&self, now: Instant) -> Option<Left> {
         let passed = now.saturating_duration_since(self.at).as_secs_f64();
-        let left = (self.left - passed).max(self.rest);
+        let seconds = (self.left - passed).max(self.rest);
+        (seconds >= 1.0).then_some(Left { seconds, rest: self.rest, is_least: self.is_least })
+    }
+}
+
+impl Left {
+    /// `about 12 min left`, so many seconds later; nothing where nothing is known to be left.
+    pub(super) fn later(&self, passed: f64) -> Option<String> {
+        let seconds = (self.seconds - passed.max(0.0)).max(self.rest);
         let about = if self.is_least { "at least" } else { "about" };
-        (left >= 1.0).then(|| format!("{about} {} left", roughly(left)))
+        (seconds >= 1.0).then(|| format!("{about} {} left", roughly(seconds)))
     }
 }
 
@@ -166,6 +175,11 @@ fn roughly(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn text(estimate: &Estimate, now: Instant) -> Option<String> {
+        estimate.now(now)?.later(0.0)
+    }
+
     use crate::pipeline::fixture::{echo, experiment, trial};
 
     #[test]
@@ -182,10 +196,10 @@ mod tests {
         time.begin(0, at);
         assert!(time.is_due(at));
         time.spent = Duration::from_secs(1);
-        assert!(!time.is_due(after(40)) && time.is_due(after(50)), "a fiftieth of the time");
+        assert!(!time.is_due(after(170)) && time.is_due(after(190)), "a two-hundredth of the time");
         time.spent = Duration::ZERO;
         let first = time.estimate(at, |_| None).unwrap();
-        assert_eq!((first.left, first.is_least, first.text(at)), (0.0, true, None), "nothing has ever run");
+        assert_eq!((first.left, first.is_least, text(&first, at)), (0.0, true, None), "nothing has ever run");
         let told = time.estimate(after(1), |node| (node == 0).then_some(30.0)).unwrap();
         assert_eq!((told.left, told.rest, told.is_least), (30.0, 0.0, true));
         time.learn(0, 40.0);
@@ -228,12 +242,17 @@ mod tests {
         let at = Instant::now();
         let after = |seconds| at + Duration::from_secs(seconds);
         let estimate = Estimate { left: 600.0, rest: 300.0, is_least: false, at };
-        assert_eq!(estimate.text(at).unwrap(), "about 10 min left");
-        assert_eq!(estimate.text(after(120)).unwrap(), "about 8 min left");
-        assert_eq!(estimate.text(after(3600)).unwrap(), "about 5 min left", "the rest waits for what runs");
-        assert_eq!(estimate.outdated().text(after(540)).unwrap(), "about 1 min left");
+        assert_eq!(text(&estimate, at).unwrap(), "about 10 min left");
+        assert_eq!(text(&estimate, after(120)).unwrap(), "about 8 min left");
+        assert_eq!(text(&estimate, after(3600)).unwrap(), "about 5 min left", "the rest waits for what runs");
+        assert_eq!(
+            estimate.now(at).unwrap().later(3600.0),
+            text(&estimate, after(3600)),
+            "also where it is read elsewhere"
+        );
+        assert_eq!(text(&estimate.outdated(), after(540)).unwrap(), "about 1 min left");
         let last = Estimate { rest: 0.0, is_least: true, ..estimate };
-        assert_eq!(last.text(after(540)).unwrap(), "at least 1 min left");
-        assert_eq!(last.text(after(700)), None, "it takes longer than ever before, and how long nobody knows");
+        assert_eq!(text(&last, after(540)).unwrap(), "at least 1 min left");
+        assert_eq!(text(&last, after(700)), None, "it takes longer than ever before, and how long nobody knows");
     }
 }

@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -212,6 +212,14 @@ pub fn run_worker(arguments: &[OsString]) -> Result<ExitStatus, ExecError> {
         .args(arguments)
         .status()
         .map_err(|cause| ExecError::NoWorker { path: program.path.clone(), cause })
+}
+
+/// [`run_worker`] with its standard output as what it gives.
+pub fn worker_output(arguments: &[OsString]) -> Result<Output, ExecError> {
+    let program = WorkerProgram::open()?;
+    let mut command = program.command();
+    command.args(arguments).stderr(Stdio::inherit());
+    command.output().map_err(|cause| ExecError::NoWorker { path: program.path.clone(), cause })
 }
 
 /// A running worker.

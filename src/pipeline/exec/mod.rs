@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 pub use driver::execute;
-pub use local::run_worker;
+pub use local::{run_worker, worker_output};
 
 /// How to run a plan; nothing of it changes a result.
 #[derive(Clone, Debug, Default)]

@@ -14,6 +14,7 @@
 
 mod compose;
 mod diagnostic;
+mod format;
 mod graph;
 mod interpolate;
 mod metrics;
@@ -44,6 +45,7 @@ use serde_json::Value;
 use crate::pipeline::spec::compose::Composer;
 use crate::pipeline::spec::diagnostic::Mistake;
 pub use crate::pipeline::spec::diagnostic::{Diagnostic, Diagnostics};
+pub use crate::pipeline::spec::format::format;
 pub use crate::pipeline::spec::resolved::{resolved, resolved_stage, resolved_value};
 pub use crate::pipeline::spec::schema::{SchemaKind, schema};
 pub use crate::pipeline::spec::size::parse_size;

@@ -64,7 +64,7 @@ pub(super) fn parse(sources: &mut Sources, source: u32, report: &mut Report) -> 
         };
         let span = Span::new(source, range);
         let (what, wanted) = message.split_once(", expected ").unwrap_or((&message, ""));
-        let label = if wanted.is_empty() { String::new() } else { format!("expected {wanted}") };
+        let label = if wanted.is_empty() || wanted == "nothing" { String::new() } else { format!("expected {wanted}") };
         report.add(Mistake::at(span, format!("broken TOML: {what}")).label(label));
         sources.mark_broken(span);
         stand_ins.extend(blank(&mut text, statement, stand_ins.len()));

@@ -143,7 +143,12 @@ pub fn schema(kinds: &[Kind], which: SchemaKind) -> Json {
 
 /// A kind's parameters with `kind` and `run`.
 fn stage_schema(kind: &Kind, mut schema: Json, run: &Json) -> Json {
-    let constant = json!({"type": "string", "const": kind.name});
+    let mut constant = json!({"type": "string", "const": kind.name});
+    if let Some(description) = schema.get("description") {
+        constant["description"] = description.clone();
+    }
+    let mut run = run.clone();
+    run["description"] = Json::from("How the stage runs, never what it computes.");
     let own = json!({"kind": constant, "run": run});
     let Some(object) = schema.as_object_mut() else { return own };
     object.insert("title".to_owned(), Json::from(kind.name));
@@ -189,7 +194,7 @@ impl Publisher {
                         .as_object()
                         .into_iter()
                         .flatten()
-                        .map(|(name, field)| (name.clone(), self.field(field, is_overlay)))
+                        .map(|(name, field)| (name.clone(), described(self.field(field, is_overlay), object)))
                         .collect(),
                 ),
                 "additionalProperties" | "unevaluatedProperties" => self.field(value, is_overlay),
@@ -225,11 +230,14 @@ impl Publisher {
             return schema.clone();
         }
         let published = self.publish(schema, is_overlay);
-        if is_overlay && self.is_table(schema) {
-            json!({"anyOf": [published, {"const": false, "description": "Drops the table."}]})
-        } else {
-            published
+        if !is_overlay || !self.is_table(schema) {
+            return published;
         }
+        // What is said of the table stands outside, where editors look for it whichever alternative is meant.
+        let Json::Object(mut published) = published else { return published };
+        let mut whole = taken(&mut published, &["description", "default"]);
+        whole.insert("anyOf".to_owned(), json!([published, {"const": false, "description": "Drops the table."}]));
+        Json::Object(whole)
     }
 
     fn is_table(&self, schema: &Json) -> bool {
@@ -278,6 +286,17 @@ fn collect_references(schema: &Json, names: &mut BTreeSet<String>) {
     }
 }
 
+/// The constant that tells a table's form, with what is said of that form.
+fn described(mut field: Json, table: &Map<String, Json>) -> Json {
+    if is_constant(&field)
+        && field.get("description").is_none()
+        && let Some(description) = table.get("description")
+    {
+        field["description"] = description.clone();
+    }
+    field
+}
+
 fn is_constant(schema: &Json) -> bool {
     schema.get("const").is_some()
 }
@@ -302,14 +321,14 @@ fn is_scalar(schema: &Map<String, Json>) -> bool {
     is_typed || is_enum
 }
 
+/// Takes the entries `keys` out of a schema.
+fn taken(schema: &mut Map<String, Json>, keys: &[&str]) -> Map<String, Json> {
+    keys.iter().filter_map(|key| schema.remove_entry(*key)).collect()
+}
+
 /// The schema or a string with `${...}`.
 fn with_reference(mut schema: Map<String, Json>) -> Json {
-    let mut whole = Map::new();
-    for key in ["description", "default", "title"] {
-        if let Some(value) = schema.remove(key) {
-            whole.insert(key.to_owned(), value);
-        }
-    }
+    let mut whole = taken(&mut schema, &["description", "default", "title"]);
     let reference = json!({"type": "string", "pattern": "\\$\\{params\\.[^}]+\\}"});
     whole.insert("anyOf".to_owned(), json!([schema, reference]));
     Json::Object(whole)

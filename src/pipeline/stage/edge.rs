@@ -101,6 +101,8 @@ artifacts! {
     TrainingState = Some(ArtifactType::TrainingState);
     /// Marks an input of type [`ArtifactType::Rollouts`].
     Rollouts = Some(ArtifactType::Rollouts);
+    /// Marks an input of type [`ArtifactType::Evaluation`].
+    Evaluation = Some(ArtifactType::Evaluation);
     /// Marks an input that takes an artifact of any type.
     Any = None;
 }

@@ -210,13 +210,13 @@ impl Store {
     }
 
     /// Whether another works on `key`. Nothing is made where nobody ever did.
-    pub(super) fn is_locked(&self, key: &Digest) -> Result<bool, StoreError> {
+    pub fn is_locked(&self, key: &Digest) -> Result<bool, StoreError> {
         Ok(self.is_held(&self.folder("locks").join(&key.0))?.unwrap_or(false))
     }
 
     /// Whether a process has a lock alone; none where there is no such file. It is asked through a lock that is shared, which
     /// needs no right to write.
-    fn is_held(&self, path: &Path) -> Result<Option<bool>, StoreError> {
+    pub(super) fn is_held(&self, path: &Path) -> Result<Option<bool>, StoreError> {
         let file = match self.disk.open_lock_there(path) {
             Ok(file) => file,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
@@ -345,18 +345,27 @@ impl Store {
 
     fn lock_by(&self, name: &str, lock: fn(&File) -> std::io::Result<()>) -> Result<FileLock, StoreError> {
         let (file, path) = self.lock_named(name)?;
-        loop {
-            match lock(&file) {
-                Ok(()) => return Ok(FileLock(file)),
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(error).at("lock", &path),
-            }
-        }
+        locked(file, &path, lock)
+    }
+
+    /// Waits until nobody has the lock file at `path`.
+    pub(super) fn lock_path(&self, path: &Path) -> Result<FileLock, StoreError> {
+        locked(self.disk.open_lock(path).at("open the lock", path)?, path, File::lock)
     }
 
     fn lock_named(&self, name: &str) -> Result<(File, PathBuf), StoreError> {
         let path = self.folder("locks").join(name);
         Ok((self.disk.open_lock(&path).at("open the lock", &path)?, path))
+    }
+}
+
+fn locked(file: File, path: &Path, lock: fn(&File) -> std::io::Result<()>) -> Result<FileLock, StoreError> {
+    loop {
+        match lock(&file) {
+            Ok(()) => return Ok(FileLock(file)),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error).at("lock", path),
+        }
     }
 }
 

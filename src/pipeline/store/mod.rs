@@ -10,6 +10,7 @@
 //! work/<key>/                  survives a kill: training states, the files of a failed attempt
 //! logs/<key>/                  log.txt, metrics.jsonl, tensorboard/: never part of a result
 //! runs/, tensorboard/          views by people's names, which can be rebuilt
+//! runs/.live/                  what running processes say of themselves to other terminals
 //! quarantine/                  what was found damaged
 //! trash/                       objects on their way out, whole
 //! cache/                       what spares hashing unchanged files and reading manifests again
@@ -34,6 +35,7 @@ pub(crate) mod fixture;
 mod gc;
 mod index;
 mod lease;
+mod live;
 mod lock;
 mod lookup;
 mod pins;
@@ -66,6 +68,7 @@ use error::At as _;
 pub use error::StoreError;
 pub use gc::{Garbage, GarbageKind, GcPlan, GcPolicy, GcReport, Gone, Kept, Removal, Tally};
 pub use index::{Found, StoredName, StoredResult};
+pub use live::{LiveRun, Published};
 pub use lock::KeyLock;
 pub use lookup::Lookup;
 pub use pins::Pin;

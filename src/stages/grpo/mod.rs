@@ -17,7 +17,8 @@ use crate::rewards::{OnError, RewardSpec};
 pub use crate::stages::grpo::axes::{Axes, DynamicSampling};
 use crate::stages::sampling::Filters;
 use crate::stages::training::{
-    Alarm, Lora, Optimizer, Schedule, Validate, check_select, check_start, task_of, task_parts, versions,
+    Alarm, Lora, Optimizer, Precision, Schedule, Validate, check_select, check_start, is_off, task_of, task_parts,
+    versions,
 };
 
 /// Improve a model by its own graded attempts: groups of completions a prompt, policy-gradient loss. The loss is a point in
@@ -75,6 +76,7 @@ pub struct Grpo {
     pub rewards: BTreeMap<String, RewardSpec>,
     /// What an error of a reward on one sample does.
     #[serde(default, skip_serializing_if = "OnError::is_stop")]
+    #[schemars(extend("default" = "stop"))]
     pub on_error: OnError,
     /// The loss.
     #[serde(flatten)]
@@ -92,6 +94,13 @@ pub struct Grpo {
     /// Train low-rank adapters instead of the model's own weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lora: Option<Lora>,
+    /// The floating-point format of the model's passes: of training, generation, validation and the reference.
+    #[serde(default, skip_serializing_if = "Precision::is_default")]
+    pub precision: Precision,
+    /// Keep what each layer reads and compute the rest of its activations again in the backward pass: less memory, a third more
+    /// operations, the same gradient.
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub activation_checkpointing: bool,
     /// Validation on the way; without it `best` equals `last`.
     #[serde(default)]
     pub validate: Option<Validate>,
@@ -202,9 +211,10 @@ impl Stage for Grpo {
         parts
     }
 
-    // Its validations stand in its logs; what tables compare are evaluations of its checkpoints.
+    // Its validations stand in its logs; what tables compare are evaluations of its checkpoints. What each reward did is told
+    // by the completions it has kept.
     fn metrics(&self, _upstream: &Upstream<'_>) -> Option<Vec<String>> {
-        Some(Vec::new())
+        Some(self.rewards.keys().map(|name| format!("reward/{name}/variance_share")).collect())
     }
 
     fn check(&self, upstream: &Upstream<'_>) -> Vec<Problem> {
@@ -224,6 +234,7 @@ impl Stage for Grpo {
         let reference = &self.prompts.reference;
         problems.extend(check_select(*upstream, reference, self.validate.as_ref()));
         problems.extend(self.lora.iter().flat_map(Lora::problems));
+        problems.extend(self.schedule.problems());
         if let Some(task) = task_of(*upstream, reference) {
             for (name, reward) in &self.rewards {
                 for (field, message, hint) in reward.check(&task.measures()) {

@@ -3,6 +3,7 @@
 //! A task's instance becomes the prompt, the demonstration's replies and what the environment says between them. With a
 //! chat template, what the environment says is a user's message. It knows no token ids.
 
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context as _, bail, ensure};
@@ -40,6 +41,8 @@ pub(super) struct Script {
     pub(super) stratum: Option<String>,
     /// Written by a chat template, which frames its text itself.
     pub(super) chat: bool,
+    /// The bytes of each reply that are mistakes; none of a user's own texts.
+    pub(super) mistakes: Vec<Vec<Range<usize>>>,
 }
 
 /// What the text of a row is made with.
@@ -58,7 +61,7 @@ impl Writer<'_> {
             (Contents::Texts(prompts, completions), _) => {
                 let turns = vec![Turn { reply: completions[row].clone(), observation: String::new() }];
                 let conversation = Conversation { prompt: prompts[row].clone(), turns };
-                Ok(Script { conversation, stratum: None, chat: false })
+                Ok(Script { conversation, stratum: None, chat: false, mistakes: Vec::new() })
             }
             (Contents::Messages(rows), _) => {
                 let messages: Vec<Message> = serde_json::from_str(&rows[row]).context("reading the messages")?;
@@ -66,7 +69,8 @@ impl Writer<'_> {
                     "messages need a chat template, and the tokenizer has none; add a `chat_template.jinja` to it or \
                      give the data set prompts and completions",
                 )?;
-                Ok(Script { conversation: template.conversation(&messages)?, stratum: None, chat: true })
+                let conversation = template.conversation(&messages)?;
+                Ok(Script { conversation, stratum: None, chat: true, mistakes: Vec::new() })
             }
         }
     }
@@ -81,7 +85,8 @@ impl Writer<'_> {
         let start = Start { instance: &value, seed };
         let mut episode = task.begin(&[start])?;
         let shown = episode.observe()?.remove(0);
-        let replies = task.demonstrate(&value, seed)?;
+        let demonstrated = task.demonstration(&value, seed)?.into_iter();
+        let (replies, mistakes): (Vec<String>, Vec<_>) = demonstrated.map(|reply| (reply.text, reply.mistakes)).unzip();
         let mut observations = vec![String::new(); replies.len()];
         if replies.len() > 1 {
             let (mut played, mut ended) = (0, false);
@@ -113,7 +118,7 @@ impl Writer<'_> {
         }
         let turns = replies.into_iter().zip(observations).map(|(reply, observation)| Turn { reply, observation });
         let conversation = Conversation { prompt, turns: turns.collect() };
-        Ok(Script { conversation, stratum: task.stratum(&value), chat: self.template.is_some() })
+        Ok(Script { conversation, stratum: task.stratum(&value), chat: self.template.is_some(), mistakes })
     }
 }
 

@@ -7,7 +7,7 @@ use crate::stages::dataset;
 use crate::stages::synthesize::Synthesize;
 use crate::stages::testing::{context, digest, give};
 use crate::stages::tokenizer;
-use crate::stages::tokens::TokensFolder;
+use crate::stages::tokens::{TENSORS_FILE, TokensFolder};
 use crate::tasks::{Finish, Start, replay};
 
 /// A folder with a data set and a tokenizer of 4 x 4 mazes in `format`.
@@ -94,6 +94,79 @@ fn the_mask_all_covers_everything_but_the_beginning() {
         let mask = tokens.row_mask(row);
         assert!(mask[0] == 0 && mask[1..].iter().all(|&target| target == 1));
     }
+}
+
+#[test]
+fn the_tokens_of_wrong_attempts_are_no_targets_on_request() {
+    let formats = [
+        json!({"kind": "fused", "trace": "path", "retry": "junction", "retry_share": 1.0}),
+        json!({"kind": "alphamaze", "trace": "path", "retry": "origin", "retry_share": 0.7}),
+        json!({"kind": "alphamaze", "trace": "reprint", "prompt": "legend", "retry": "junction", "retry_share": 1.0}),
+        json!({"kind": "alphamaze", "trace": "path", "prompt": "legend", "signs": "text", "retry_share": 1.0}),
+    ];
+    for format in formats {
+        let folder = inputs(&format);
+        let read = |name: &str, change: Value| TokensFolder::open(&run(folder.path(), name, &change).unwrap()).unwrap();
+        let whole = read("whole", json!({"format": format}));
+        let masked = read("masked", json!({"format": format, "mask_mistakes": true}));
+        let all = read("all", json!({"format": format, "mask_mistakes": true, "mask": "all"}));
+        assert_eq!(whole.ids, masked.ids);
+        let encoder = Encoder::open(&folder.path().join("masked/out/tokens").join(TOKENIZER_FOLDER)).unwrap();
+        let mut retried = 0;
+        for row in 0..whole.rows.len() {
+            let (ids, begin) = (whole.row_ids(row), whole.prompt_ids(row).len());
+            let reply = encoder.decode(&ids[begin..ids.len() - 1]);
+            let differ = (0..ids.len()).filter(|&at| whole.row_mask(row)[at] != masked.row_mask(row)[at]);
+            let differ: Vec<usize> = differ.collect();
+            let text: String = differ.iter().map(|&at| encoder.decode(&ids[at..=at])).collect();
+            let has_reset = reply.contains("<|reset|>") || reply.contains("RESET");
+            assert_eq!(differ.is_empty(), !has_reset, "{reply}");
+            assert!(!text.contains("reset") && !text.contains("RESET") && !text.contains("think"), "{text}");
+            // What is masked is what is said of the wrong way, to the token.
+            let moves = ["up", "down", "left", "right"].map(|name| text.matches(name).count()).iter().sum::<usize>();
+            assert!(differ.is_empty() || moves > 0, "{text}");
+            let wanted = (0..ids.len()).map(|at| u8::from(at > 0 && !differ.contains(&at))).collect::<Vec<_>>();
+            assert_eq!(all.row_mask(row), wanted);
+            retried += usize::from(has_reset);
+        }
+        assert!(retried > 20, "{retried}");
+        let path = folder.path().join("masked/out/tokens/metrics.json");
+        let metrics: BTreeMap<String, u64> = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+        let targets = |tokens: &TokensFolder| tokens.mask.iter().map(|&target| u64::from(target)).sum::<u64>();
+        assert_eq!(metrics["masked_tokens"], targets(&whole) - targets(&masked));
+        assert_eq!(metrics["target_tokens"], targets(&masked));
+    }
+}
+
+#[test]
+fn a_chat_template_asks_for_a_maze_in_words() {
+    let format = json!({"kind": "alphamaze", "trace": "reprint", "prompt": "legend", "retry_share": 0.5});
+    let folder = inputs(&format);
+    let chat = "{% for m in messages %}{{ '<|bos|>' if m.role == 'user' }}{{ m.content }}\
+                {{ '\n' if m.role == 'user' }}{{ '<|eos|>' if m.role == 'assistant' }}{% endfor %}";
+    fs::write(folder.path().join("out/tokenizer/chat_template.jinja"), chat).unwrap();
+    let tokens = TokensFolder::open(&run(folder.path(), "t", &json!({"format": format})).unwrap()).unwrap();
+    assert!(tokens.chat);
+    let encoder = Encoder::open(&folder.path().join("t/out/tokens").join(TOKENIZER_FOLDER)).unwrap();
+    let (task, written) = tokens.task.clone().unwrap();
+    let task = open(&task, &written).unwrap();
+    for (row, of) in tokens.rows.iter().enumerate() {
+        let prompt = encoder.decode(tokens.prompt_ids(row));
+        assert!(prompt.starts_with("<|bos|>Find the way") && prompt.contains("\nMAZE:\n<|0-0|>"), "{prompt}");
+        assert_eq!(task.parse(&prompt).unwrap(), *of.data.as_ref().unwrap());
+        let reply = encoder.decode(&targets(&tokens, row).concat());
+        let reply = reply.strip_suffix("<|eos|>").unwrap().to_owned();
+        let start = Start { instance: of.data.as_ref().unwrap(), seed: 0 };
+        assert_eq!(replay(&*task, start, &[reply], Finish::Stop).unwrap().1["solved"].to_bits(), 1f64.to_bits());
+    }
+}
+
+#[test]
+fn a_parameter_that_is_left_out_is_not_written() {
+    let stage: Tokenize = serde_json::from_value(json!({"dataset": "data", "tokenizer": "words"})).unwrap();
+    let fields = serde_json::to_value(&stage).unwrap();
+    let names: Vec<&String> = fields.as_object().unwrap().keys().collect();
+    assert_eq!(names, ["dataset", "format", "mask", "max_length", "overlong", "seed", "tokenizer"], "old keys stay");
 }
 
 #[test]

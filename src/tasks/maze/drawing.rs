@@ -3,6 +3,7 @@
 //! It judges nothing: how the walk ended is the verdict's to say. What it shows is read as the verdict reads it, so a move
 //! against a wall is seen where the verdict counts it. [`picture`] holds shapes and SVG, [`pixels`] PNG.
 
+pub mod drawn;
 pub mod picture;
 pub mod pixels;
 
@@ -10,7 +11,8 @@ use anyhow::Context as _;
 use serde::Deserialize as _;
 use serde_json::Value;
 
-use crate::tasks::maze::format::{END_THINK, Pieces, read_answer};
+use crate::tasks::maze::answer::{Answer, Form, Pieces, read_answer};
+use crate::tasks::maze::format::END_THINK;
 use crate::tasks::maze::grid::{Direction, Maze};
 
 /// A maze and what a completion does in it.
@@ -90,7 +92,7 @@ impl Drawing {
 
     /// A maze that holds together, with a completion, or alone.
     pub fn new(maze: Maze, completion: Option<&str>) -> Self {
-        let answer = completion.map(read_answer);
+        let answer = completion.map(read_in_any_form);
         let mut cell = maze.origin;
         let mut arrived = false;
         let steps = answer.iter().flat_map(|answer| &answer.moves).map(|&direction| {
@@ -135,7 +137,8 @@ impl Drawing {
         let mut told = Vec::new();
         if let Some(at) = self.thought.iter().position(|thought| !thought.is_move) {
             let others = self.thought.iter().filter(|thought| !thought.is_move).count() - 1;
-            let more = if others > 0 { format!(" (and {others} more such steps)") } else { String::new() };
+            let plural = if others == 1 { "" } else { "s" };
+            let more = if others > 0 { format!(" (and {others} more such step{plural})") } else { String::new() };
             let Thought { from, to, .. } = self.thought[at];
             told.push(format!(
                 "step {} of the reasoning goes from {} to {}, where no way leads{more}",
@@ -350,11 +353,22 @@ fn corner(walls: [bool; 4]) -> char {
     CORNERS[mask.sum::<usize>()]
 }
 
+/// The answer of a completion of which nothing says in what form it is written: the first form that it has.
+fn read_in_any_form(completion: &str) -> Answer {
+    let read = |form| read_answer(form, completion);
+    let loose = || [Form::Lines, Form::Words].into_iter().map(read).find(|answer| answer.well_formed);
+    let strict = read(Form::Strict);
+    if strict.well_formed { strict } else { loose().unwrap_or(strict) }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::fmt::Write as _;
+
     use super::*;
-    use crate::tasks::maze::{MEASURES, measure};
-    use crate::tasks::{Algorithm, Finish, FormatSpec, SearchOrder, SearchTrace, TaskSpec, open};
+    use crate::tasks::maze::MazeSpec;
+    use crate::tasks::maze::verdict::{MEASURES, measure};
+    use crate::tasks::{Finish, FormatSpec, TaskSpec, open};
 
     /// `O | T` above three cells in a row, with the way below and a dead end above its middle.
     pub(super) fn fixed() -> Maze {
@@ -363,7 +377,7 @@ mod tests {
 
     /// A completion by letters, thinking first in coordinates.
     fn completion(thought: &str, letters: &str) -> String {
-        let thought: String = thought.split_whitespace().map(|cell| format!("<|{cell}|>")).collect();
+        let thought = thought.split_whitespace().flat_map(|cell| ["<|", cell, "|>"]).collect::<String>();
         let moves = letters.chars().map(|letter| match letter {
             'u' => "<|up|>",
             'd' => "<|down|>",
@@ -385,7 +399,7 @@ mod tests {
             [("0-0 1-0 1-1 0-1 1-1 1-2 0-2", "drru"), ("", "drudru"), ("0-0 0-1 1-2", "dr"), ("", "rddrruld"), ("", "")]
         {
             let drawing = Drawing::new(fixed(), Some(&completion(thought, letters)));
-            text += &format!("\n{letters}\n{}{:#?}\n", plain(&drawing, false), drawing.mistakes());
+            writeln!(text, "\n{letters}\n{}{:#?}", plain(&drawing, false), drawing.mistakes()).unwrap();
             text += &plain(&drawing, true);
         }
         insta::assert_snapshot!(text);
@@ -393,9 +407,10 @@ mod tests {
 
     #[test]
     fn a_drawn_maze_shows_each_wall_once_and_the_search_of_a_demonstration() {
-        let (trace, order) = (SearchTrace::Search, SearchOrder::Random);
-        for format in [FormatSpec::Compact { trace, order }, FormatSpec::Fused { trace, order }] {
-            let task = open(&TaskSpec::Maze { rows: 5, columns: 5, algorithm: Algorithm::Dfs }, &format).unwrap();
+        for kind in ["compact", "fused"] {
+            let format = serde_json::json!({"kind": kind, "trace": "search", "order": "random"});
+            let format: FormatSpec = serde_json::from_value(format).unwrap();
+            let task = open(&TaskSpec::Maze(MazeSpec::new(5, 5)), &format).unwrap();
             let instance = task.generate(3, 0..1).unwrap().remove(0);
             let reply = task.demonstrate(&instance, 0).unwrap().remove(0);
             let drawing = Drawing::read(&instance, Some(&reply)).unwrap();
@@ -403,7 +418,7 @@ mod tests {
             let text = plain(&drawing, false);
             assert_eq!(text.lines().count(), 11);
             assert!(text.lines().all(|line| line.chars().count() == 21), "{text}");
-            if format == (FormatSpec::Compact { trace, order }) {
+            if kind == "compact" {
                 insta::assert_snapshot!(text);
             }
         }
@@ -416,7 +431,7 @@ mod tests {
         assert!(MEASURES.iter().any(|measure| measure.name == "wall_hits"));
         for letters in ["drru", "rdrru", "drruu", "dlldrru", "drrud", "dru", ""] {
             let text = completion("", letters);
-            let verdict = measure(&fixed(), &text, Finish::Stop);
+            let verdict = measure(&fixed(), &read_answer(Form::Strict, &text), Finish::Stop);
             let drawing = Drawing::new(fixed(), Some(&text));
             let walls = drawing.steps.iter().filter(|step| step.outcome == Outcome::Wall).count();
             assert_eq!(walls, count("wall_hits", &verdict), "{letters}");

@@ -1,16 +1,22 @@
-//! How a maze is written for a model, and how its answer is read.
+//! How a maze is written for a model.
 //!
-//! Texts are tokens without separators (`<|up|><|up|>`), so that text and token ids determine each other. A completion
-//! is `<think>`, a trace, `</think>`, and the answer: move tokens and nothing else. The trace is the model's own and may
-//! say anything but `<think>`, `</think>` and the special tokens. A prompt shows walls and endpoints, never the way.
+//! Texts of the bare formats are tokens without separators (`<|up|><|up|>`), so that text and token ids determine each
+//! other. A completion is `<think>`, a trace, `</think>`, and the answer: move tokens and nothing else. The trace is the
+//! model's own and may say anything but `<think>`, `</think>` and the special tokens. A prompt shows walls and endpoints,
+//! never the way. Texts with a legend or with reprinted mazes have lines; `lines.rs` writes what they say in words.
 
-use std::fmt::Write as _;
+use std::ops::Range;
 
+use anyhow::{bail, ensure};
+use rand::Rng as _;
 use rand_chacha::ChaCha8Rng;
 
 use crate::random;
+use crate::tasks::maze::answer::Form;
+use crate::tasks::maze::attempt::{Attempt, attempts, search};
 use crate::tasks::maze::grid::{CLOSED, Direction, Maze};
-use crate::tasks::{FormatSpec, SearchOrder, SearchTrace, Trace};
+use crate::tasks::maze::lines::text_cell;
+use crate::tasks::{Demonstrated, FormatSpec, MazePrompt, Retry, SearchOrder, SearchTrace, Signs, Trace};
 
 /// Padding; never part of a text.
 pub const PAD: &str = "<|pad|>";
@@ -22,10 +28,16 @@ pub const END: &str = "<|eos|>";
 pub const THINK: &str = "<think>";
 /// Ends the trace.
 pub const END_THINK: &str = "</think>";
+/// Gives an attempt up: the trace begins anew at the origin.
+pub(super) const RESET: &str = "<|reset|>";
+/// The same as a line of its own, in texts that have lines.
+pub(super) const RESET_LINE: &str = "RESET";
+/// Ends a row of cells, where the cells themselves do not tell.
+const ROW: &str = "<|row|>";
 
 /// How cells and the steps of a trace are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Style {
+pub(super) enum Style {
     Alphamaze,
     Compact,
     Fused,
@@ -33,56 +45,124 @@ enum Style {
 
 /// What stands in a demonstration between `<think>` and `</think>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Thought {
+pub(super) enum Thought {
     Search,
     Path,
     Direct,
+    Reprint,
+}
+
+/// Wrong attempts in demonstrations.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Retries {
+    from: Retry,
+    share: f64,
 }
 
 /// A way of writing mazes.
 #[derive(Clone, Debug)]
 pub(super) struct Format {
-    style: Style,
-    thought: Thought,
+    pub(super) style: Style,
+    pub(super) thought: Thought,
+    pub(super) prompt: MazePrompt,
+    pub(super) signs: Signs,
     order: SearchOrder,
-    rows: usize,
-    columns: usize,
-}
-
-/// What an answer says.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Answer {
-    /// The completion has the format's form, from `<think>` to the last move.
-    pub well_formed: bool,
-    /// The moves of the answer up to the first thing that is no move.
-    pub moves: Vec<Direction>,
+    retries: Option<Retries>,
+    /// Rows and columns of the largest maze.
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    /// Mazes of several sizes are written.
+    mixed: bool,
 }
 
 impl Format {
-    /// The format `spec` for mazes of `rows` x `columns`; an error where it is none for mazes.
-    pub(super) fn new(spec: &FormatSpec, rows: usize, columns: usize) -> anyhow::Result<Self> {
-        let thought = |trace: SearchTrace| match trace {
+    /// The format `spec` for mazes of up to `rows` x `columns`, of several sizes if `mixed`; an error where it is none for
+    /// mazes.
+    pub(super) fn new(spec: &FormatSpec, rows: usize, columns: usize, mixed: bool) -> anyhow::Result<Self> {
+        let found = |trace: SearchTrace| match trace {
             SearchTrace::Search => Thought::Search,
             SearchTrace::Path => Thought::Path,
             SearchTrace::Direct => Thought::Direct,
         };
-        let (style, thought, order) = match *spec {
-            FormatSpec::Alphamaze { trace: Trace::Path } => (Style::Alphamaze, Thought::Path, SearchOrder::Random),
-            FormatSpec::Alphamaze { trace: Trace::Direct } => (Style::Alphamaze, Thought::Direct, SearchOrder::Random),
-            FormatSpec::Compact { trace, order } => (Style::Compact, thought(trace), order),
-            FormatSpec::Fused { trace, order } => (Style::Fused, thought(trace), order),
+        let bare = (MazePrompt::Maze, Signs::Tokens);
+        let (style, thought, order, (prompt, signs), retry, share) = match *spec {
+            FormatSpec::Alphamaze { trace, prompt, signs, retry, retry_share } => {
+                let thought = match trace {
+                    Trace::Path => Thought::Path,
+                    Trace::Direct => Thought::Direct,
+                    Trace::Reprint => Thought::Reprint,
+                };
+                (Style::Alphamaze, thought, SearchOrder::Random, (prompt, signs), retry, retry_share)
+            }
+            FormatSpec::Compact { trace, order, retry, retry_share } => {
+                (Style::Compact, found(trace), order, bare, retry, retry_share)
+            }
+            FormatSpec::Fused { trace, order, retry, retry_share } => {
+                (Style::Fused, found(trace), order, bare, retry, retry_share)
+            }
             FormatSpec::Json { .. } | FormatSpec::Plain {} => {
-                anyhow::bail!("the format is none for a maze: `alphamaze`, `compact` and `fused` are")
+                bail!("the format is none for a maze: `alphamaze`, `compact` and `fused` are")
             }
         };
-        Ok(Self { style, thought, order, rows, columns })
+        if let Some(share) = share {
+            ensure!((0.0..=1.0).contains(&share), "`retry_share` is {share}, not a share from 0 to 1");
+            let has_path = share == 0.0 || matches!(thought, Thought::Path | Thought::Reprint);
+            ensure!(
+                has_path,
+                "a wrong attempt stands before the right path: `retry_share` needs a trace that shows it"
+            );
+        } else {
+            ensure!(retry == Retry::default(), "`retry` says where attempts go wrong: give their `retry_share`, too");
+        }
+        let retries = share.map(|share| Retries { from: retry, share });
+        Ok(Self { style, thought, prompt, signs, order, retries, rows, columns, mixed })
+    }
+
+    /// Whether texts have lines: rows of cells, and words around them.
+    pub(super) fn has_lines(&self) -> bool {
+        self.thought == Thought::Reprint || self.prompt == MazePrompt::Legend || self.signs == Signs::Text
+    }
+
+    /// Whether demonstrations may begin with a wrong attempt.
+    pub(super) fn has_retries(&self) -> bool {
+        self.retries.is_some()
+    }
+
+    /// How completions are written.
+    pub(super) fn form(&self) -> Form {
+        match self.signs {
+            Signs::Text => Form::Words,
+            Signs::Tokens if self.has_lines() => Form::Lines,
+            Signs::Tokens => Form::Strict,
+        }
     }
 
     /// Every token, in the order of ids: specials, thinking, then what cells and moves are written with.
     pub(super) fn vocabulary(&self) -> Vec<String> {
-        let mut tokens: Vec<String> = [PAD, BEGIN, END, THINK, END_THINK].map(str::to_owned).into();
+        let mut tokens: Vec<String> = [PAD, BEGIN, END].map(str::to_owned).into();
+        if self.signs == Signs::Text {
+            tokens.extend([THINK, END_THINK].map(str::to_owned));
+        }
+        tokens.extend(self.added_tokens());
+        if self.has_lines() {
+            for piece in self.words() {
+                if !tokens.contains(&piece) {
+                    tokens.push(piece);
+                }
+            }
+        }
+        tokens
+    }
+
+    /// The tokens that are not plain text: thinking, then what cells and moves are written with.
+    pub(super) fn added_tokens(&self) -> Vec<String> {
+        if self.signs == Signs::Text {
+            return Vec::new();
+        }
+        let mut tokens: Vec<String> = [THINK, END_THINK].map(str::to_owned).into();
         let cells = 0..self.rows * self.columns;
-        let coordinates = cells.clone().map(|cell| self.coordinate(cell));
+        let columns = self.columns;
+        let coordinates = cells.clone().map(|cell| coordinate(cell, columns));
         let moves = Direction::ALL.map(move_token);
         match self.style {
             Style::Alphamaze => {
@@ -99,146 +179,150 @@ impl Format {
             Style::Fused => {
                 tokens.extend(moves);
                 tokens.extend(coordinates);
-                tokens
-                    .extend(cells.clone().flat_map(|cell| Direction::ALL.map(|direction| self.step(direction, cell))));
-                tokens.extend(cells.flat_map(|cell| (0..=CLOSED).map(move |mask| self.place(cell, mask))));
+                let steps = |cell| Direction::ALL.map(|direction| step_token(direction, cell, columns));
+                tokens.extend(cells.clone().flat_map(steps));
+                tokens.extend(cells.flat_map(|cell| (0..=CLOSED).map(move |mask| place_token(cell, mask, columns))));
             }
+        }
+        // What later formats have stands last, so that the ids of the others are the same with and without it.
+        if self.has_row_ends() {
+            tokens.push(ROW.to_owned());
+        }
+        if self.retries.is_some() && !self.has_lines() {
+            tokens.push(RESET.to_owned());
         }
         tokens
     }
 
+    /// Whether only the end of a row tells to which place a cell belongs.
+    fn has_row_ends(&self) -> bool {
+        self.mixed && self.style == Style::Compact
+    }
+
     /// The maze as the model reads it.
     pub(super) fn prompt(&self, maze: &Maze) -> String {
+        if self.has_lines() {
+            return self.lines_prompt(maze);
+        }
         let mut text = String::new();
         for (cell, &mask) in maze.walls.iter().enumerate() {
-            let marker = if cell == maze.origin {
-                "origin"
-            } else if cell == maze.target {
-                "target"
-            } else {
-                "blank"
-            };
+            let marker = marker(maze, cell);
             match self.style {
-                Style::Alphamaze => {
-                    let _ = write!(text, "{}{}<|{marker}|>", self.coordinate(cell), wall_token(mask));
-                }
+                Style::Alphamaze => text += &self.cell(maze, cell, marker),
                 Style::Compact => text += &marked_token(mask, marker),
-                Style::Fused => text += &self.place(cell, mask),
+                Style::Fused => text += &place_token(cell, mask, maze.columns),
+            }
+            if self.has_row_ends() && (cell + 1) % maze.columns == 0 {
+                text += ROW;
             }
         }
         if self.style == Style::Fused {
-            text += &self.coordinate(maze.origin);
-            text += &self.coordinate(maze.target);
+            text += &coordinate(maze.origin, maze.columns);
+            text += &coordinate(maze.target, maze.columns);
         }
         text
     }
 
-    /// A completion that solves the maze.
-    pub(super) fn demonstrate(&self, maze: &Maze, random: &mut ChaCha8Rng) -> String {
+    /// A completion that solves the maze, and its mistakes.
+    pub(super) fn demonstrate(&self, maze: &Maze, random: &mut ChaCha8Rng) -> Demonstrated {
         let path = maze.path();
+        let wrong = self.attempts(maze, &path, random);
+        if self.has_lines() {
+            return self.lines_reply(maze, &path, &wrong);
+        }
         let mut text = THINK.to_owned();
+        let mut mistakes = Vec::new();
+        for attempt in &wrong {
+            mistakes.push(self.write_walk(&mut text, maze, &attempt.steps, attempt.right));
+            text += RESET;
+        }
         match self.thought {
-            Thought::Search => self.write_walk(&mut text, maze, &search(maze, self.order, random)),
-            Thought::Path => self.write_walk(&mut text, maze, &path),
+            Thought::Search => {
+                self.write_walk(&mut text, maze, &search(maze, self.order, random), 0);
+            }
+            Thought::Path | Thought::Reprint => {
+                self.write_walk(&mut text, maze, &path, 0);
+            }
             Thought::Direct => {}
         }
         text += END_THINK;
         for direction in path {
             text += &move_token(direction);
         }
-        text
+        Demonstrated { text, mistakes }
     }
 
-    fn write_walk(&self, text: &mut String, maze: &Maze, walk: &[Direction]) {
+    /// The wrong attempts with which a demonstration begins.
+    fn attempts(&self, maze: &Maze, path: &[Direction], random: &mut ChaCha8Rng) -> Vec<Attempt> {
+        let Some(Retries { from, share }) = self.retries else { return Vec::new() };
+        if random::unit(random.next_u64()) >= share {
+            return Vec::new();
+        }
+        attempts(maze, path, from, random)
+    }
+
+    /// Writes a walk; gives the bytes of its steps from the one number `right` on.
+    fn write_walk(&self, text: &mut String, maze: &Maze, walk: &[Direction], right: usize) -> Range<usize> {
         let mut cell = maze.origin;
-        *text += &self.coordinate(cell);
-        for &direction in walk {
+        *text += &coordinate(cell, maze.columns);
+        let mut begin = text.len();
+        for (place, &direction) in walk.iter().enumerate() {
+            if place == right {
+                begin = text.len();
+            }
             cell = maze.step(cell, direction).expect("a walk of a demonstration goes through no wall");
             if self.style == Style::Fused {
-                *text += &self.step(direction, cell);
+                *text += &step_token(direction, cell, maze.columns);
             } else {
                 *text += &move_token(direction);
-                *text += &self.coordinate(cell);
+                *text += &coordinate(cell, maze.columns);
             }
         }
+        begin..text.len()
     }
 
-    /// A cell of a fused prompt.
-    fn place(&self, cell: usize, mask: u8) -> String {
-        format!("<|{}-{}_{}|>", cell / self.columns, cell % self.columns, wall_name(mask))
-    }
-
-    /// A step of a fused trace: the move and the cell it leads to.
-    fn step(&self, direction: Direction, cell: usize) -> String {
-        format!("<|{}_{}-{}|>", direction.name(), cell / self.columns, cell % self.columns)
-    }
-
-    fn coordinate(&self, cell: usize) -> String {
-        format!("<|{}-{}|>", cell / self.columns, cell % self.columns)
-    }
-}
-
-/// Reads the answer of a completion. The same for every format: only the prompt and the trace differ between them.
-pub(super) fn read_answer(completion: &str) -> Answer {
-    let mut well_formed = true;
-    let mut pieces = Pieces(completion);
-    well_formed &= pieces.next() == Some(THINK);
-    let mut closed = false;
-    for piece in pieces.by_ref() {
-        if piece == END_THINK {
-            closed = true;
-            break;
-        }
-        well_formed &= ![THINK, PAD, BEGIN, END].contains(&piece);
-    }
-    let mut moves = Vec::new();
-    let mut clean = true;
-    for piece in pieces {
-        match Direction::ALL.into_iter().find(|&direction| is_move(piece, direction)) {
-            Some(direction) if clean => moves.push(direction),
-            _ => clean = false,
+    /// A cell of AlphaMaze: place, walls and what is in it.
+    pub(super) fn cell(&self, maze: &Maze, cell: usize, marker: &str) -> String {
+        let mask = maze.walls[cell];
+        match self.signs {
+            Signs::Tokens => format!("{}{}<|{marker}|>", coordinate(cell, maze.columns), wall_token(mask)),
+            Signs::Text => text_cell(maze, cell, marker),
         }
     }
-    Answer { well_formed: well_formed && closed && clean && !moves.is_empty(), moves }
 }
 
-/// Cuts a text into tokens (`<think>`, `</think>`, `<|...|>`) and whatever stands between them.
-pub(super) struct Pieces<'a>(pub(super) &'a str);
-
-impl<'a> Iterator for Pieces<'a> {
-    type Item = &'a str;
-
-    fn next(&mut self) -> Option<&'a str> {
-        if self.0.is_empty() {
-            return None;
-        }
-        let length = token_length(self.0).unwrap_or_else(|| {
-            let starts = self.0.char_indices().skip(1).filter(|(_, character)| *character == '<');
-            let mut tokens = starts.filter(|(at, _)| token_length(&self.0[*at..]).is_some());
-            tokens.next().map_or(self.0.len(), |(at, _)| at)
-        });
-        let (piece, rest) = self.0.split_at(length);
-        self.0 = rest;
-        Some(piece)
+/// What a prompt shows in a cell.
+pub(super) fn marker(maze: &Maze, cell: usize) -> &'static str {
+    match cell {
+        _ if cell == maze.origin => "origin",
+        _ if cell == maze.target => "target",
+        _ => "blank",
     }
 }
 
-/// The bytes of the token that `text` begins with.
-fn token_length(text: &str) -> Option<usize> {
-    if let Some(token) = [THINK, END_THINK].into_iter().find(|token| text.starts_with(token)) {
-        return Some(token.len());
-    }
-    let inner = text.strip_prefix("<|")?;
-    let end = inner.find(['<', '>'])?;
-    (inner[end..].starts_with('>') && inner[..end].ends_with('|')).then_some(2 + end + 1)
+/// A cell of a fused prompt.
+fn place_token(cell: usize, mask: u8, columns: usize) -> String {
+    format!("<|{}-{}_{}|>", cell / columns, cell % columns, wall_name(mask))
 }
 
-fn is_move(piece: &str, direction: Direction) -> bool {
-    piece.strip_prefix("<|").and_then(|piece| piece.strip_suffix("|>")) == Some(direction.name())
+/// A step of a fused trace: the move and the cell it leads to.
+fn step_token(direction: Direction, cell: usize, columns: usize) -> String {
+    format!("<|{}_{}-{}|>", direction.name(), cell / columns, cell % columns)
 }
 
-fn move_token(direction: Direction) -> String {
+/// The token of a place.
+pub(super) fn coordinate(cell: usize, columns: usize) -> String {
+    format!("<|{}-{}|>", cell / columns, cell % columns)
+}
+
+/// The token of a move.
+pub(super) fn move_token(direction: Direction) -> String {
     format!("<|{}|>", direction.name())
+}
+
+/// The token of a mask.
+pub(super) fn wall_token(mask: u8) -> String {
+    format!("<|{}|>", wall_name(mask))
 }
 
 const MARKERS: [&str; 3] = ["blank", "origin", "target"];
@@ -255,86 +339,47 @@ fn wall_name(mask: u8) -> String {
     }
 }
 
-fn wall_token(mask: u8) -> String {
-    format!("<|{}|>", wall_name(mask))
-}
-
 fn marked_token(mask: u8, marker: &str) -> String {
     if marker == "blank" { wall_token(mask) } else { format!("<|{}_{marker}|>", wall_name(mask)) }
 }
 
-/// A depth-first search for the target: at every cell the ways on are tried in an order of their own, drawn at random
-/// within what `order` says; a dead end is left cell by cell the way it was entered. Ends where the target is entered.
-fn search(maze: &Maze, order: SearchOrder, random: &mut ChaCha8Rng) -> Vec<Direction> {
-    let away = |cell: usize| {
-        let (row, column) = (cell / maze.columns, cell % maze.columns);
-        row.abs_diff(maze.target / maze.columns) + column.abs_diff(maze.target % maze.columns)
-    };
-    let ways = |seen: &mut Vec<bool>, cell: usize, random: &mut ChaCha8Rng| {
-        seen[cell] = true;
-        let open = |&direction: &Direction| maze.step(cell, direction).is_some_and(|next| !seen[next]);
-        let mut ways: Vec<Direction> = Direction::ALL.into_iter().filter(open).collect();
-        random::shuffle(random, &mut ways);
-        if order == SearchOrder::Toward {
-            // The last one is tried first.
-            ways.sort_by_key(|&direction| maze.step(cell, direction).is_some_and(|next| away(next) < away(cell)));
-        }
-        ways
-    };
-    let mut seen = vec![false; maze.walls.len()];
-    let mut walk = Vec::new();
-    let mut stack = vec![(maze.origin, None, ways(&mut seen, maze.origin, random))];
-    while let Some((cell, entered, untried)) = stack.last_mut() {
-        if *cell == maze.target {
-            break;
-        }
-        if let Some(direction) = untried.pop() {
-            let next = maze.step(*cell, direction).expect("only open ways are tried");
-            // In a maze with loops another branch may have been there meanwhile.
-            if !seen[next] {
-                walk.push(direction);
-                let ways = ways(&mut seen, next, random);
-                stack.push((next, Some(direction), ways));
-            }
-        } else {
-            let back = entered.map(Direction::opposite);
-            walk.extend(back);
-            stack.pop();
-        }
-    }
-    walk
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::collections::BTreeSet;
 
-    fn formats() -> Vec<FormatSpec> {
-        let traces = [SearchTrace::Search, SearchTrace::Path, SearchTrace::Direct];
-        let compact = traces.map(|trace| FormatSpec::Compact { trace, order: SearchOrder::Random });
-        let fused = traces.map(|trace| FormatSpec::Fused { trace, order: SearchOrder::Toward });
-        let alphamaze = [Trace::Path, Trace::Direct].map(|trace| FormatSpec::Alphamaze { trace });
-        compact.into_iter().chain(alphamaze).chain(fused).collect()
-    }
+    use serde_json::json;
+
+    use super::*;
+    use crate::tasks::maze::answer::{Pieces, read_answer};
+    use crate::tasks::maze::layout::Layouts;
+    use crate::tasks::maze::lines::cut;
+    use crate::tasks::maze::spec::MazeSpec;
+    use crate::tasks::maze::tests::{format, specs};
 
     fn maze(index: u64) -> Maze {
-        Maze::draw(4, 5, &mut random::rng("test", &[index]))
+        Layouts::new(&MazeSpec::default()).draw(4, 5, &mut random::rng("test", &[index]))
+    }
+
+    fn opened(spec: &FormatSpec, rows: usize, columns: usize) -> Format {
+        Format::new(spec, rows, columns, false).unwrap()
     }
 
     #[test]
     fn every_text_is_made_of_the_vocabulary_and_solves_its_maze() {
-        for spec in formats() {
-            let format = Format::new(&spec, 4, 5).unwrap();
-            let vocabulary: std::collections::BTreeSet<String> = format.vocabulary().into_iter().collect();
+        for spec in specs() {
+            let format = opened(&spec, 4, 5);
+            let vocabulary: BTreeSet<String> = format.vocabulary().into_iter().collect();
             assert_eq!(vocabulary.len(), format.vocabulary().len(), "no token stands twice");
             for index in 0..50 {
                 let maze = maze(index);
-                let completion = format.demonstrate(&maze, &mut random::rng("trace", &[index]));
-                for piece in Pieces(&(format.prompt(&maze) + &completion)) {
-                    assert!(vocabulary.contains(piece), "{piece}");
+                let completion = format.demonstrate(&maze, &mut random::rng("trace", &[index])).text;
+                let text = format.prompt(&maze) + &completion;
+                let pieces = if format.has_lines() { cut(&text) } else { Pieces(&text).collect() };
+                for piece in pieces {
+                    assert!(vocabulary.contains(piece), "`{piece}` in {spec:?}");
                 }
-                let answer = read_answer(&completion);
-                assert!(answer.well_formed);
+                let answer = read_answer(format.form(), &completion);
+                assert!(answer.well_formed, "{completion}");
                 assert_eq!(answer.moves, maze.path());
             }
         }
@@ -342,52 +387,43 @@ mod tests {
 
     #[test]
     fn a_prompt_depends_on_walls_and_endpoints_alone() {
-        for spec in formats() {
-            let format = Format::new(&spec, 4, 5).unwrap();
+        for spec in specs() {
+            let format = opened(&spec, 4, 5);
             let maze = maze(1);
             assert_eq!(format.prompt(&maze), format.prompt(&Maze { length: 0, ..maze.clone() }));
             let other = Maze { origin: maze.target, target: maze.origin, ..maze.clone() };
             assert_ne!(format.prompt(&maze), format.prompt(&other));
-            let tokens = match format.style {
-                Style::Alphamaze => 60,
-                Style::Compact => 20,
-                Style::Fused => 22,
-            };
-            assert_eq!(Pieces(&format.prompt(&maze)).count(), tokens);
-        }
-    }
-
-    #[test]
-    fn a_search_walks_every_step_ends_on_the_target_and_varies_with_the_seed() {
-        let mut walks = std::collections::BTreeSet::new();
-        let maze = (0..100).map(maze).find(|maze| maze.length > 8).unwrap();
-        for seed in 0..50 {
-            let order = if seed % 2 == 0 { SearchOrder::Random } else { SearchOrder::Toward };
-            let walk = search(&maze, order, &mut random::rng("trace", &[seed]));
-            let mut cell = maze.origin;
-            for (at, &direction) in walk.iter().enumerate() {
-                assert!(cell != maze.target, "the search goes on at {at}");
-                cell = maze.step(cell, direction).unwrap();
+            if !format.has_lines() {
+                let tokens = match format.style {
+                    Style::Alphamaze => 60,
+                    Style::Compact => 20,
+                    Style::Fused => 22,
+                };
+                assert_eq!(Pieces(&format.prompt(&maze)).count(), tokens);
             }
-            assert_eq!(cell, maze.target);
-            assert!(walk.len() <= 2 * (maze.walls.len() - 1), "every edge is walked at most twice");
-            walks.insert(walk.iter().map(|direction| direction.name()).collect::<Vec<_>>());
         }
-        assert!(walks.len() > 1, "several seeds give several searches");
     }
 
     #[test]
-    fn a_search_toward_the_target_is_shorter_on_average() {
-        let steps = |order| -> usize {
-            (0..200).map(|index| search(&maze(index), order, &mut random::rng("trace", &[index])).len()).sum()
-        };
-        let (random, toward) = (steps(SearchOrder::Random), steps(SearchOrder::Toward));
-        assert!(toward * 100 < random * 95, "{toward} and {random}");
+    fn the_vocabulary_of_a_larger_maze_has_every_text_of_a_smaller_one() {
+        for spec in specs() {
+            let format = Format::new(&spec, 6, 7, true).unwrap();
+            let vocabulary: BTreeSet<String> = format.vocabulary().into_iter().collect();
+            let maze = maze(3);
+            let prompt = format.prompt(&maze);
+            let text = prompt.clone() + &format.demonstrate(&maze, &mut random::rng("trace", &[1])).text;
+            let pieces = if format.has_lines() { cut(&text) } else { Pieces(&text).collect() };
+            assert!(pieces.into_iter().all(|piece| vocabulary.contains(piece)), "{text}");
+            // The same cells in rows of another length are another prompt.
+            let mut turned = Maze { rows: 5, columns: 4, ..maze.clone() };
+            (turned.origin, turned.target) = (maze.origin, maze.target);
+            assert_ne!(format.prompt(&turned), prompt, "{spec:?}");
+        }
     }
 
     #[test]
     fn vocabularies_are_those_of_the_paper_and_of_its_fused_form() {
-        let paper = Format::new(&FormatSpec::default(), 5, 5).unwrap().vocabulary();
+        let paper = opened(&FormatSpec::default(), 5, 5).vocabulary();
         assert_eq!(paper.len(), 5 + 48);
         assert_eq!(&paper[..5], [PAD, BEGIN, END, THINK, END_THINK]);
         assert_eq!(
@@ -398,26 +434,29 @@ mod tests {
         {
             assert!(paper.iter().any(|token| token == wall), "{wall}");
         }
-        let (trace, order) = (SearchTrace::Search, SearchOrder::Random);
+        let tokens = |value| opened(&format(value), 5, 5).vocabulary().len();
+        assert_eq!(tokens(json!({"kind": "compact"})), 5 + 4 + 25 + 48);
+        assert_eq!(tokens(json!({"kind": "fused"})), 5 + 4 + 25 + 100 + 400);
+        let reprint = opened(&format(json!({"kind": "alphamaze", "trace": "reprint", "prompt": "legend"})), 5, 5);
         assert_eq!(
-            Format::new(&FormatSpec::Compact { trace, order }, 5, 5).unwrap().vocabulary().len(),
-            5 + 4 + 25 + 48
+            reprint.added_tokens(),
+            paper[3..],
+            "the paper's strings and the ends of thinking are all that is added"
         );
-        assert_eq!(
-            Format::new(&FormatSpec::Fused { trace, order }, 5, 5).unwrap().vocabulary().len(),
-            5 + 4 + 25 + 100 + 400
-        );
+        assert_eq!(&reprint.vocabulary()[..53], paper);
+        let text = opened(&format(json!({"kind": "alphamaze", "signs": "text"})), 5, 5);
+        assert!(text.added_tokens().is_empty());
     }
 
     #[test]
-    fn pieces_join_to_the_text_they_were_cut_from() {
-        for text in ["", "x", "<", "<|", "<|a", "<|a|", "<|a|>", "a<|b|>c<think></think>é<|<|d|>>", "<|a>|>", "<think"]
-        {
-            assert_eq!(Pieces(text).collect::<String>(), text);
-        }
-        assert_eq!(
-            Pieces("a<|b|>ü<think><|c<|d|>").collect::<Vec<_>>(),
-            ["a", "<|b|>", "ü", "<think>", "<|c", "<|d|>"]
-        );
+    fn parameters_that_cannot_be_are_refused() {
+        let says = |value: serde_json::Value| {
+            let spec = serde_json::from_value(value).unwrap();
+            Format::new(&spec, 4, 4, false).err().map(|error| error.to_string()).unwrap_or_default()
+        };
+        assert!(says(json!({"kind": "compact", "trace": "search", "retry_share": 0.5})).contains("needs a trace"));
+        assert_eq!(says(json!({"kind": "compact", "trace": "search", "retry_share": 0.0})), "");
+        assert!(says(json!({"kind": "compact", "trace": "path", "retry_share": 1.5})).contains("not a share"));
+        assert!(says(json!({"kind": "alphamaze", "retry": "junction"})).contains("give their `retry_share`"));
     }
 }

@@ -1,12 +1,11 @@
-//! The maze itself: cells, walls, distances, how a layout is drawn, and what makes two layouts the same.
+//! The maze itself: cells, walls, distances, and what makes two layouts the same.
 //!
 //! A cell is its index, row by row from the top left; a wall mask has a bit a side. Nothing here knows tokens or text.
 
-use anyhow::{bail, ensure};
-use rand_chacha::ChaCha8Rng;
-use serde::{Deserialize, Serialize};
+use std::fmt::Write as _;
 
-use crate::random;
+use anyhow::{bail, ensure};
+use serde::{Deserialize, Serialize};
 
 /// A step to a neighbouring cell, and the side of a cell that it leaves by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -79,41 +78,18 @@ pub struct Maze {
 }
 
 impl Maze {
-    /// Draws a layout by randomised depth-first search from a uniformly random cell (each step goes to a uniformly
-    /// random unvisited neighbour of the newest cell that has one), and two distinct uniformly random endpoints.
-    pub fn draw(rows: usize, columns: usize, random: &mut ChaCha8Rng) -> Self {
-        let cells = rows * columns;
-        let mut maze = Self { rows, columns, walls: vec![CLOSED; cells], origin: 0, target: 0, length: 0 };
-        let start = random::below(random, cells as u64) as usize;
-        let mut stack = Vec::with_capacity(cells);
-        stack.push(start);
-        while let Some(&cell) = stack.last() {
-            let mut open = [(Direction::Up, 0); 4];
-            let mut count = 0;
-            for direction in Direction::ALL {
-                // A cell with all its walls has not been visited, unless it is the start before its first step.
-                match maze.neighbour(cell, direction) {
-                    Some(next) if maze.walls[next] == CLOSED && next != start => {
-                        open[count] = (direction, next);
-                        count += 1;
-                    }
-                    _ => {}
-                }
-            }
-            if count == 0 {
-                stack.pop();
-                continue;
-            }
-            let (direction, next) = open[random::below(random, count as u64) as usize];
-            maze.walls[cell] &= !direction.bit();
-            maze.walls[next] &= !direction.opposite().bit();
-            stack.push(next);
+    /// The maze as JSON, byte for byte what `serde_json` writes of its value, whose keys are sorted.
+    pub(super) fn to_json(&self) -> String {
+        let Self { rows, columns, walls, origin, target, length } = self;
+        let mut text = String::with_capacity(80 + 3 * walls.len());
+        let _ = write!(
+            text,
+            r#"{{"columns":{columns},"length":{length},"origin":{origin},"rows":{rows},"target":{target},"walls":["#
+        );
+        for (cell, mask) in walls.iter().enumerate() {
+            let _ = write!(text, "{}{mask}", if cell == 0 { "" } else { "," });
         }
-        maze.origin = random::below(random, cells as u64) as usize;
-        maze.target = random::below(random, cells as u64 - 1) as usize;
-        maze.target += usize::from(maze.target >= maze.origin);
-        maze.length = maze.distances()[maze.origin].expect("a spanning tree reaches every cell");
-        maze
+        text + "]}"
     }
 
     /// The cell next to `cell`, whatever the walls; `None` beyond the edge.
@@ -249,6 +225,13 @@ pub(super) fn symmetries(rows: usize, columns: usize) -> Vec<Symmetry> {
     found
 }
 
+/// The layout with rows and columns exchanged.
+pub(super) fn transposed(walls: &[u8], rows: usize, columns: usize) -> Vec<u8> {
+    let sides = [(1, 4), (2, 8), (4, 1), (8, 2)];
+    let image = |mask: u8| sides.iter().filter(|(from, _)| mask & from != 0).map(|(_, to)| to).sum();
+    (0..rows * columns).map(|cell| image(walls[cell % rows * columns + cell / rows])).collect()
+}
+
 impl Symmetry {
     /// The image of a layout.
     pub(super) fn apply<'a>(&'a self, walls: &'a [u8]) -> impl Iterator<Item = u8> + 'a {
@@ -272,25 +255,15 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::random;
+    use crate::tasks::maze::layout::Layouts;
+    use crate::tasks::maze::spec::MazeSpec;
 
     fn maze(rows: usize, columns: usize, index: u64) -> Maze {
-        Maze::draw(rows, columns, &mut random::rng("test", &[index]))
+        Layouts::new(&MazeSpec::default()).draw(rows, columns, &mut random::rng("test", &[index]))
     }
 
     proptest! {
-        #[test]
-        fn a_drawn_layout_is_a_spanning_tree(rows in 2usize..12, columns in 2usize..12, index in 0u64..1_000_000) {
-            let maze = maze(rows, columns, index);
-            maze.check(rows, columns).unwrap();
-            let cells = rows * columns;
-            let openings: u32 = maze.walls.iter().map(|mask| 4 - mask.count_ones()).sum();
-            prop_assert_eq!(openings as usize, 2 * (cells - 1), "a connected graph with cells - 1 edges is a tree");
-            prop_assert!(maze.distances().iter().all(Option::is_some));
-            let end = maze.path().iter().try_fold(maze.origin, |cell, &direction| maze.step(cell, direction));
-            prop_assert_eq!(end, Some(maze.target));
-            prop_assert_eq!(maze.path().len(), maze.length);
-        }
-
         #[test]
         fn every_image_has_the_same_canonical_form_and_is_a_maze(
             (rows, columns) in prop_oneof![Just((4usize, 4usize)), Just((3, 5)), Just((2, 2)), Just((5, 5))],
@@ -307,6 +280,23 @@ mod tests {
                 image.check(rows, columns).unwrap();
             }
         }
+    }
+
+    #[test]
+    fn a_transposed_layout_is_a_maze_and_transposes_back() {
+        let maze = maze(3, 5, 2);
+        let walls = transposed(&maze.walls, 3, 5);
+        let cell = |cell: usize| cell % 5 * 3 + cell / 5;
+        let image = Maze {
+            rows: 5,
+            columns: 3,
+            walls: walls.clone(),
+            origin: cell(maze.origin),
+            target: cell(maze.target),
+            length: maze.length,
+        };
+        image.check(5, 3).unwrap();
+        assert_eq!(transposed(&walls, 5, 3), maze.walls);
     }
 
     #[test]

@@ -52,6 +52,18 @@ fn four_steps_and_four_more_are_eight_byte_for_byte_wherever_it_is_stopped() {
 }
 
 #[test]
+fn a_constant_rate_that_goes_on_into_a_fall_is_a_stable_phase_and_its_decay_byte_for_byte() {
+    let (_half, flow) = half();
+    let schedule = json!({"schedule": {"decay": "linear", "warmup_ratio": 0.0, "decay_ratio": 0.5}});
+    let whole = Job::new(&FLOW, "sft", changed(&schedule));
+    let wanted = whole.run(&[]).unwrap();
+    assert_eq!(Job::new(&flow, "sft", going_on(&schedule)).run(&[]).unwrap(), wanted);
+    let rates: Vec<f64> = whole.metrics().iter().map(|line| line["learning_rate"].as_f64().unwrap()).collect();
+    assert_eq!(rates[..4], [5e-3; 4]);
+    assert!(rates[3..].windows(2).all(|pair| pair[1] < pair[0]), "{rates:?}");
+}
+
+#[test]
 fn adapters_go_on_over_the_same_frozen_weights() {
     let lora = json!({"lora": {"rank": 2}, "validate": null});
     let with = |change: &Value| {

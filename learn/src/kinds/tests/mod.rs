@@ -1,11 +1,14 @@
 //! Tests of the loops, end to end on tiny mazes: same run same bytes, stopped anywhere; laws of rollouts; refusals.
 
 mod adapters;
+mod by_hand;
 mod continuing;
 mod episodes;
 mod new_tokens;
 mod policy;
+mod precision;
 mod replayed;
+mod selected;
 mod supervised;
 
 use std::time::Duration;
@@ -389,6 +392,13 @@ fn an_evaluation_counts_every_row_and_agrees_with_its_examples() {
     let (low, high) = (metrics["solved_low"].as_f64().unwrap(), metrics["solved_high"].as_f64().unwrap());
     assert!(low <= mean && mean <= high && low >= 0.0 && high <= 1.0 && high - low > 0.1);
     assert!(data.iter().all(|data| serde_json::from_str::<Value>(data.as_deref().unwrap()).unwrap().is_object()));
+    let diagnoses = ["error_out_of_tokens", "error_no_answer", "error_malformed"];
+    let mut wrong = table::read(&folder.join("examples.parquet"), &diagnoses).unwrap().into_iter().map(|column| {
+        let Column::Number(values) = column else { panic!("no numbers") };
+        values.into_iter().map(|value| value.unwrap()).sum::<f64>()
+    });
+    assert!((wrong.next().unwrap() / 14.0 - truncated).abs() < 1e-12, "what the token limit ended");
+    assert!((metrics["error_malformed"].as_f64().unwrap() * 14.0 - wrong.nth(1).unwrap()).abs() < 1e-9);
     let stratum = strata[0].as_deref().unwrap();
     assert!(metrics[format!("solved.{stratum}")].is_f64() && metrics[format!("n.{stratum}")].is_f64());
 }
