@@ -5,12 +5,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::cli::comparison::fits;
+use crate::cli::curves::Curves;
 use crate::cli::failure::Failure;
 use crate::cli::results::{StageResult, Values};
 use crate::cli::show::{StageObjects, find, flatten};
 use crate::cli::stored::SOLVED;
 use crate::cli::ui::Look;
 use crate::cli::{Session, render};
+use crate::pipeline::spec::point::Point;
+use crate::pipeline::stage::ArtifactType;
 use crate::pipeline::store::{Digest, Lookup, Manifest, Store};
 
 /// Compare two results: parameters, code, inputs, metrics, and the instances that only one of them solves
@@ -28,6 +32,18 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 8)]
     count: usize,
 }
+
+/// The curves of a training whose ends are compared.
+const TOLD: [&str; 8] = [
+    "loss",
+    "reward",
+    "reward/*/mean",
+    "token_accuracy",
+    "validation/*",
+    "rollout/solved",
+    "completions/mean_length",
+    "policy/reference_k3",
+];
 
 /// A value on either side; none where one side has no such thing.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -160,9 +176,25 @@ fn difference(a: &StageObjects<'_>, b: &StageObjects<'_>) -> Result<Difference, 
         code: changes(&code(first), &code(second)),
         inputs: changes(&inputs(&first.parts.params), &inputs(&second.parts.params)),
         outputs: outputs.collect(),
-        metrics: changes(&first.metrics, &second.metrics),
+        metrics: changes(&metrics(a), &metrics(b)),
         instances: instances(&one, &other),
     })
+}
+
+/// What was measured; of a training, the end of each curve that people look for.
+fn metrics(found: &StageObjects<'_>) -> BTreeMap<String, f64> {
+    let mut metrics = found.manifest.metrics.clone();
+    if found.manifest.outputs.iter().any(|output| output.artifact == ArtifactType::Evaluation) {
+        return metrics;
+    }
+    let wanted = |name: &str| TOLD.iter().any(|told| fits(told, name));
+    let curves = Curves::read(&found.store.logs(&found.manifest.key), &found.manifest.params, &wanted);
+    for name in curves.names().filter(|name| wanted(name)) {
+        if let Some(value) = curves.read_at(name, Point::Last, None) {
+            metrics.entry(name.to_owned()).or_insert(value);
+        }
+    }
+    metrics
 }
 
 /// What differs of two sets of named values.

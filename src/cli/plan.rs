@@ -241,10 +241,24 @@ impl<'a> Line<'a> {
         let trial = match trials.len() {
             1 => first.trial.clone(),
             _ if !is_swept => String::new(),
-            count => render::plural(count, "trial"),
+            count => match shared(&trials) {
+                shared if shared.is_empty() => render::plural(count, "trial"),
+                shared => format!("{shared} ({})", render::plural(count, "trial")),
+            },
         };
         Self { experiment, trial, stage: &first.stage, nodes }
     }
+}
+
+/// What the names of trials have in common: `seed=1` of `rate=0.1,seed=1` and `rate=0.2,seed=1`.
+fn shared(trials: &BTreeSet<(&str, &str)>) -> String {
+    let mut names = trials.iter().map(|(_, trial)| trial.split(','));
+    let mut common: Vec<&str> = names.next().map(Iterator::collect).unwrap_or_default();
+    for name in names {
+        let parts: Vec<&str> = name.collect();
+        common.retain(|part| parts.contains(part));
+    }
+    common.join(",")
 }
 
 /// The word for a state, as in the JSON.

@@ -145,6 +145,31 @@ fn plain_columns(header: &[&str], right: &[usize], rows: &[Vec<String>]) -> Stri
     text
 }
 
+/// A line folded at spaces to so many columns; a word that is longer is cut where it must be.
+pub fn folded(text: &str, width: usize) -> Vec<String> {
+    let width = width.max(1);
+    let mut lines = vec![String::new()];
+    let mut used = 0;
+    for word in text.split_inclusive(' ') {
+        let length = word.trim_end().chars().count();
+        if used + length > width && used > 0 {
+            lines.push(String::new());
+            used = 0;
+        }
+        for character in word.chars() {
+            if used == width && character != ' ' {
+                lines.push(String::new());
+                used = 0;
+            }
+            if used < width {
+                lines.last_mut().expect("there is one").push(character);
+                used += 1;
+            }
+        }
+    }
+    lines.into_iter().map(|line| line.trim_end().to_owned()).collect()
+}
+
 /// The names of `known` that `wanted` may be a slip of, nearest first, at most three.
 pub fn near<'a>(wanted: &str, known: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
     let slips = (wanted.chars().count() / 3).max(1);
@@ -192,5 +217,17 @@ mod tests {
     fn near_names_come_first() {
         assert_eq!(near("evalute", ["sft", "evaluate", "tokens"]), ["evaluate"]);
         assert!(near("zzz", ["sft"]).is_empty());
+    }
+
+    #[test]
+    fn text_is_folded_at_spaces_and_long_words_are_cut() {
+        assert_eq!(folded("one two three", 7), ["one two", "three"]);
+        assert_eq!(folded("abcdefgh ij", 3), ["abc", "def", "gh", "ij"]);
+        assert_eq!(folded("", 3), [""]);
+        for width in 1..20 {
+            let lines = folded("a bb ccc dddd eeeee ffffff", width);
+            assert!(lines.iter().all(|line| line.chars().count() <= width), "{lines:?}");
+            assert_eq!(lines.concat().replace(' ', ""), "abbcccddddeeeeeffffff");
+        }
     }
 }

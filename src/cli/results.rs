@@ -20,7 +20,6 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use crate::cli::rollouts;
 use crate::pipeline::stage::ArtifactType;
 use crate::pipeline::store::{Manifest, Store};
-use crate::statistics::mean::pass_at_k;
 
 /// The rows of an evaluation, in the order of the file.
 #[derive(Clone, Debug, Default)]
@@ -86,17 +85,12 @@ impl StageResult {
         self.measured().chain(headlines.filter(|name| !self.measured().any(|measured| measured == *name))).collect()
     }
 
-    /// The same with each measurement over each stratum of instances, and with pass@k where instances have several draws.
+    /// The same with each measurement over each stratum of instances.
     pub fn every_name(&self) -> Vec<String> {
         let mut names: Vec<String> = self.known().into_iter().map(str::to_owned).collect();
         let Some(examples) = &self.examples else { return names };
         let strata: BTreeSet<&str> = examples.strata.iter().flatten().map(String::as_str).collect();
-        let passes = examples.passes().into_iter().map(|k| format!("pass@{k}"));
-        let passes: Vec<String> = passes.filter(|name| !names.contains(name)).collect();
-        names.extend(passes);
-        let parts =
-            names.iter().filter(|name| self.measured().any(|measured| measured == *name) || name.starts_with("pass@"));
-        let parts = parts.flat_map(|name| strata.iter().map(move |stratum| format!("{name}.{stratum}")));
+        let parts = self.measured().flat_map(|name| strata.iter().map(move |stratum| format!("{name}.{stratum}")));
         let parts: Vec<String> = parts.filter(|name| !names.contains(name)).collect();
         names.extend(parts);
         names
@@ -161,9 +155,6 @@ impl Examples {
     fn values(&self, metric: &str) -> Option<BTreeMap<Arc<str>, f64>> {
         let measured =
             |wanted: &str| self.measurements.iter().find(|(name, _)| name == wanted).map(|(_, column)| column);
-        if let (Some(passed), None) = (metric.strip_prefix("pass@"), measured(metric)) {
-            return self.pass_at(passed);
-        }
         let (column, stratum) = match measured(metric) {
             Some(column) => (column, None),
             // Either name may hold dots: the split is at the dot that leaves a measurement before it.
@@ -186,37 +177,6 @@ impl Examples {
         });
         let means: BTreeMap<Arc<str>, f64> = means.collect();
         (!means.is_empty()).then_some(means)
-    }
-
-    /// `K[.STRATUM]`: the unbiased pass@k of each instance from its draws; `None` where there are fewer than 2k of one.
-    fn pass_at(&self, which: &str) -> Option<BTreeMap<Arc<str>, f64>> {
-        let (k, stratum) = which.split_once('.').map_or((which, None), |(k, stratum)| (k, Some(stratum)));
-        let k: u64 = k.parse().ok()?;
-        let mut passed = BTreeMap::new();
-        for (instance, (draws, correct)) in self.draws(stratum) {
-            passed.insert(instance, pass_at_k(draws, correct, k)?);
-        }
-        (!passed.is_empty()).then_some(passed)
-    }
-
-    /// By instance, how often it was drawn and how often it was solved.
-    fn draws(&self, stratum: Option<&str>) -> BTreeMap<Arc<str>, (u64, u64)> {
-        let mut draws: BTreeMap<Arc<str>, (u64, u64)> = BTreeMap::new();
-        let solved = self.measurements.iter().find(|(name, _)| name == "solved").map(|(_, column)| column.as_slice());
-        for ((instance, own), solved) in self.instances.iter().zip(&self.strata).zip(solved.unwrap_or_default()) {
-            if stratum.is_none_or(|wanted| own.as_deref().is_some_and(|own| is_within(own, wanted))) {
-                let (all, correct) = draws.entry(Arc::clone(instance)).or_default();
-                *all += 1;
-                *correct += u64::from(solved.is_some_and(|solved| solved >= 1.0));
-            }
-        }
-        draws
-    }
-
-    /// The powers of two for which pass@k can be told; none where every instance was drawn once.
-    fn passes(&self) -> Vec<u64> {
-        let least = self.draws(None).values().map(|(draws, _)| *draws).min().unwrap_or(0);
-        std::iter::successors(Some(1), |k| Some(2 * k)).take_while(|k| 2 * k <= least).collect()
     }
 }
 
@@ -344,25 +304,14 @@ mod tests {
     }
 
     #[test]
-    fn several_draws_of_an_instance_give_pass_at_k() {
-        let draw = |name: &'static str, solved: f64| (name, Some("short"), solved, None);
-        let mut rows = vec![draw("a", 1.0), draw("a", 0.0), draw("a", 0.0), draw("a", 0.0)];
-        rows.extend([0.0; 4].map(|solved| draw("b", solved)));
-        let result = StageResult { metrics: BTreeMap::new(), examples: Some(read(&rows)) };
-        let pass = |name: &str| match result.values(name) {
-            Some(Values::Instances(values)) => values.into_values().collect::<Vec<_>>(),
-            _ => Vec::new(),
-        };
-        assert_eq!(pass("pass@1"), [0.25, 0.0]);
-        // Of the C(4, 2) = 6 pairs of draws of `a`, 3 hold the one that solves.
-        assert_eq!(pass("pass@2"), [0.5, 0.0]);
-        assert_eq!(pass("pass@2.short"), [0.5, 0.0]);
-        assert!(pass("pass@4").is_empty(), "it wants eight draws");
-        let names = result.every_name();
-        assert!(
-            ["pass@1", "pass@2", "pass@2.short", "solved.short"].iter().all(|name| names.iter().any(|n| n == name))
+    fn every_name_has_measurements_by_stratum() {
+        let rows = [("a", Some("short"), 1.0, None), ("b", Some("long"), 0.0, None)];
+        let metrics = BTreeMap::from([("solved.long".to_owned(), 0.0), ("loss".to_owned(), 0.1)]);
+        let result = StageResult { metrics, examples: Some(read(&rows)) };
+        assert_eq!(
+            result.every_name(),
+            ["solved", "steps", "loss", "solved.long", "solved.short", "steps.long", "steps.short"]
         );
-        assert!(!names.iter().any(|name| name == "pass@4"));
     }
 
     #[test]

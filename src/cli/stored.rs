@@ -1,5 +1,6 @@
 //! Stored completions as commands look at them: what was said turn by turn, what it earned, what was learnt from it.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -105,12 +106,25 @@ impl Completions {
     }
 }
 
-/// How a completion ended, in words that hold for any task: the first thing that went wrong with it.
-pub(super) fn outcome(sample: &Sample) -> &'static str {
+/// The measurements of a task that says by itself how a completion went wrong begin so.
+pub(super) const ERROR: &str = "error_";
+
+/// How a completion ended. Where the task measures `error_*`, these are the ways; else it is told in words that hold for any
+/// task: the first thing that went wrong with it.
+pub(super) fn outcome(sample: &Sample) -> Cow<'static, str> {
     let is =
         |name: &str, wanted: &dyn Fn(f64) -> bool| sample.measurements.get(name).is_some_and(|value| wanted(*value));
-    match () {
-        () if is(SOLVED, &|solved| solved > 0.5) => "solved",
+    if is(SOLVED, &|solved| solved > 0.5) {
+        return "solved".into();
+    }
+    let own = sample.measurements.iter().filter_map(|(name, value)| Some((name.strip_prefix(ERROR)?, *value)));
+    if let Some((name, _)) = own.clone().find(|(_, value)| *value > 0.0) {
+        return name.replace('_', " ").into();
+    }
+    if own.count() > 0 {
+        return "other".into();
+    }
+    let words = match () {
         () if sample.finish == Finish::Length => "cut off",
         () if is("format", &|format| format < 0.5) => "malformed",
         () if is("wall_hits", &|hits| hits > 0.0) => "runs into a wall",
@@ -118,7 +132,8 @@ pub(super) fn outcome(sample: &Sample) -> &'static str {
         () if is("wall_hits", &|_| true) => "ends elsewhere",
         () if is(SOLVED, &|_| true) => "not solved",
         () => "ended",
-    }
+    };
+    words.into()
 }
 
 #[cfg(test)]
@@ -181,6 +196,19 @@ pub(super) mod tests {
             json!({"rows": 2, "columns": 3, "walls": [13, 13, 13, 6, 2, 10], "origin": 0, "target": 2, "length": 4});
         let instances = BTreeMap::from([("rl-0".to_owned(), maze.clone()), ("rl-1".to_owned(), maze)]);
         Completions::with(Samples::open(folder, &instances).unwrap(), folder).unwrap()
+    }
+
+    #[test]
+    fn a_completion_ended_as_its_task_says_or_in_words_for_any_task() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut sample = rollouts(folder.path()).rows()[1].clone();
+        assert_eq!(outcome(&sample), "not solved");
+        sample.measurements.insert("wall_hits".to_owned(), 1.0);
+        assert_eq!(outcome(&sample), "runs into a wall");
+        sample.measurements.extend([("error_wall".to_owned(), 0.0), ("error_no_answer".to_owned(), 1.0)]);
+        assert_eq!(outcome(&sample), "no answer");
+        sample.measurements.insert(SOLVED.to_owned(), 1.0);
+        assert_eq!(outcome(&sample), "solved");
     }
 
     #[test]

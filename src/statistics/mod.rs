@@ -33,6 +33,15 @@ pub struct Estimate {
     pub n: usize,
 }
 
+impl Estimate {
+    /// The same of a share: Student's interval does not know that it lies in `[0, 1]`, and cut there it covers as much.
+    #[must_use]
+    pub fn of_share(self) -> Self {
+        let within = |end: f64| end.clamp(0.0, 1.0);
+        Self { low: self.low.map(within), high: self.high.map(within), ..self }
+    }
+}
+
 /// A paired difference (first minus second) with its interval and test.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Difference {
@@ -46,6 +55,15 @@ pub struct Difference {
     pub n: usize,
     /// The two-sided p of "there is no difference"; absent where no test can be made.
     pub p: Option<f64>,
+}
+
+impl Difference {
+    /// The same of two shares, which lies in `[-1, 1]`.
+    #[must_use]
+    pub fn of_shares(self) -> Self {
+        let within = |end: f64| end.clamp(-1.0, 1.0);
+        Self { low: self.low.map(within), high: self.high.map(within), ..self }
+    }
 }
 
 /// The two-sided quantile of Student's t: half the mass `level` lies between it and 0.
@@ -74,4 +92,20 @@ fn moments(values: &[f64]) -> (f64, f64) {
     // Two passes: the sum of squares minus the square of the sum cancels where the spread is small.
     let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
     (mean, (squares / (n - 1.0)).sqrt())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interval_of_shares_ends_where_shares_do() {
+        // Student's interval of these five is [-0.07, 0.17].
+        let estimate = seeds::over_seeds(&[0.0, 0.0, 0.02, 0.01, 0.22], LEVEL).unwrap();
+        assert!(estimate.low.unwrap() < 0.0);
+        let share = estimate.of_share();
+        assert_eq!((share.low, share.high, share.mean), (Some(0.0), estimate.high, estimate.mean));
+        let apart = Difference { mean: 0.9, low: Some(0.7), high: Some(1.1), n: 5, p: Some(0.01) }.of_shares();
+        assert_eq!((apart.low, apart.high), (Some(0.7), Some(1.0)));
+    }
 }

@@ -29,7 +29,10 @@ pub fn clustered_difference(clusters: &[Vec<f64>], level: f64) -> Option<Differe
 fn of_differences(differences: &[f64], level: f64) -> Option<Difference> {
     let estimate = t_interval(differences, level)?;
     let p = Some(sign_flip(differences));
-    Some(Difference { mean: estimate.mean, low: estimate.low, high: estimate.high, n: estimate.n, p })
+    // Student's interval of differences that are all alike has no width, which would say that there can be no others.
+    let alike = differences.iter().all(|value| value.to_bits() == differences[0].to_bits());
+    let (low, high) = if alike { (None, None) } else { (estimate.low, estimate.high) };
+    Some(Difference { mean: estimate.mean, low, high, n: estimate.n, p })
 }
 
 #[cfg(test)]
@@ -46,6 +49,15 @@ mod tests {
         assert!((found.high.unwrap() - 0.956_653_117_159).abs() < 1e-9);
         assert_eq!(found.p, Some(1.0), "two gained, one lost");
         assert_eq!(paired_difference(&[], &[], 0.95), None);
+    }
+
+    #[test]
+    fn differences_that_are_all_alike_have_no_interval() {
+        let same = paired_difference(&[1.0, 0.0, 1.0], &[1.0, 0.0, 1.0], 0.95).unwrap();
+        assert_eq!((same.mean, same.low, same.high, same.p), (0.0, None, None, Some(1.0)));
+        let apart = paired_difference(&[1.0; 9], &[0.0; 9], 0.95).unwrap();
+        assert_eq!((apart.mean, apart.low), (1.0, None));
+        assert!((apart.p.unwrap() - 2.0 / 512.0).abs() < 1e-12);
     }
 
     #[test]

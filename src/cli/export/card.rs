@@ -162,7 +162,8 @@ fn evaluations(lineage: &Lineage) -> String {
         return String::new();
     }
     let mut text = String::from(
-        "By `pipe`'s own generation and simulation; low and high are the ends of a 95 % interval (Wilson).\n\n\
+        "By `pipe`'s own generation and simulation; low and high are the ends of a 95 % interval: Wilson's, or Student's t over \
+         instances where each was drawn several times.\n\n\
          | evaluation | split | temperature | solved | low | high | n |\n|---|---|---:|---:|---:|---:|---:|\n",
     );
     for evaluation in &lineage.evaluations {

@@ -1,5 +1,6 @@
 //! Rollouts and evaluations: groups with rewards and advantages, types of errors, and where reward and solved part.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
@@ -60,7 +61,7 @@ fn groups(completions: &Completions, look: &Look<'_>) -> anyhow::Result<(String,
             let sample = &completions.rows()[*row];
             let dropped = if completions.kept[*row] { "" } else { " (dropped)" };
             let name = if place == 0 { format!("{}{dropped}", sample.instance) } else { String::new() };
-            let mut line = vec![name, sample.sample.to_string(), outcome(sample).to_owned()];
+            let mut line = vec![name, sample.sample.to_string(), outcome(sample).into_owned()];
             line.extend(sample.rewards.iter().map(|reward| number(*reward)));
             line.push(number(sample.total));
             let advantages = &completions.advantages[*row];
@@ -130,7 +131,7 @@ fn gaps(completions: &Completions, rows: &[usize]) -> (String, Value) {
                     sample.step.to_string(),
                     sample.instance.clone(),
                     sample.sample.to_string(),
-                    outcome(sample).to_owned(),
+                    outcome(sample).into_owned(),
                 ]
             };
             let lines = some.iter().map(line).collect();
@@ -144,20 +145,20 @@ fn gaps(completions: &Completions, rows: &[usize]) -> (String, Value) {
 
 /// How many completions ended how, the most frequent first.
 fn outcomes(completions: &Completions, rows: &[usize]) -> (String, Value) {
-    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut counts: BTreeMap<Cow<'static, str>, usize> = BTreeMap::new();
     for row in rows {
         *counts.entry(outcome(&completions.rows()[*row])).or_default() += 1;
     }
-    let mut counts: Vec<(&str, usize)> = counts.into_iter().collect();
+    let mut counts: Vec<(Cow<'static, str>, usize)> = counts.into_iter().collect();
     counts.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
-    let line = |(name, count): &(&str, usize)| {
+    let line = |(name, count): &(Cow<'static, str>, usize)| {
         let share = *count as f64 / rows.len().max(1) as f64;
-        vec![(*name).to_owned(), render::count(*count as u64), format!("{} %", render::percent(share))]
+        vec![name.to_string(), render::count(*count as u64), format!("{} %", render::percent(share))]
     };
     let text = render::columns(&["ended", "n", "share"], &[1, 2], counts.iter().map(line).collect(), None);
     (
         text,
-        counts.iter().map(|(name, count)| ((*name).to_owned(), json!(count))).collect::<serde_json::Map<_, _>>().into(),
+        counts.iter().map(|(name, count)| (name.to_string(), json!(count))).collect::<serde_json::Map<_, _>>().into(),
     )
 }
 

@@ -69,6 +69,7 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
     let width = usize::from(session.ui.output_width().unwrap_or(COLUMNS));
     let look = Look { args, width, color: session.ui.output_color() };
     let artifact = artifact(args, session)?;
+    check(args, artifact.kind)?;
     let seen = match artifact.kind {
         ArtifactType::Evaluation | ArtifactType::Rollouts => {
             completions::inspect(&artifact.folder, &completions_of(args, session, &artifact)?, &look)
@@ -86,6 +87,22 @@ pub fn run(args: &Args, session: &Session) -> Result<(), Failure> {
         return session.ui.json_pretty(&seen.value);
     }
     session.ui.data(&format!("{} in {}\n\n{}", artifact.kind, artifact.folder.display(), seen.text.trim_end()))
+}
+
+/// Refuses options that say nothing about such an artifact.
+fn check(args: &Args, kind: ArtifactType) -> Result<(), Failure> {
+    use ArtifactType::{Dataset, Rollouts, Tokens};
+    let asked: [(&str, bool, &[ArtifactType]); 3] = [
+        ("--row", args.row.is_some(), &[Dataset, Tokens]),
+        ("--split", args.split.is_some(), &[Dataset, Tokens]),
+        ("--step", args.step.is_some(), &[Rollouts]),
+    ];
+    let Some((option, _, fits)) = asked.iter().find(|(_, is_asked, fits)| *is_asked && !fits.contains(&kind)) else {
+        return Ok(());
+    };
+    let of: Vec<String> = fits.iter().map(|kind| format!("`{kind}`")).collect();
+    Err(Failure::wrong(format!("`{option}` asks nothing of a `{kind}`"))
+        .hint(format!("it is for {}", of.join(" and "))))
 }
 
 /// The folder that is there, or the output of a result.
@@ -185,6 +202,17 @@ mod tests {
     pub(super) fn look_at<T>(options: &[&str], see: impl FnOnce(&Look<'_>) -> T) -> T {
         let line = Line::parse_from(["inspect", "x"].iter().chain(options));
         see(&Look { args: &line.args, width: 80, color: false })
+    }
+
+    #[test]
+    fn options_that_an_artifact_has_no_use_for_are_refused() {
+        let asked = |options: &[&str], kind| look_at(options, |look| check(look.args, kind));
+        assert!(asked(&["--row", "3"], ArtifactType::Tokens).is_ok() && asked(&[], ArtifactType::Checkpoint).is_ok());
+        let failure = asked(&["--step", "3"], ArtifactType::Dataset).unwrap_err();
+        assert_eq!(failure.parts().0, "`--step` asks nothing of a `dataset`");
+        assert_eq!(failure.parts().2, ["it is for `rollouts`"]);
+        assert!(asked(&["--row", "1"], ArtifactType::Checkpoint).is_err());
+        assert!(asked(&["--split", "test"], ArtifactType::Rollouts).is_err());
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::SystemTime;
 
 use crate::cli::render;
+use crate::cli::stored::ERROR;
 use crate::pipeline::store::{Owner, Reached};
 
 /// Metrics on a line, at most.
@@ -25,7 +26,10 @@ pub(super) fn is_looked_for(name: &str) -> bool {
 /// The first metrics that people look for, at most so many.
 pub(super) fn first(metrics: &BTreeMap<String, f64>, most: usize) -> impl Iterator<Item = (&String, &f64)> {
     // A dotted name is a part of another number: `solved.long`, `rows.train`. Where the time goes is for `pipe show`.
-    let is_told = |(name, _): &(&String, &f64)| !name.contains('.') && !name.starts_with("seconds/");
+    // Ways to go wrong are many, and each is a part of what is not solved.
+    let is_told = |(name, _): &(&String, &f64)| {
+        !name.contains('.') && !["seconds/", ERROR].iter().any(|begin| name.starts_with(begin))
+    };
     let mut told: Vec<(&String, &f64)> = metrics.iter().filter(is_told).collect();
     told.sort_by_key(|(name, _)| (rank(name), name.as_str()));
     told.into_iter().take(most)
@@ -86,7 +90,7 @@ mod tests {
 
     #[test]
     fn the_first_metrics_are_those_that_people_look_for() {
-        let names = ["loss", "mfu", "reward", "rollout/solved", "rollout/solved.long", "seconds/reward"];
+        let names = ["error_wall", "loss", "mfu", "reward", "rollout/solved", "rollout/solved.long", "seconds/reward"];
         let shown = headline(&names.into_iter().map(|name| (name.to_owned(), 0.5)).collect());
         assert_eq!(shown, "rollout/solved 0.5, reward 0.5, loss 0.5, mfu 0.5");
     }

@@ -16,6 +16,7 @@ use crate::cli::render;
 use crate::cli::report::html::escaped;
 use crate::cli::report::trainings::arms;
 use crate::cli::results::StageResult;
+use crate::cli::stored::ERROR;
 use crate::pipeline::plan::{Plan, State};
 use crate::pipeline::spec::Experiment;
 use crate::pipeline::stage::ArtifactType;
@@ -28,9 +29,6 @@ const COLORS: [(&str, &str); 5] =
 
 /// The colours of the others, in their order.
 const OTHERS: [&str; 5] = ["s5", "s3", "s7", "s1", "else"];
-
-/// The columns of a task that says by itself how a row went wrong begin so.
-const ERROR: &str = "error_";
 
 /// Arms whose rows are shown, and rows of each that are solved and that are not.
 const ARMS: usize = 4;
@@ -60,10 +58,10 @@ fn endings(result: &StageResult) -> Option<Vec<(String, usize)>> {
     if own.is_empty() {
         ways.push(("cut off".to_owned(), vec![("truncated", yes), ("finished", no)]));
         ways.push(("malformed".to_owned(), vec![("format", no)]));
-        ways.push(("against a wall".to_owned(), vec![("wall_hits", yes)]));
+        ways.push(("runs into a wall".to_owned(), vec![("wall_hits", yes)]));
     }
     ways.extend(own.iter().map(|name| (name[ERROR.len()..].replace('_', " "), vec![(*name, yes)])));
-    ways.push((if own.is_empty() { "elsewhere" } else { "other" }.to_owned(), Vec::new()));
+    ways.push((if own.is_empty() { "ends elsewhere" } else { "other" }.to_owned(), Vec::new()));
     let mut counts = vec![0; ways.len()];
     for row in 0..rows {
         let way = ways.iter().position(|(_, signs)| signs.iter().any(|(name, wanted)| holds(name, row, *wanted)));
@@ -199,7 +197,7 @@ struct Row {
 /// Rows of the evaluation that stands last in the pipeline among `stages` (or all), of the first arms.
 pub(super) fn walks(experiment: &Experiment, plan: &Plan, store: &Store, stages: &[&str]) -> String {
     let mut text = String::new();
-    for (arm, trials) in arms(experiment).iter().take(ARMS) {
+    for (_, trials) in arms(experiment).iter().take(ARMS) {
         let Some(first) = trials.first() else { continue };
         let planned = plan.trials.iter().find(|trial| trial.experiment == experiment.name && trial.trial == first.name);
         let Some(planned) = planned else { continue };
@@ -226,7 +224,6 @@ pub(super) fn walks(experiment: &Experiment, plan: &Plan, store: &Store, stages:
             walk(row, &mut text);
         }
         text.push_str("</div>\n");
-        let _ = arm;
     }
     if text.is_empty() {
         return text;

@@ -83,7 +83,7 @@ fn part(session: &Session, experiment: &Experiment, plan: &Plan, store: &Store) 
         for wide in tables::wide(&comparison) {
             text.push_str(&table(&wide, comparison.baseline.as_deref()));
         }
-        let _ = writeln!(text, "<p class=\"claim\">{}</p>", escaped(&tables::meaning(&comparison)));
+        let _ = writeln!(text, "<p class=\"claim\">{}</p>", escaped(&tables::meaning(&comparison, true)));
     }
     if !comparison.notes.is_empty() {
         let notes = comparison.notes.iter().map(|note| format!("<li>{}</li>", escaped(note)));

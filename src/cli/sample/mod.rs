@@ -168,7 +168,7 @@ fn write_pictures(completions: &Completions, rows: &[usize], args: &Args) -> Res
         write(file, sheet.svg().into_bytes())?;
     }
     if let Some(file) = &args.png {
-        write(file, sheet::png(&sheet)?)?;
+        write(file, sheet.png().map_err(|error| Failure::failed(format!("{error:#}")))?.bytes)?;
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! One completion as text: the drawing on the left where there is one, beside it or below what was thought and said.
 
 use crate::cli::render;
-use crate::cli::stored::Completions;
+use crate::cli::stored::{Completions, ERROR, SOLVED};
 use crate::cli::ui::Look;
 use crate::tasks::maze::drawing::{Drawing, Ink, Span};
 use std::fmt::Write as _;
@@ -54,13 +54,16 @@ fn title(completions: &Completions, row: usize, color: bool) -> String {
         Some(false) => Look::Red.on("not solved", color),
         None => String::new(),
     });
-    let is_told = |name: &&String| *name != crate::cli::stored::SOLVED;
+    let is_told = |name: &&String| *name != SOLVED;
     let measured: Vec<String> = completions
         .samples
         .measures
         .iter()
         .filter(is_told)
-        .filter_map(|name| Some(format!("{name} {}", render::number(*sample.measurements.get(name)?))))
+        .filter_map(|name| Some((name, *sample.measurements.get(name)?)))
+        // What did not go wrong needs no word.
+        .filter(|(name, value)| !name.starts_with(ERROR) || *value != 0.0)
+        .map(|(name, value)| format!("{name} {}", render::number(value)))
         .collect();
     parts.push(Look::Dim.on(&measured.join(", "), color));
     let mut text = parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("  ");
@@ -91,7 +94,7 @@ fn said(completion: &str, drawing: &Drawing, width: usize, color: bool) -> Vec<S
         lines.extend(headed(head, &text, width, color));
     }
     for mistake in drawing.mistakes() {
-        let folded = wrapped(&mistake, width.saturating_sub(2));
+        let folded = render::folded(&mistake, width.saturating_sub(2));
         lines.extend(folded.into_iter().enumerate().map(|(place, line)| {
             let mark = if place == 0 { "✗ " } else { "  " };
             Look::Red.on(&format!("{mark}{line}"), color)
@@ -115,7 +118,7 @@ fn told(completions: &Completions, row: usize, width: usize, color: bool) -> Vec
 /// Text behind a word that says whose it is.
 fn headed(head: &str, text: &str, width: usize, color: bool) -> Vec<String> {
     const HEAD: usize = 9;
-    let folded = text.lines().flat_map(|line| wrapped(line, width.saturating_sub(HEAD).max(10)));
+    let folded = text.lines().flat_map(|line| render::folded(line, width.saturating_sub(HEAD).max(10)));
     let line = |(place, line): (usize, String)| {
         let head = if place == 0 { format!("{head:HEAD$}") } else { " ".repeat(HEAD) };
         format!("{}{line}", Look::Dim.on(&head, color)).trim_end().to_owned()
@@ -127,31 +130,6 @@ fn headed(head: &str, text: &str, width: usize, color: bool) -> Vec<String> {
 fn readable(text: &str) -> String {
     let spaced = text.replace("<|", " ").replace("|>", " ");
     spaced.split_whitespace().collect::<Vec<_>>().join(" ")
-}
-
-/// A line folded at spaces to so many columns; a word that is longer is cut where it must be.
-fn wrapped(text: &str, width: usize) -> Vec<String> {
-    let width = width.max(1);
-    let mut lines = vec![String::new()];
-    let mut used = 0;
-    for word in text.split_inclusive(' ') {
-        let length = word.trim_end().chars().count();
-        if used + length > width && used > 0 {
-            lines.push(String::new());
-            used = 0;
-        }
-        for character in word.chars() {
-            if used == width && character != ' ' {
-                lines.push(String::new());
-                used = 0;
-            }
-            if used < width {
-                lines.last_mut().expect("there is one").push(character);
-                used += 1;
-            }
-        }
-    }
-    lines.into_iter().map(|line| line.trim_end().to_owned()).collect()
 }
 
 fn colored(line: &[Span], color: bool) -> String {
@@ -169,18 +147,6 @@ fn colored(line: &[Span], color: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn text_is_folded_at_spaces_and_long_words_are_cut() {
-        assert_eq!(wrapped("one two three", 7), ["one two", "three"]);
-        assert_eq!(wrapped("abcdefgh ij", 3), ["abc", "def", "gh", "ij"]);
-        assert_eq!(wrapped("", 3), [""]);
-        for width in 1..20 {
-            let lines = wrapped("a bb ccc dddd eeeee ffffff", width);
-            assert!(lines.iter().all(|line| line.chars().count() <= width), "{lines:?}");
-            assert_eq!(lines.concat().replace(' ', ""), "abbcccddddeeeeeffffff");
-        }
-    }
 
     #[test]
     fn tokens_are_read_as_words() {

@@ -116,7 +116,7 @@ pub(super) fn markdown(comparison: &Comparison, question: &str) -> String {
         }
         text.push('\n');
     }
-    let _ = writeln!(text, "{}", escaped(&text::meaning(comparison)));
+    let _ = writeln!(text, "{}", escaped(&text::meaning(comparison, true)));
     text
 }
 
@@ -136,7 +136,7 @@ pub(super) fn latex(comparison: &Comparison, question: &str) -> String {
         let _ = writeln!(text, "    \\bottomrule\n  \\end{{tabular}}");
     }
     let question = question.lines().next().filter(|line| !line.is_empty()).map(|line| format!("{} ", tex(line)));
-    let caption = tex(&text::meaning(comparison).replace('\n', " "));
+    let caption = tex(&text::meaning(comparison, true).replace('\n', " "));
     let label = tex_label(&comparison.experiment);
     let _ = writeln!(
         text,
@@ -206,7 +206,7 @@ mod tests {
         Claim A, about these checkpoints: n counts instances; intervals are Wilson's for shares, Student's t otherwise.
         A claim about the recipe needs at least 5 seeds.
         Differences are paired by instance and seed: Student's t interval, p from sign flips within instances.
-        Holm's correction is over the tests of a block.
+        Every p is after Holm's correction over the tests of a block.
         ");
     }
 
@@ -243,7 +243,7 @@ mod tests {
             drop=progress & $-$1.0 pp [+4.0, +8.2], p = 0.300 & - \\
             \bottomrule
           \end{tabular}
-          \caption{Which 50 \% of it? Claim A, about these checkpoints: n counts instances; intervals are Wilson's for shares, Student's t otherwise. A claim about the recipe needs at least 5 seeds. Differences are paired by instance and seed: Student's t interval, p from sign flips within instances. Holm's correction is over the tests of a block.}
+          \caption{Which 50 \% of it? Claim A, about these checkpoints: n counts instances; intervals are Wilson's for shares, Student's t otherwise. A claim about the recipe needs at least 5 seeds. Differences are paired by instance and seed: Student's t interval, p from sign flips within instances. Every p is after Holm's correction over the tests of a block.}
           \label{tab:maze}
         \end{table}
         ");

@@ -67,7 +67,9 @@ pub(super) fn text(comparison: &Comparison, width: Option<u16>) -> String {
             blocks.push(format!("baseline: {baseline}\n{table}"));
         }
     }
-    blocks.push(meaning(comparison));
+    let meaning = meaning(comparison, false);
+    let width = width.map_or(usize::MAX, usize::from);
+    blocks.push(meaning.lines().flat_map(|line| render::folded(line, width)).collect::<Vec<_>>().join("\n"));
     blocks.join("\n")
 }
 
@@ -88,7 +90,37 @@ fn block(header: &[&str], mut rows: Vec<Vec<String>>, without_arm: bool, width: 
             row.remove(1);
         }
     }
-    render::columns(&header, &right, rows, width)
+    let whole = render::columns(&header, &right, rows.clone(), None);
+    let is_wide = |text: &str| width.is_some_and(|width| text.lines().any(|line| line.chars().count() > width.into()));
+    if !is_wide(&whole) {
+        return whole;
+    }
+    if without_arm {
+        return render::columns(&header, &right, rows, width);
+    }
+    let headed = headed(&header, &right, &rows);
+    if is_wide(&headed) { render::columns(&header, &right, rows, width) } else { headed }
+}
+
+/// The same with what stands in the first column as a line of its own above its rows.
+fn headed(header: &[&str], right: &[usize], rows: &[Vec<String>]) -> String {
+    let cells = rows.iter().map(|row| {
+        let arm = format!("  {}", row[1]);
+        std::iter::once(arm).chain(row[2..].iter().cloned()).collect()
+    });
+    let right: Vec<usize> = right.iter().map(|place| place - 1).collect();
+    let body = render::columns(&[&["  arm"], &header[2..]].concat(), &right, cells.collect(), None);
+    let mut lines = body.lines();
+    let mut text = format!("{}\n{}\n", header[0], lines.next().unwrap_or_default());
+    for (row, line) in rows.iter().zip(lines) {
+        if !row[0].is_empty() {
+            text.push_str(&row[0]);
+            text.push('\n');
+        }
+        text.push_str(line);
+        text.push('\n');
+    }
+    text
 }
 
 fn tested_row(label: String, arm: &str, tested: Option<Tested>, share: bool) -> Vec<String> {
@@ -134,8 +166,8 @@ fn signed(number: String) -> String {
     }
 }
 
-/// What the numbers claim and how they were made.
-pub(in crate::cli) fn meaning(comparison: &Comparison) -> String {
+/// What the numbers claim and how they were made; `is_corrected` where p stands there after Holm's correction alone.
+pub(in crate::cli) fn meaning(comparison: &Comparison, is_corrected: bool) -> String {
     let tests = !comparison.differences.is_empty() || comparison.baseline.is_some();
     let fewest = comparison.arms.iter().map(|arm| arm.seeds).filter(|seeds| *seeds > 0).min().unwrap_or(0);
     let mut text = match comparison.claim {
@@ -143,8 +175,8 @@ pub(in crate::cli) fn meaning(comparison: &Comparison) -> String {
             "Claim B, about the recipe: n counts seeds ({fewest} or more an arm); intervals are Student's t over seeds."
         ),
         Claim::Checkpoints if fewest > 1 => {
-            "Claim A, about these checkpoints: n counts instances, each averaged over its seeds; intervals are Student's t.\n\
-             A claim about the recipe needs at least 5 seeds."
+            "Claim A, about these checkpoints: n counts instances, each averaged over its seeds; intervals are Student's t, \
+             Wilson's where all are 0 or 1.\nA claim about the recipe needs at least 5 seeds."
                 .to_owned()
         }
         Claim::Checkpoints => "Claim A, about these checkpoints: n counts instances; intervals are Wilson's for shares, \
@@ -158,7 +190,10 @@ pub(in crate::cli) fn meaning(comparison: &Comparison) -> String {
                 "\nDifferences are paired by instance and seed: Student's t interval, p from sign flips within instances"
             }
         });
-        text.push_str(".\nHolm's correction is over the tests of a block.");
+        text.push_str(match is_corrected {
+            true => ".\nEvery p is after Holm's correction over the tests of a block.",
+            false => ".\nHolm's correction is over the tests of a block.",
+        });
     }
     let mut shown = comparison.arms.iter().flat_map(|arm| arm.metrics.values().flatten());
     if comparison.claim == Claim::Checkpoints && shown.any(|found| found.low.is_none()) {
@@ -198,4 +233,44 @@ fn places(comparison: &Comparison) -> Vec<String> {
         lines.push(format!("{}: the checkpoint that validation chose.", best.join(", ")));
     }
     lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::table::tests::comparison;
+
+    #[test]
+    fn a_narrow_terminal_breaks_no_name() {
+        let narrow = text(&comparison(), Some(72));
+        insta::assert_snapshot!(narrow, @r"
+metric       arm              mean  95 % interval      n
+sft.solved   drop=none      72.0 %   [70.0, 74.0]  1,000
+             drop=progress  72.0 %   [70.0, 74.0]  1,000
+grpo.solved  drop=none           -
+             drop=progress       -
+
+difference
+  arm               mean  95 % interval      n        p  p (Holm)
+grpo.solved - sft.solved
+  drop=none      +6.1 pp   [+4.0, +8.2]  1,000  < 0.001   < 0.001
+  drop=progress  +6.1 pp   [+4.0, +8.2]  1,000  < 0.001   < 0.001
+
+baseline: drop=none
+minus the baseline
+  arm               mean  95 % interval      n        p
+sft.solved
+  drop=progress  -1.0 pp   [+4.0, +8.2]  1,000  < 0.001
+grpo.solved
+  drop=progress        -
+
+Claim A, about these checkpoints: n counts instances; intervals are
+Wilson's for shares, Student's t otherwise.
+A claim about the recipe needs at least 5 seeds.
+Differences are paired by instance and seed: Student's t interval, p
+from sign flips within instances.
+Holm's correction is over the tests of a block.
+");
+        assert!(narrow.lines().all(|line| line.chars().count() <= 72), "{narrow}");
+    }
 }

@@ -189,10 +189,12 @@ impl Composer {
             if known.contains(&name.as_ref()) {
                 continue;
             }
-            let hint = if EXPERIMENT.contains(&name.as_ref()) {
-                Some("to build on another experiment, name it with `extends`".to_owned())
-            } else {
-                did_you_mean(name, known.iter().copied())
+            let hint = match name.as_ref() {
+                "run" => Some("how a stage runs stands in its own table, as `stages.NAME.run.cpus = 1`".to_owned()),
+                name if EXPERIMENT.contains(&name) => {
+                    Some("to build on another experiment, name it with `extends`".to_owned())
+                }
+                name => did_you_mean(name, known.iter().copied()),
             };
             let message = format!("unknown field `{name}` of {what}");
             self.report.add(Mistake::at(entry.key, message).label(expected(known.iter().copied())).hint(hint));
