@@ -83,8 +83,8 @@ impl Prompts {
 
     /// The task instance of a row.
     pub fn instance(&self, row: usize) -> anyhow::Result<&Value> {
-        let row = &self.tokens.rows[row];
-        row.data.as_ref().with_context(|| format!("the row `{}` has no task instance", row.instance))
+        let data = self.tokens.data(row)?;
+        data.with_context(|| format!("the row `{}` has no task instance", self.tokens.rows[row].instance))
     }
 
     /// What a completion says, without the end of the sequence.

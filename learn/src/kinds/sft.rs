@@ -227,8 +227,8 @@ fn completion_limit(tokens: &TokensFolder, train: &str, validation: &str, positi
     let (train, validation) = (tokens.split(train)?, tokens.split(validation)?);
     let prompt = |row: &usize| tokens.prompt_ids(*row).len() as u64;
     let reply = |row: &usize| {
-        let replies = preflight::runs(&tokens.row_mask(*row)[prompt(row) as usize..]);
-        replies.into_iter().map(|run| run.len() as u64).max().unwrap_or(0)
+        let turns = preflight::turns_of(tokens, *row).into_iter();
+        turns.map(|turn| (turn.end as u64).saturating_sub(prompt(row).max(turn.start as u64))).max().unwrap_or(0)
     };
     let longest = train.iter().chain(&validation).map(reply).max().unwrap_or(0);
     let room = positions.saturating_sub(validation.iter().map(prompt).max().unwrap_or(0));
