@@ -74,16 +74,18 @@ pub fn run(asked: &Asked, device: Device) -> Result<Vec<Played>> {
         |&row: &usize| Request { row, samples: (0..asked.samples).map(|sample| place(row, sample)).collect() };
     let requests: Vec<Request> = rows.iter().map(request).collect();
     let played = play(&model, &prompts, &requests, &sampling, &interrupt, &mut |_| {})?;
-    let told = |(instance, one): (usize, Trajectory)| Played {
-        instance,
-        prompt: prompts.tokens.rows[first + instance].prompt.clone(),
-        finish: one.finish(),
-        measurements: prompts.named(&one.measurements),
-        turns: one.turns,
+    let told = |(instance, one): (usize, Trajectory)| -> Result<Played> {
+        Ok(Played {
+            instance,
+            prompt: prompts.tokens.prompt(first + instance)?.to_owned(),
+            finish: one.finish(),
+            measurements: prompts.named(&one.measurements),
+            turns: one.turns,
+        })
     };
     let all =
         played.into_iter().enumerate().flat_map(|(instance, all)| all.into_iter().map(move |one| (instance, one)));
-    Ok(all.map(told).collect())
+    all.map(told).collect()
 }
 
 /// Adds the instances to the rows of `tokens`, written as these are.
@@ -95,9 +97,9 @@ fn add(tokens: &mut TokensFolder, asked: &Asked, interrupt: &Arc<AtomicBool>) ->
     let codec = Codec::open(&asked.model)?;
     let template = if tokens.chat { ChatTemplate::open(&tokens.path.join(TOKENIZER_FOLDER))? } else { None };
     // What stands before every prompt, where no template writes it: what the first row has more than its own text.
-    let begin = match (&template, tokens.rows.first()) {
-        (None, Some(row)) => {
-            let own = codec.encode(&row.prompt)?.len();
+    let begin = match &template {
+        None if !tokens.rows.is_empty() => {
+            let own = codec.encode(tokens.prompt(0)?)?.len();
             let ids = tokens.prompt_ids(0);
             ensure!(own <= ids.len(), "the first row of the tokens is not written as their tokenizer writes it");
             ids[..ids.len() - own].to_vec()
@@ -112,13 +114,7 @@ fn add(tokens: &mut TokensFolder, asked: &Asked, interrupt: &Arc<AtomicBool>) ->
         tokens.mask.extend(vec![0; ids.len()]);
         tokens.ids.extend(ids);
         tokens.offsets.push(tokens.ids.len() as i64);
-        tokens.rows.push(Row {
-            instance: "by hand".to_owned(),
-            split: "by hand".to_owned(),
-            stratum: task.stratum(instance),
-            prompt,
-            data: Some(instance.clone()),
-        });
+        tokens.rows.push(Row::new("by hand", "by hand", task.stratum(instance), prompt, Some(instance)));
     }
     Ok(())
 }

@@ -12,6 +12,7 @@ use anyhow::{Context as _, bail, ensure};
 use pipe::stages::chat::ChatTemplate;
 use pipe::stages::model::{NEW_TOKENS_FILE, NewTokensFile};
 use pipe::stages::tokens::{TOKENIZER_FOLDER, TokensFolder};
+use pipe::tasks::TaskSpec;
 
 use crate::model::ModelConfig;
 
@@ -50,7 +51,7 @@ fn templates(model: &Path, tokenizer: &Path) -> anyhow::Result<()> {
 
 /// Refuses rows that cannot be trained on; gives one sentence on those that can.
 ///
-/// Every turn, a run of targets, must end with an end of sequence and have no other, unless the prompt is learnt too.
+/// Every turn must end with an end of sequence and have no other, unless the prompt is learnt too.
 ///
 /// `model` is the folder of the model, whose new tokens are named where no row has them.
 pub fn rows(tokens: &TokensFolder, rows: &[usize], config: &ModelConfig, model: &Path) -> anyhow::Result<String> {
@@ -72,8 +73,8 @@ pub fn rows(tokens: &TokensFolder, rows: &[usize], config: &ModelConfig, model: 
             untargeted += 1;
         }
         let prompt = tokens.prompt_ids(row).len();
-        for (turn, span) in runs(mask).into_iter().enumerate() {
-            let ends = ids[span.clone()].iter().filter(|id| is_end(config, **id)).count();
+        for (turn, span) in turns_of(tokens, row).into_iter().enumerate() {
+            let ends = span.clone().filter(|&at| mask[at] != 0 && is_end(config, ids[at])).count();
             let last = ids[span.end - 1];
             let hint = if ends == 0 && tokens.chat {
                 format!("; if its last token {last} ends a turn, the model's `eos_token_id` must have it")
@@ -111,7 +112,18 @@ pub fn rows(tokens: &TokensFolder, rows: &[usize], config: &ModelConfig, model: 
     ))
 }
 
-/// The runs of targets in a mask: one a reply, where only replies are learnt.
+/// The turns of a row, each from its first target to its last.
+///
+/// Mistakes within a reply may be no targets: then a turn has several runs of them. Mazes alone have such rows, and one turn.
+pub fn turns_of(tokens: &TokensFolder, row: usize) -> Vec<Range<usize>> {
+    let runs = runs(tokens.row_mask(row));
+    match (&tokens.task, &runs[..]) {
+        (Some((TaskSpec::Maze(_), _)), [first, .., last]) => vec![first.start..last.end],
+        _ => runs,
+    }
+}
+
+/// The runs of targets in a mask: one a reply, where only replies are learnt and they are learnt whole.
 pub fn runs(mask: &[u8]) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     for at in (0..mask.len()).filter(|&at| mask[at] != 0) {
@@ -177,7 +189,7 @@ pub fn prompts(
              `max_position_embeddings` {limit}",
             tokens.rows[row].instance
         );
-        ensure!(tokens.rows[row].data.is_some(), "the row `{}` has no task instance", tokens.rows[row].instance);
+        ensure!(tokens.data_text(row)?.is_some(), "the row `{}` has no task instance", tokens.rows[row].instance);
         longest = longest.max(length);
     }
     Ok(format!(
@@ -208,6 +220,8 @@ fn short(digest: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use pipe::stages::tokens::Row;
+    use pipe::tasks::FormatSpec;
+    use pipe::tasks::maze::MazeSpec;
     use serde_json::json;
 
     use super::*;
@@ -237,13 +251,7 @@ mod tests {
             folder.mask.extend(*mask);
             folder.offsets.push(folder.ids.len() as i64);
             folder.prompt_lengths.push(*prompt);
-            folder.rows.push(Row {
-                instance: format!("train-{index}"),
-                split: "train".to_owned(),
-                stratum: None,
-                prompt: String::new(),
-                data: Some(json!({})),
-            });
+            folder.rows.push(Row::new(&format!("train-{index}"), "train", None, String::new(), Some(&json!({}))));
         }
         folder
     }
@@ -290,6 +298,27 @@ mod tests {
         let note = rows(&tokens, &[0], &config(), folder.path()).unwrap();
         assert!(note.contains("6 of 10 token ids stand in no row, 2 new tokens among them"), "{note}");
         assert!(note.ends_with("`<|b|>`, `<|c|>`"), "{note}");
+    }
+
+    #[test]
+    fn mistakes_that_are_no_targets_do_not_end_the_turn_of_a_maze() {
+        let mazes = |ids: &[i32]| TokensFolder {
+            task: Some((TaskSpec::Maze(MazeSpec::new(2, 2)), FormatSpec::default())),
+            ..tokens(&[(ids, &[0, 1, 0, 0, 1, 1], 1)])
+        };
+        let good = mazes(&[1, 5, 6, 7, 8, 3]);
+        assert_eq!(turns_of(&good, 0), [1..6]);
+        let note = rows(&good, &[0], &config(), Path::new("m")).unwrap();
+        assert!(note.contains("3 targets among 6 tokens, one end of sequence a turn; "), "{note}");
+        assert!(!note.contains("turns"), "{note}");
+        for (ids, says) in [
+            ([1, 5, 6, 7, 8, 8], "0 end-of-sequence targets in its turn 1"),
+            ([1, 5, 3, 7, 8, 8], "0 end-of-sequence targets in its turn 1"),
+            ([1, 3, 6, 7, 8, 3], "2 end-of-sequence targets in its turn 1"),
+        ] {
+            let error = rows(&mazes(&ids), &[0], &config(), Path::new("m")).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
     }
 
     #[test]

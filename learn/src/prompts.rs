@@ -31,7 +31,7 @@ pub enum Purpose {
 /// Tokens of a task, opened for generation.
 pub struct Prompts {
     /// The tokens and their rows.
-    pub tokens: TokensFolder,
+    pub tokens: Arc<TokensFolder>,
     /// The task.
     pub task: Box<dyn Task>,
     /// The tokenizer of model and tokens.
@@ -46,7 +46,12 @@ pub struct Prompts {
 impl Prompts {
     /// Opens `tokens` for the model in the folder `model`; refuses tokens of another tokenizer or without a task. The
     /// stage's `interrupt` ends the calls of a task that is a program.
-    pub fn open(model: &Path, tokens: TokensFolder, interrupt: &Arc<AtomicBool>) -> anyhow::Result<Self> {
+    pub fn open(
+        model: &Path,
+        tokens: impl Into<Arc<TokensFolder>>,
+        interrupt: &Arc<AtomicBool>,
+    ) -> anyhow::Result<Self> {
+        let tokens = tokens.into();
         let codec = Codec::open(model)?;
         preflight::tokenizers(model, codec.digest(), &tokens)?;
         let Some((task, format)) = &tokens.task else {
@@ -83,8 +88,8 @@ impl Prompts {
 
     /// The task instance of a row.
     pub fn instance(&self, row: usize) -> anyhow::Result<&Value> {
-        let row = &self.tokens.rows[row];
-        row.data.as_ref().with_context(|| format!("the row `{}` has no task instance", row.instance))
+        let data = self.tokens.data(row)?;
+        data.with_context(|| format!("the row `{}` has no task instance", self.tokens.rows[row].instance))
     }
 
     /// What a completion says, without the end of the sequence.

@@ -49,7 +49,7 @@ impl StoredRollouts {
         let mut steps: Vec<Vec<StoredGroup>> = Vec::new();
         for at in 0..step.len() {
             let row = row[at] as usize;
-            let there = prompts.tokens.rows.get(row).map(|row| row.instance.as_str());
+            let there = prompts.tokens.rows.get(row).map(|row| &*row.instance);
             ensure!(
                 there == Some(instance[at].as_str()),
                 "the rollouts `{}` are of other prompts: their row {row} is `{}`, that of the tokens is `{}`",

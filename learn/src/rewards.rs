@@ -103,7 +103,7 @@ impl Rewards {
         let samples = said.iter().map(|(row, said)| {
             Ok(ScoreInput {
                 instance: prompts.instance(*row)?,
-                prompt: &prompts.tokens.rows[*row].prompt,
+                prompt: prompts.tokens.prompt(*row)?,
                 completion: &said.completion,
                 finish: said.finish,
                 measurements: &said.verdict,

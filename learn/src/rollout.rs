@@ -157,7 +157,7 @@ impl<'a> Rollouts<'a> {
                 );
                 let row = &self.prompts.tokens.rows[group.row];
                 anyhow::ensure!(
-                    row.split == self.params.split,
+                    *row.split == *self.params.split,
                     "the stored completion of `{}` is of the split `{}`, but `split` is `{}`",
                     row.instance,
                     row.split,

@@ -132,7 +132,7 @@ impl Validation {
                     let about = &prompts.tokens.rows[row];
                     show("validation", prompts, row, one);
                     logged.push(json!({
-                        "step": step, "instance": about.instance, "prompt": about.prompt, "completion": one.text(),
+                        "step": step, "instance": about.instance, "prompt": prompts.tokens.prompt(row)?, "completion": one.text(),
                         "finish": one.finish(), "measurements": prompts.named(&one.measurements),
                     }));
                 }
@@ -159,14 +159,14 @@ pub fn show(section: &str, prompts: &Prompts, row: usize, one: &Trajectory) {
     let named = prompts.measures().iter().map(String::as_str);
     let shown = Shown {
         instance: &about.instance,
-        prompt: &about.prompt,
+        prompt: prompts.tokens.prompt(row).unwrap_or_default(),
         completion: &completion,
         finish: one.finish(),
         measurements: named.zip(one.measurements.iter().copied()).collect(),
     };
     let instance = &about.instance;
     exhibits::text(&format!("{section}/completions/{instance}"), exhibits::completions([shown]));
-    let walk = about.data.as_ref().and_then(|maze| Drawing::read(maze, Some(&completion)).ok());
+    let walk = prompts.instance(row).ok().and_then(|maze| Drawing::read(maze, Some(&completion)).ok());
     if let Some(png) = walk.and_then(|walk| walk.picture().png().ok()) {
         let picture = Picture { width: png.width, height: png.height, png: png.bytes };
         exhibits::picture(&format!("{section}/walks/{instance}"), picture);

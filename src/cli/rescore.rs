@@ -120,7 +120,11 @@ pub(super) fn stored(found: &StageObjects<'_>) -> Result<Samples, Failure> {
         let folder = found.store.object(digest);
         if output.artifact == ArtifactType::Rollouts && folder.join(ROWS_FILE).exists() {
             let tokens = TokensFolder::open(&folder).map_err(|error| Failure::stage(error.as_ref()))?;
-            instances.extend(tokens.rows.into_iter().filter_map(|row| Some((row.instance, row.data?))));
+            tokens.read_texts().map_err(|error| Failure::stage(error.as_ref()))?;
+            for (row, about) in tokens.rows.iter().enumerate() {
+                let data = tokens.data(row).map_err(|error| Failure::stage(error.as_ref()))?;
+                instances.extend(data.map(|data| (about.instance.to_string(), data.clone())));
+            }
         }
     }
     Samples::open(&found.store.object(&output.digest), &instances).map_err(|error| Failure::stage(error.as_ref()))

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::PathBuf;
 
-use anyhow::{Context as _, ensure};
+use anyhow::{bail, ensure};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -176,7 +176,8 @@ impl Stage for RejectionSampling {
                 "the completion of `{}` is stored as text alone: evaluate with `samples_per_prompt` above 1",
                 sample.instance
             );
-            let why = if !condition.holds(&|name| number(sample, tokens.rows[row].data.as_ref(), name))? {
+            let data = tokens.data(row)?;
+            let why = if !condition.holds(&|name| number(sample, data, name))? {
                 "dropped.where"
             } else if sample.finish == Finish::Length {
                 "dropped.unended"
@@ -199,13 +200,13 @@ impl Stage for RejectionSampling {
         );
         let mut selection = Selection::new(&tokens);
         for split in &self.keep_splits {
-            let there = (0..tokens.rows.len()).filter(|row| tokens.rows[*row].split == *split);
+            let there = (0..tokens.rows.len()).filter(|row| *tokens.rows[*row].split == **split);
             let there: Vec<usize> = there.collect();
             if there.is_empty() {
                 context.note(format!("the tokens have no split `{split}` to keep"));
             }
             ensure!(
-                !kept.iter().any(|(row, _)| tokens.rows[*row].split == *split),
+                !kept.iter().any(|(row, _)| *tokens.rows[*row].split == **split),
                 "completions are on the split `{split}`, whose rows cannot be kept beside them"
             );
             for row in there {
@@ -272,10 +273,12 @@ impl<'a> Rows<'a> {
     /// The row whose prompt a completion answers.
     fn find(&self, sample: &Sample) -> anyhow::Result<usize> {
         let rows = self.by_instance.get(sample.instance.as_str()).map(Vec::as_slice).unwrap_or_default();
-        let row = rows.iter().find(|row| self.tokens.rows[**row].prompt == sample.prompt);
-        row.copied().with_context(|| {
-            format!("the completions are of other prompts: the tokens have no `{}` with its prompt", sample.instance)
-        })
+        for &row in rows {
+            if self.tokens.prompt(row)? == sample.prompt {
+                return Ok(row);
+            }
+        }
+        bail!("the completions are of other prompts: the tokens have no `{}` with its prompt", sample.instance)
     }
 }
 

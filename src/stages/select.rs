@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::{Context as _, bail, ensure};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::pipeline::stage::{
     ArtifactType, Evaluation, Input, Output, Part, Problem, Stage, StageContext, Tokens, Upstream,
@@ -16,7 +17,7 @@ use crate::rewards::{COMPLETION_LENGTH, EXPRESSION_PART};
 use crate::stages::condition::{self, Condition, TRUNCATED, number_of, numbers_of};
 use crate::stages::samples::Samples;
 use crate::stages::tokenize::write_json;
-use crate::stages::tokens::{Row, Selection, TokensFolder};
+use crate::stages::tokens::{Selection, TokensFolder};
 use crate::stages::training::task_of;
 
 /// Keep the rows of a split that meet a condition, such as prompts that a model solves sometimes, or long ones.
@@ -140,14 +141,16 @@ impl Stage for Select {
         let mut holding: Vec<(usize, usize)> = Vec::new();
         for &row in &seen {
             let about = &tokens.rows[row];
-            let means = measured.as_ref().map(|measured| measured.of(about)).transpose()?;
+            let means = measured.as_ref().map(|measured| measured.of(&about.instance, tokens.prompt(row)?));
+            let means = means.transpose()?;
             if matches!(means, Some(None)) {
                 *dropped.entry("unmeasured").or_default() += 1;
                 continue;
             }
             let means = means.flatten();
+            let data: Option<Value> = tokens.data_text(row)?.map(serde_json::from_str).transpose()?;
             let number = |name: &str| {
-                means.and_then(|means| means.get(name).copied()).or_else(|| number_of(about.data.as_ref(), name))
+                means.and_then(|means| means.get(name).copied()).or_else(|| number_of(data.as_ref(), name))
             };
             let holds = |condition: &Condition| {
                 condition.holds(&number).with_context(|| format!("selecting the row `{}`", about.instance))
@@ -178,7 +181,7 @@ impl Stage for Select {
         );
         let kept = self.mixed(&holding, &mut dropped)?;
         let mut selection = Selection::new(&tokens);
-        for row in (0..tokens.rows.len()).filter(|row| tokens.rows[*row].split != self.split || kept.contains(row)) {
+        for row in (0..tokens.rows.len()).filter(|row| *tokens.rows[*row].split != *self.split || kept.contains(row)) {
             selection.take(row);
         }
         let folder = context.output("tokens");
@@ -265,12 +268,12 @@ impl Measured {
     }
 
     /// The means of a row's instance; `None` where it was not evaluated, an error where something else was by its name.
-    fn of(&self, row: &Row) -> anyhow::Result<Option<&BTreeMap<String, f64>>> {
-        let Some((prompt, means)) = self.instances.get(&row.instance) else { return Ok(None) };
+    fn of(&self, instance: &str, asked: &str) -> anyhow::Result<Option<&BTreeMap<String, f64>>> {
+        let Some((prompt, means)) = self.instances.get(instance) else { return Ok(None) };
         ensure!(
-            *prompt == row.prompt,
+            *prompt == asked,
             "the evaluation is of other tokens: the prompt of its `{}` is another than that of the row",
-            row.instance
+            instance
         );
         Ok(Some(means))
     }

@@ -196,7 +196,60 @@ pub fn column_names(path: &Path) -> anyhow::Result<Vec<String>> {
 
 fn read_columns(path: &Path, names: &[&str]) -> anyhow::Result<Vec<Column>> {
     let builder = ParquetRecordBatchReaderBuilder::try_new(File::open(path)?)?;
-    let schema = Arc::clone(builder.schema());
+    let mut columns = empty(builder.schema(), names)?;
+    each_batch(builder, names, |arrays| {
+        columns.iter_mut().zip(arrays).for_each(|(column, array)| append(column, array));
+        Ok(())
+    })?;
+    let lengths: Vec<usize> = columns
+        .iter()
+        .map(|column| match column {
+            Column::Text(values) => values.len(),
+            Column::Integer(values) => values.len(),
+            Column::Number(values) => values.len(),
+            Column::Flag(values) => values.len(),
+            Column::Integers(values) => values.len(),
+            Column::Numbers(values) => values.len(),
+        })
+        .collect();
+    ensure!(lengths.windows(2).all(|pair| pair[0] == pair[1]), "the columns differ in length");
+    Ok(columns)
+}
+
+/// Reads the named columns of a Parquet file as [`read`] does, some thousand rows at a time.
+pub fn scan(
+    path: &Path,
+    names: &[&str],
+    mut each: impl FnMut(Vec<Column>) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let mut scan = || {
+        let builder = ParquetRecordBatchReaderBuilder::try_new(File::open(path)?)?;
+        let none = empty(builder.schema(), names)?;
+        each_batch(builder, names, |arrays| {
+            let mut columns = none.clone();
+            columns.iter_mut().zip(arrays).for_each(|(column, array)| append(column, array));
+            each(columns)
+        })
+    };
+    scan().with_context(|| format!("reading `{}`", path.display()))
+}
+
+fn each_batch(
+    builder: ParquetRecordBatchReaderBuilder<File>,
+    names: &[&str],
+    mut each: impl FnMut(Vec<&ArrayRef>) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let mask = ProjectionMask::columns(builder.parquet_schema(), names.iter().copied());
+    for batch in builder.with_projection(mask).with_batch_size(8_192).build()? {
+        let batch = batch?;
+        let array = |name: &&str| batch.column_by_name(name).with_context(|| format!("column `{name}` is gone"));
+        each(names.iter().map(array).collect::<anyhow::Result<_>>()?)?;
+    }
+    Ok(())
+}
+
+/// The columns that hold what the named ones do, without values.
+fn empty(schema: &Schema, names: &[&str]) -> anyhow::Result<Vec<Column>> {
     let mut columns = Vec::with_capacity(names.len());
     for name in names {
         let Some((_, field)) = schema.column_with_name(name) else {
@@ -213,50 +266,34 @@ fn read_columns(path: &Path, names: &[&str]) -> anyhow::Result<Vec<Column>> {
             other => bail!("column `{name}` holds values of type `{other}`, which is not read"),
         });
     }
-    let mask = ProjectionMask::columns(builder.parquet_schema(), names.iter().copied());
-    for batch in builder.with_projection(mask).with_batch_size(8_192).build()? {
-        let batch = batch?;
-        for (name, column) in names.iter().zip(&mut columns) {
-            let array = batch.column_by_name(name).with_context(|| format!("column `{name}` is gone"))?;
-            match column {
-                Column::Integer(values) => values.extend(array.as_primitive::<Int64Type>().iter()),
-                Column::Number(values) => values.extend(array.as_primitive::<Float64Type>().iter()),
-                Column::Flag(values) => values.extend(array.as_boolean().iter().map(|flag| flag == Some(true))),
-                Column::Integers(values) => {
-                    let lists = array.as_list::<i32>().iter();
-                    let ids = |list: ArrayRef| list.as_primitive::<Int32Type>().values().to_vec();
-                    values.extend(lists.map(|list| list.map(ids).unwrap_or_default()));
-                }
-                Column::Numbers(values) => {
-                    let lists = array.as_list::<i32>().iter();
-                    let numbers = |list: ArrayRef| list.as_primitive::<Float64Type>().values().to_vec();
-                    values.extend(lists.map(|list| list.map(numbers).unwrap_or_default()));
-                }
-                Column::Text(values) => match array.data_type() {
-                    DataType::Utf8 => {
-                        values.extend(array.as_string::<i32>().iter().map(|text| text.map(str::to_owned)));
-                    }
-                    DataType::LargeUtf8 => {
-                        values.extend(array.as_string::<i64>().iter().map(|text| text.map(str::to_owned)));
-                    }
-                    _ => values.extend(array.as_string_view().iter().map(|text| text.map(str::to_owned))),
-                },
-            }
-        }
-    }
-    let lengths: Vec<usize> = columns
-        .iter()
-        .map(|column| match column {
-            Column::Text(values) => values.len(),
-            Column::Integer(values) => values.len(),
-            Column::Number(values) => values.len(),
-            Column::Flag(values) => values.len(),
-            Column::Integers(values) => values.len(),
-            Column::Numbers(values) => values.len(),
-        })
-        .collect();
-    ensure!(lengths.windows(2).all(|pair| pair[0] == pair[1]), "the columns differ in length");
     Ok(columns)
+}
+
+fn append(column: &mut Column, array: &ArrayRef) {
+    match column {
+        Column::Integer(values) => values.extend(array.as_primitive::<Int64Type>().iter()),
+        Column::Number(values) => values.extend(array.as_primitive::<Float64Type>().iter()),
+        Column::Flag(values) => values.extend(array.as_boolean().iter().map(|flag| flag == Some(true))),
+        Column::Integers(values) => {
+            let lists = array.as_list::<i32>().iter();
+            let ids = |list: ArrayRef| list.as_primitive::<Int32Type>().values().to_vec();
+            values.extend(lists.map(|list| list.map(ids).unwrap_or_default()));
+        }
+        Column::Numbers(values) => {
+            let lists = array.as_list::<i32>().iter();
+            let numbers = |list: ArrayRef| list.as_primitive::<Float64Type>().values().to_vec();
+            values.extend(lists.map(|list| list.map(numbers).unwrap_or_default()));
+        }
+        Column::Text(values) => match array.data_type() {
+            DataType::Utf8 => {
+                values.extend(array.as_string::<i32>().iter().map(|text| text.map(str::to_owned)));
+            }
+            DataType::LargeUtf8 => {
+                values.extend(array.as_string::<i64>().iter().map(|text| text.map(str::to_owned)));
+            }
+            _ => values.extend(array.as_string_view().iter().map(|text| text.map(str::to_owned))),
+        },
+    }
 }
 
 #[cfg(test)]

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::pipeline::stage::{ArtifactType, InputArtifact, Resources, Stage as _, StageContext};
 use crate::stages::synthesize::Synthesize;
 use crate::stages::table::{Column, ColumnType, TableWriter};
 use crate::stages::tokenize::Tokenize;
 use crate::stages::tokenizer::Tokenizer;
+use crate::stages::tokens::TokensFolder;
 
 /// A context whose `out` has an empty folder for each of `outputs`.
 pub(crate) fn context(folder: &Path, outputs: &[&str]) -> StageContext {
@@ -83,6 +84,13 @@ pub(crate) fn maze_tokens(folder: &Path) -> PathBuf {
     let tokenize = json!({"dataset": "data", "tokenizer": "words", "format": format});
     serde_json::from_value::<Tokenize>(tokenize).unwrap().run(&mut context).unwrap();
     folder.join("out/tokens")
+}
+
+/// All that a row of tokens was made from: instance, split, stratum, prompt and data.
+pub(crate) fn about(tokens: &TokensFolder, row: usize) -> (String, String, Option<String>, String, Option<Value>) {
+    let one = &tokens.rows[row];
+    let (prompt, data) = (tokens.prompt(row).unwrap().to_owned(), tokens.data(row).unwrap().cloned());
+    (one.instance.to_string(), one.split.to_string(), one.stratum.as_deref().map(str::to_owned), prompt, data)
 }
 
 /// A completion as a training or an evaluation stores it.

@@ -1,4 +1,5 @@
-//! Reading a `Tokens` artifact: ids, row offsets, loss masks and the rows they came from, all in memory.
+//! Reading a `Tokens` artifact: ids, row offsets and loss masks in memory, and the rows they came from, whose texts stay in
+//! the file until they are asked for.
 //!
 //! The layout of the folder: `tokens.safetensors` (`ids` i32 `[tokens]`, `offsets` i64 `[rows + 1]`, `mask` u8 `[tokens]`,
 //! `prompt_lengths` i32 `[rows]`), `rows.parquet` (a row each, in the same order), `task.json`, `tokenizer/`,
@@ -6,21 +7,25 @@
 //! are `ids[offsets[row]..offsets[row + 1]]`, of which the first `prompt_lengths[row]` are `bos` and the prompt. Where a chat
 //! template wrote the row, its own marks stand for `bos` and `eos`. This module knows the files and no tensor library.
 
+mod row;
 mod selection;
 
+pub use row::Row;
 pub use selection::Selection;
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail, ensure};
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorView};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::stages::table::{self, Column, ColumnType};
+use crate::stages::table::ColumnType;
 use crate::tasks::{FormatSpec, TaskSpec};
 
 /// The tensors' file.
@@ -32,6 +37,9 @@ pub const TASK_FILE: &str = "task.json";
 /// The folder with a copy of the tokenizer's files.
 pub const TOKENIZER_FOLDER: &str = "tokenizer";
 
+/// Bytes of a tensor read at a time, a multiple of every number's width.
+const PIECE: usize = 1 << 20;
+
 /// The columns of [`ROWS_FILE`].
 pub(crate) const COLUMNS: &[(&str, ColumnType)] = &[
     ("row", ColumnType::Integer),
@@ -42,22 +50,7 @@ pub(crate) const COLUMNS: &[(&str, ColumnType)] = &[
     ("data", ColumnType::Text),
 ];
 
-/// What a row of tokens was made from.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Row {
-    /// The instance's id, such as `test-000017`.
-    pub instance: String,
-    /// The split it belongs to.
-    pub split: String,
-    /// The class by which results are broken down, where the task has one.
-    pub stratum: Option<String>,
-    /// The text that the model reads first, without `bos`.
-    pub prompt: String,
-    /// The task instance; `None` in a user's own data set.
-    pub data: Option<Value>,
-}
-
-/// A `Tokens` artifact in memory.
+/// A `Tokens` artifact in memory, but for the texts of its rows.
 #[derive(Clone, Debug)]
 pub struct TokensFolder {
     /// Token ids of all rows, one after the other.
@@ -68,7 +61,7 @@ pub struct TokensFolder {
     pub mask: Vec<u8>,
     /// Tokens of `bos` and the first prompt, a row each.
     pub prompt_lengths: Vec<i32>,
-    /// What the rows were made from.
+    /// What the rows were made from; [`TokensFolder::prompt`] and [`TokensFolder::data`] give their texts.
     pub rows: Vec<Row>,
     /// The task and the format in which it is written; `None` in a user's own data set.
     pub task: Option<(TaskSpec, FormatSpec)>,
@@ -98,33 +91,29 @@ impl TokensFolder {
         let text = std::fs::read(&task_path).with_context(|| format!("reading `{}`", task_path.display()))?;
         let task: TaskFile =
             serde_json::from_slice(&text).with_context(|| format!("reading `{}`", task_path.display()))?;
-        let tensors_path = path.join(TENSORS_FILE);
-        let bytes = std::fs::read(&tensors_path).with_context(|| format!("reading `{}`", tensors_path.display()))?;
-        let folder = (|| {
-            let tensors = SafeTensors::deserialize(&bytes)?;
+        let tensors = path.join(TENSORS_FILE);
+        let read = || {
+            let mut tensors = Tensors::open(&tensors)?;
             anyhow::Ok(Self {
-                ids: tensor(&tensors, "ids", Dtype::I32, i32::from_le_bytes)?,
-                offsets: tensor(&tensors, "offsets", Dtype::I64, i64::from_le_bytes)?,
-                mask: tensor(&tensors, "mask", Dtype::U8, u8::from_le_bytes)?,
-                prompt_lengths: tensor(&tensors, "prompt_lengths", Dtype::I32, i32::from_le_bytes)?,
-                rows: Vec::new(),
+                ids: tensors.read("ids", Dtype::I32, i32::from_le_bytes)?,
+                offsets: tensors.read("offsets", Dtype::I64, i64::from_le_bytes)?,
+                mask: tensors.read("mask", Dtype::U8, u8::from_le_bytes)?,
+                prompt_lengths: tensors.read("prompt_lengths", Dtype::I32, i32::from_le_bytes)?,
+                rows: row::read(&path.join(ROWS_FILE))?,
                 task: task.task.map(|task| task.stored_in(path)).zip(task.format),
                 chat: task.chat,
                 tokenizer_digest: task.tokenizer,
                 path: path.to_owned(),
             })
-        })();
-        drop(bytes);
-        let mut folder = folder.with_context(|| format!("reading `{}`", tensors_path.display()))?;
-        let rows_path = path.join(ROWS_FILE);
-        folder.rows = read_rows(&rows_path)?;
+        };
+        let folder = read().with_context(|| format!("reading `{}`", path.display()))?;
         folder.check().with_context(|| format!("`{}` is damaged", path.display()))?;
         Ok(folder)
     }
 
     /// The indices of the rows of the split `name`, in order; an error lists the splits there are.
     pub fn split(&self, name: &str) -> anyhow::Result<Vec<usize>> {
-        let rows: Vec<usize> = (0..self.rows.len()).filter(|&row| self.rows[row].split == name).collect();
+        let rows: Vec<usize> = (0..self.rows.len()).filter(|&row| *self.rows[row].split == *name).collect();
         if rows.is_empty() {
             let mut splits: BTreeMap<&str, usize> = BTreeMap::new();
             for row in &self.rows {
@@ -154,6 +143,38 @@ impl TokensFolder {
     /// The ids of a row's `bos` and prompt: what generation starts from.
     pub fn prompt_ids(&self, row: usize) -> &[i32] {
         &self.row_ids(row)[..self.prompt_lengths[row] as usize]
+    }
+
+    /// The text that the model reads first in a row, without `bos`.
+    ///
+    /// The texts of a split are read from the file when the first of them is asked for; what a stage never asks for takes no
+    /// memory. An error says what is wrong with the file.
+    pub fn prompt(&self, row: usize) -> anyhow::Result<&str> {
+        Ok(self.texts(row)?.prompt())
+    }
+
+    /// The task instance of a row, parsed once; `None` in a user's own data set.
+    pub fn data(&self, row: usize) -> anyhow::Result<Option<&Value>> {
+        let place = || format!("row {row} of `{}`", self.path.join(ROWS_FILE).display());
+        self.texts(row)?.data().with_context(place)
+    }
+
+    /// The task instance of a row as JSON text, as it is stored.
+    pub fn data_text(&self, row: usize) -> anyhow::Result<Option<&str>> {
+        Ok(self.texts(row)?.data_text())
+    }
+
+    /// Reads the texts of all rows, in one go.
+    pub fn read_texts(&self) -> anyhow::Result<()> {
+        row::read_texts(&self.path.join(ROWS_FILE), &self.rows, None)
+    }
+
+    fn texts(&self, row: usize) -> anyhow::Result<&row::Texts> {
+        let about = &self.rows[row];
+        if about.texts().is_none() {
+            row::read_texts(&self.path.join(ROWS_FILE), &self.rows, Some(&about.split))?;
+        }
+        about.texts().with_context(|| format!("the row `{}` is not in `{ROWS_FILE}`", about.instance))
     }
 
     fn check(&self) -> anyhow::Result<()> {
@@ -198,36 +219,55 @@ pub(crate) fn save_tensors(
     save().with_context(|| format!("writing `{}`", path.display()))
 }
 
-fn tensor<const WIDTH: usize, T>(
-    tensors: &SafeTensors<'_>,
-    name: &str,
-    dtype: Dtype,
-    read: fn([u8; WIDTH]) -> T,
-) -> anyhow::Result<Vec<T>> {
-    let view = tensors.tensor(name).with_context(|| format!("tensor `{name}`"))?;
-    ensure!(view.dtype() == dtype, "tensor `{name}` is {:?}, not {dtype:?}", view.dtype());
-    ensure!(view.shape().len() == 1, "tensor `{name}` has the shape {:?}", view.shape());
-    Ok(view.data().as_chunks::<WIDTH>().0.iter().map(|bytes| read(*bytes)).collect())
+/// The file of tensors, of which one is read at a time: there is never a second copy of more than a piece of one.
+struct Tensors {
+    file: File,
+    metadata: Metadata,
+    /// Where the data begin, in bytes from the beginning of the file.
+    begin: u64,
 }
 
-fn read_rows(path: &Path) -> anyhow::Result<Vec<Row>> {
-    let mut columns = table::read(path, &["instance", "split", "stratum", "prompt", "data"])?.into_iter();
-    let mut next = |name: &str| match columns.next() {
-        Some(Column::Text(values)) => Ok(values),
-        _ => bail!("column `{name}` of `{}` does not hold text", path.display()),
-    };
-    let (instance, split, stratum) = (next("instance")?, next("split")?, next("stratum")?);
-    let (prompt, data) = (next("prompt")?, next("data")?);
-    let mut rows = Vec::with_capacity(instance.len());
-    for ((((instance, split), stratum), prompt), data) in
-        instance.into_iter().zip(split).zip(stratum).zip(prompt).zip(data)
-    {
-        let place = || format!("row {} of `{}`", rows.len(), path.display());
-        let data = data.map(|text| serde_json::from_str(&text)).transpose().with_context(place)?;
-        let instance = instance.with_context(|| format!("{} has no `instance`", place()))?;
-        let split = split.with_context(|| format!("{} has no `split`", place()))?;
-        let prompt = prompt.with_context(|| format!("{} has no `prompt`", place()))?;
-        rows.push(Row { instance, split, stratum, prompt, data });
+impl Tensors {
+    fn open(path: &Path) -> anyhow::Result<Self> {
+        let open = || {
+            let mut file = File::open(path)?;
+            let mut length = [0; 8];
+            file.read_exact(&mut length).context("there is no header")?;
+            let (header, size) = (u64::from_le_bytes(length), file.metadata()?.len());
+            ensure!(header <= size.saturating_sub(8), "the header is cut off");
+            let mut bytes = Vec::new();
+            (&file).take(header).read_to_end(&mut bytes)?;
+            let metadata: Metadata = serde_json::from_slice(&bytes).context("the header is no header")?;
+            let begin = 8 + header;
+            let end = begin + metadata.data_len() as u64;
+            ensure!(end == size, "there are {size} bytes where {end} should be");
+            anyhow::Ok(Self { file, metadata, begin })
+        };
+        open().with_context(|| format!("reading `{}`", path.display()))
     }
-    Ok(rows)
+
+    fn read<const WIDTH: usize, T>(
+        &mut self,
+        name: &str,
+        dtype: Dtype,
+        number: fn([u8; WIDTH]) -> T,
+    ) -> anyhow::Result<Vec<T>> {
+        let info = self.metadata.info(name).with_context(|| format!("`{TENSORS_FILE}` has no tensor `{name}`"))?;
+        ensure!(info.dtype == dtype, "tensor `{name}` is {:?}, not {dtype:?}", info.dtype);
+        ensure!(info.shape.len() == 1, "tensor `{name}` has the shape {:?}", info.shape);
+        let (begin, end) = info.data_offsets;
+        let is_whole = begin <= end && end <= self.metadata.data_len() && end - begin == info.shape[0] * WIDTH;
+        ensure!(is_whole, "tensor `{name}` has {} numbers in the bytes {begin} to {end}", info.shape[0]);
+        self.file.seek(SeekFrom::Start(self.begin + begin as u64))?;
+        let mut left = end - begin;
+        let mut numbers = Vec::with_capacity(left / WIDTH);
+        let mut piece = vec![0; PIECE.min(left)];
+        while left > 0 {
+            let piece = &mut piece[..PIECE.min(left)];
+            self.file.read_exact(piece).with_context(|| format!("tensor `{name}`"))?;
+            numbers.extend(piece.as_chunks::<WIDTH>().0.iter().map(|bytes| number(*bytes)));
+            left -= piece.len();
+        }
+        Ok(numbers)
+    }
 }

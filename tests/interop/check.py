@@ -17,9 +17,9 @@ import pandas
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from verdicts import disagreements, shared_layouts
 
 ROOT = Path(__file__).resolve().parents[2]
-UP, DOWN, LEFT, RIGHT = 1, 2, 4, 8
 
 
 def show(store: Path, name: str) -> dict:
@@ -52,54 +52,25 @@ def check_parquet(store: Path) -> None:
     print(f"pandas reads {len(paths)} Parquet files")
 
 
-def moves_of(completion: str) -> list[str] | None:
-    """The answer's moves, or None where the completion has another form."""
-    trace, closed, answer = completion.partition("</think>")
-    answer = answer.removesuffix("<|eos|>")
-    if not closed or not trace.startswith("<think>") or "<think>" in trace[1:]:
-        return None
-    if any(special in trace for special in ["<|pad|>", "<|bos|>", "<|eos|>"]):
-        return None
-    tokens = answer.replace("<|", " <|").split()
-    names = ["<|up|>", "<|down|>", "<|left|>", "<|right|>"]
-    return tokens if tokens and all(token in names for token in tokens) else None
-
-
-def solved(maze: dict, completion: str, finish: str) -> bool:
-    """The verdict, computed afresh from the stored instance and text."""
-    moves = moves_of(completion)
-    if moves is None or finish != "stop":
-        return False
-    cell, columns = maze["origin"], maze["columns"]
-    for move in moves:
-        if cell == maze["target"]:
-            return False  # An answer ends where the target is reached.
-        side, step = {
-            "<|up|>": (UP, -columns),
-            "<|down|>": (DOWN, columns),
-            "<|left|>": (LEFT, -1),
-            "<|right|>": (RIGHT, 1),
-        }[move]
-        if maze["walls"][cell] & side:
-            return False
-        cell += step
-    return cell == maze["target"]
-
-
 def check_evaluations(store: Path) -> None:
-    """The solved share of every evaluation comes out the same when it is computed here."""
-    found = 0
-    for path in sorted(store.glob("objects/**/examples.parquet")):
-        rows = pandas.read_parquet(path)
-        mine = [
-            solved(json.loads(row.data), row.completion, row.finish) for row in rows.itertuples()
-        ]
-        assert [float(value) for value in mine] == list(rows["solved"]), f"{path}: verdicts differ"
+    """Every verdict of every evaluation comes out the same from the rules alone, and so does the solved share."""
+    paths = sorted(store.glob("objects/**/examples.parquet"))
+    assert paths, "no evaluation"
+    count = 0
+    for path in paths:
+        rows, wrong, outcomes = disagreements(path)
+        assert not wrong, f"{path}: verdicts differ: {wrong[:5]}"
         metrics = json.loads((path.parent / "metrics.json").read_text())
-        assert math.isclose(metrics["solved"], sum(mine) / len(mine)), f"{path}: the share differs"
-        found += 1
-    assert found, "no evaluation"
-    print(f"{found} evaluations recomputed")
+        assert math.isclose(metrics["solved"], outcomes["solved"] / rows), f"{path}: the share differs"
+        count += rows
+    print(f"{len(paths)} evaluations recomputed, {count} rows agree in every verdict")
+
+
+def check_splits(store: Path) -> None:
+    """No layout of a test stands in training data, in the mazes or in their tokens."""
+    for name in ["smoke/mazes", "smoke/tokens"]:
+        shared = shared_layouts([Path(show(store, name)["path"])])
+        assert not shared, f"{name}: {shared[:5]}"
 
 
 def check_checkpoints(store: Path) -> None:
@@ -198,6 +169,7 @@ def main() -> None:
     check_events(store)
     check_parquet(store)
     check_evaluations(store)
+    check_splits(store)
     check_checkpoints(store)
     check_greedy_choices(store)
 

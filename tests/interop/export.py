@@ -17,10 +17,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pandas
 import torch
-from check import ROOT, show, solved
+from check import ROOT, show
 from datasets import load_dataset
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from verdicts import verdict
 
 BATCH = 50
 
@@ -66,9 +67,12 @@ def check_checkpoint(store: Path, place: Path, stage: str, evaluation: str) -> N
         assert tokenizer(text)["input_ids"] == plain(text)["input_ids"], f"AutoTokenizer reads `{text}` otherwise"
     limit = show(store, f"smoke/{evaluation}")["params"]["max_new_tokens"]
     answers = generated(model, tokenizer, list(rows.prompt), limit)
-    mine = [solved(json.loads(data), text, finish) for data, (text, finish) in zip(rows.data, answers)]
-    share, reported = sum(mine) / len(mine), metrics["solved"]
     bare = [(text.removesuffix(tokenizer.eos_token), finish) for text, finish in answers]
+    mine = [
+        verdict(json.loads(data), prompt, text, finish)["solved"]
+        for data, prompt, (text, finish) in zip(rows.data, rows.prompt, bare)
+    ]
+    share, reported = sum(mine) / len(mine), metrics["solved"]
     theirs = [(text.removesuffix(tokenizer.eos_token), finish) for text, finish in zip(rows.completion, rows.finish)]
     same = sum(here == there for here, there in zip(theirs, bare))
     # Batches are padded there and not here, so a tie within rounding may fall otherwise in a row or two.

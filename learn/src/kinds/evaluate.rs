@@ -204,12 +204,16 @@ fn write_examples(params: &Evaluate, episodes: &Episodes<'_>, path: &Path) -> an
     columns.extend(prompts.measures().iter().map(|name| (name.as_str(), Number)));
     columns.extend(diagnoses.iter().map(|(name, _)| (name.as_str(), Number)));
     distinct(&columns)?;
+    let data = rows.iter().map(|&row| Ok(prompts.tokens.data_text(row)?.map(str::to_owned)));
+    let data = data.collect::<anyhow::Result<_>>()?;
+    let read = rows.iter().map(|&row| Ok(Some(prompts.tokens.prompt(row)?.to_owned())));
+    let read = read.collect::<anyhow::Result<_>>()?;
     let rows = || rows.iter().map(|&row| &prompts.tokens.rows[row]);
     let mut values = vec![
-        Column::text(rows().map(|row| row.instance.clone())),
-        Column::Text(rows().map(|row| row.stratum.clone()).collect()),
-        Column::Text(rows().map(|row| row.data.as_ref().map(ToString::to_string)).collect()),
-        Column::text(rows().map(|row| row.prompt.clone())),
+        Column::text(rows().map(|row| row.instance.to_string())),
+        Column::Text(rows().map(|row| row.stratum.as_deref().map(str::to_owned)).collect()),
+        Column::Text(data),
+        Column::Text(read),
         Column::text(played.iter().map(Trajectory::text)),
         turns_column(prompts, played.iter()),
         Column::text(played.iter().map(|one| finish_name(one.finish()).to_owned())),

@@ -1,6 +1,7 @@
 //! `sft`: supervised fine-tuning, a token-mean cross-entropy over the tokens that the mask marks.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, bail, ensure};
@@ -57,7 +58,7 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
         _ => bail!("a training begins either at a `model` or where another ended (`continue`)"),
     };
     let model = model.with_activation_checkpointing(params.activation_checkpointing);
-    let tokens = TokensFolder::open(context.input(&params.data)?)?;
+    let tokens = Arc::new(TokensFolder::open(context.input(&params.data)?)?);
     preflight::tokenizers(&folder, Codec::open(&folder)?.digest(), &tokens)?;
     let rows = tokens.split(&params.split)?;
     context.note(format!("training: {}", preflight::rows(&tokens, &rows, model.config(), &folder)?));
@@ -85,7 +86,7 @@ pub fn run(params: &Sft, context: &mut StageContext) -> anyhow::Result<()> {
     let recorded = resumed.then_some(recorded);
     let mut validation = None;
     if let Some(validate) = &params.validate {
-        let prompts = Prompts::open(&folder, tokens.clone(), &context.interrupt)?;
+        let prompts = Prompts::open(&folder, Arc::clone(&tokens), &context.interrupt)?;
         let positions = training.model.config().max_position_embeddings as u64;
         let limit = completion_limit(&tokens, &params.split, &validate.split, positions)?;
         let opened = Validation::open(validate, &prompts, &training.model, limit, params.seed, recorded, context)?;
@@ -227,8 +228,8 @@ fn completion_limit(tokens: &TokensFolder, train: &str, validation: &str, positi
     let (train, validation) = (tokens.split(train)?, tokens.split(validation)?);
     let prompt = |row: &usize| tokens.prompt_ids(*row).len() as u64;
     let reply = |row: &usize| {
-        let replies = preflight::runs(&tokens.row_mask(*row)[prompt(row) as usize..]);
-        replies.into_iter().map(|run| run.len() as u64).max().unwrap_or(0)
+        let turns = preflight::turns_of(tokens, *row).into_iter();
+        turns.map(|turn| (turn.end as u64).saturating_sub(prompt(row).max(turn.start as u64))).max().unwrap_or(0)
     };
     let longest = train.iter().chain(&validation).map(reply).max().unwrap_or(0);
     let room = positions.saturating_sub(validation.iter().map(prompt).max().unwrap_or(0));

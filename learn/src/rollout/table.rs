@@ -57,14 +57,16 @@ impl Rollouts<'_> {
             Column::Number(rows.iter().map(|(_, _, sample)| value(sample)).collect())
         };
         let about = |group: &ScoredGroup| &self.prompts.tokens.rows[group.row];
+        let prompts = rows.iter().map(|(group, _, _)| Ok(Some(self.prompts.tokens.prompt(group.row)?.to_owned())));
+        let prompts = prompts.collect::<anyhow::Result<_>>()?;
         let played = || rows.iter().map(|(_, _, sample)| &sample.trajectory);
         let mut columns = vec![
             Column::integer(rows.iter().map(|_| step as i64)),
             Column::integer(rows.iter().map(|(group, _, _)| group.round as i64)),
             Column::integer(rows.iter().map(|(group, _, _)| group.row as i64)),
-            Column::text(rows.iter().map(|(group, _, _)| about(group).instance.clone())),
+            Column::text(rows.iter().map(|(group, _, _)| about(group).instance.to_string())),
             Column::integer(rows.iter().map(|(_, index, _)| *index as i64)),
-            Column::text(rows.iter().map(|(group, _, _)| about(group).prompt.clone())),
+            Column::Text(prompts),
             Column::text(played().map(Trajectory::text)),
             turns_column(self.prompts, played()),
             Column::Integers(played().map(|one| one.ids.iter().map(|id| *id as i32).collect()).collect()),

@@ -64,8 +64,8 @@ pub(super) fn inspect(folder: &Path, look: &Look<'_>) -> anyhow::Result<Seen> {
     let row = json!({
         "number": number,
         "instance": about.instance,
-        "split": about.split,
-        "stratum": about.stratum,
+        "split": *about.split,
+        "stratum": about.stratum.as_deref(),
         "ids": ids,
         "tokens": names,
         "mask": mask,

@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::*;
-use crate::stages::testing::{Said, context, digest, give, maze_tokens, store_completions};
+use crate::stages::testing::{Said, about, context, digest, give, maze_tokens, store_completions};
 
 /// Runs the stage on the tokens at `tokens`; gives where its output lies.
 fn run(tokens: &Path, evaluation: Option<&Path>, params: &Value) -> anyhow::Result<(tempfile::TempDir, PathBuf)> {
@@ -27,8 +27,8 @@ fn counts(folder: &Path) -> BTreeMap<String, u64> {
     serde_json::from_slice(&std::fs::read(folder.join("metrics.json")).unwrap()).unwrap()
 }
 
-fn length(row: &Row) -> u64 {
-    row.data.as_ref().unwrap()["length"].as_u64().unwrap()
+fn length(tokens: &TokensFolder, row: usize) -> u64 {
+    tokens.data(row).unwrap().unwrap()["length"].as_u64().unwrap()
 }
 
 fn ids(tokens: &TokensFolder, rows: &[usize]) -> Vec<(Vec<i32>, Vec<u8>, i32)> {
@@ -45,9 +45,9 @@ fn rows_that_hold_are_kept_in_order_and_other_splits_as_they_are() {
     let (_place, out) = run(&path, None, &json!({"where": "length >= 4"})).unwrap();
     let chosen = TokensFolder::open(&out).unwrap();
     let wanted: Vec<usize> =
-        (0..all.rows.len()).filter(|row| all.rows[*row].split != "rl" || length(&all.rows[*row]) >= 4).collect();
-    let rows: Vec<&Row> = wanted.iter().map(|row| &all.rows[*row]).collect();
-    assert_eq!(chosen.rows.iter().collect::<Vec<_>>(), rows);
+        (0..all.rows.len()).filter(|row| *all.rows[*row].split != *"rl" || length(&all, *row) >= 4).collect();
+    let rows: Vec<_> = wanted.iter().map(|row| about(&all, *row)).collect();
+    assert_eq!((0..chosen.rows.len()).map(|row| about(&chosen, row)).collect::<Vec<_>>(), rows);
     assert_eq!(ids(&chosen, &(0..chosen.rows.len()).collect::<Vec<_>>()), ids(&all, &wanted));
     assert_eq!((&chosen.task, &chosen.tokenizer_digest, chosen.chat), (&all.task, &all.tokenizer_digest, all.chat));
     let counts = counts(&out);
@@ -78,8 +78,8 @@ fn pass_rates_are_means_over_the_completions_of_an_instance() {
         let row = &all.rows[rl[place]];
         let solved = f64::from(u8::from(sample < place as i64 % 5));
         Said {
-            instance: row.instance.clone(),
-            prompt: row.prompt.clone(),
+            instance: row.instance.to_string(),
+            prompt: all.prompt(rl[place]).unwrap().to_owned(),
             sample,
             ids: vec![5; 3],
             solved,
@@ -94,12 +94,9 @@ fn pass_rates_are_means_over_the_completions_of_an_instance() {
     let between = json!({"where": "solved >= 0.25 and solved <= 0.75 and completion_length == 3"});
     let (_place, out) = run(&path, Some(folder.path()), &between).unwrap();
     let chosen = TokensFolder::open(&out).unwrap();
-    let wanted: Vec<&str> = (0..20)
-        .filter(|place| (1..=3).contains(&(place % 5)))
-        .map(|place| all.rows[rl[place]].instance.as_str())
-        .collect();
-    let kept: Vec<&str> =
-        chosen.split("rl").unwrap().into_iter().map(|row| chosen.rows[row].instance.as_str()).collect();
+    let wanted: Vec<&str> =
+        (0..20).filter(|place| (1..=3).contains(&(place % 5))).map(|place| &*all.rows[rl[place]].instance).collect();
+    let kept: Vec<&str> = chosen.split("rl").unwrap().into_iter().map(|row| &*chosen.rows[row].instance).collect();
     assert_eq!(kept, wanted);
     let counts = counts(&out);
     assert_eq!((counts["dropped.unmeasured"], counts["dropped.where"], counts["kept"]), (10, 8, 12));
@@ -117,7 +114,7 @@ fn shares_hold_as_far_as_the_scarcest_kind_allows() {
     let path = maze_tokens(folder.path());
     let all = TokensFolder::open(&path).unwrap();
     let rl = all.split("rl").unwrap();
-    let long = |row: &usize| length(&all.rows[*row]) >= 4;
+    let long = |row: &usize| length(&all, *row) >= 4;
     let there = rl.iter().filter(|row| long(row)).count();
     let (scarce, other) = (there.min(30 - there), if there <= 15 { 30 - there } else { there });
     assert!(scarce > 2 && other > scarce, "the mazes show nothing: {there} of 30 are long");
@@ -125,7 +122,7 @@ fn shares_hold_as_far_as_the_scarcest_kind_allows() {
     let chosen = |params: &Value| {
         let (_place, out) = run(&path, None, params).unwrap();
         let chosen = TokensFolder::open(&out).unwrap();
-        let rows: Vec<u64> = chosen.split("rl").unwrap().into_iter().map(|row| length(&chosen.rows[row])).collect();
+        let rows: Vec<u64> = chosen.split("rl").unwrap().into_iter().map(|row| length(&chosen, row)).collect();
         (rows, counts(&out))
     };
     let (rows, told) = chosen(&json!({"mix": mix}));
@@ -144,7 +141,7 @@ fn shares_hold_as_far_as_the_scarcest_kind_allows() {
                 *left >= 0
             })
         })
-        .map(|row| length(&all.rows[*row]))
+        .map(|row| length(&all, *row))
         .collect();
     assert_eq!(rows, first);
     let (rows, _) = chosen(&json!({"mix": [{"where": "length >= 4", "share": 1.0}]}));
@@ -152,7 +149,7 @@ fn shares_hold_as_far_as_the_scarcest_kind_allows() {
     let error = run(&path, None, &json!({"mix": [{"where": "length > 99", "share": 0.5}]})).unwrap_err().to_string();
     assert!(error.contains("has no row with `length > 99`, of which a share of 0.5"), "{error}");
     let (rows, _) = chosen(&json!({"rows": 7}));
-    assert_eq!(rows, rl[..7].iter().map(|row| length(&all.rows[*row])).collect::<Vec<_>>());
+    assert_eq!(rows, rl[..7].iter().map(|row| length(&all, *row)).collect::<Vec<_>>());
 }
 
 #[test]

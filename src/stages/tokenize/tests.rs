@@ -71,12 +71,12 @@ fn rows_read_back_are_prompts_and_demonstrations_that_solve() {
         for (row, of) in tokens.rows.iter().enumerate() {
             let (ids, prompt) = (tokens.row_ids(row), tokens.prompt_ids(row));
             assert_eq!((Some(ids[0]), ids[ids.len() - 1]), (encoder.begin, encoder.end));
-            assert_eq!(encoder.decode(&prompt[1..]), of.prompt);
+            assert_eq!(encoder.decode(&prompt[1..]), tokens.prompt(row).unwrap());
             let completion = encoder.decode(&ids[prompt.len()..ids.len() - 1]);
-            let data = of.data.as_ref().unwrap();
-            assert_eq!(of.stratum, task.stratum(data));
+            let data = tokens.data(row).unwrap().unwrap();
+            assert_eq!(of.stratum.as_deref().map(str::to_owned), task.stratum(data));
             let start = Start { instance: data, seed: 0 };
-            assert_eq!(task.begin(&[start]).unwrap().observe().unwrap()[0], of.prompt);
+            assert_eq!(task.begin(&[start]).unwrap().observe().unwrap()[0], tokens.prompt(row).unwrap());
             let (_, verdict) = replay(&*task, start, &[completion], Finish::Stop).unwrap();
             assert_eq!(verdict["solved"].to_bits(), 1f64.to_bits());
             let wanted: Vec<u8> = (0..ids.len()).map(|at| u8::from(at >= prompt.len())).collect();
@@ -150,13 +150,13 @@ fn a_chat_template_asks_for_a_maze_in_words() {
     let encoder = Encoder::open(&folder.path().join("t/out/tokens").join(TOKENIZER_FOLDER)).unwrap();
     let (task, written) = tokens.task.clone().unwrap();
     let task = open(&task, &written).unwrap();
-    for (row, of) in tokens.rows.iter().enumerate() {
+    for row in 0..tokens.rows.len() {
         let prompt = encoder.decode(tokens.prompt_ids(row));
         assert!(prompt.starts_with("<|bos|>Find the way") && prompt.contains("\nMAZE:\n<|0-0|>"), "{prompt}");
-        assert_eq!(task.parse(&prompt).unwrap(), *of.data.as_ref().unwrap());
+        assert_eq!(task.parse(&prompt).unwrap(), *tokens.data(row).unwrap().unwrap());
         let reply = encoder.decode(&targets(&tokens, row).concat());
         let reply = reply.strip_suffix("<|eos|>").unwrap().to_owned();
-        let start = Start { instance: of.data.as_ref().unwrap(), seed: 0 };
+        let start = Start { instance: tokens.data(row).unwrap().unwrap(), seed: 0 };
         assert_eq!(replay(&*task, start, &[reply], Finish::Stop).unwrap().1["solved"].to_bits(), 1f64.to_bits());
     }
 }
@@ -192,9 +192,9 @@ fn overlong_rows_fail_or_are_dropped_and_counted() {
     let targets: u64 = tokens.mask.iter().map(|&target| u64::from(target)).sum();
     assert_eq!(metrics["target_tokens"], targets);
     assert!(metrics["longest_row"] <= 36);
-    let kept: Vec<&String> = tokens.rows.iter().map(|row| &row.instance).collect();
+    let kept: Vec<&str> = tokens.rows.iter().map(|row| &*row.instance).collect();
     let all = whole.rows.iter().zip(&lengths).filter(|(_, length)| **length <= 36);
-    assert_eq!(kept, all.map(|(row, _)| &row.instance).collect::<Vec<_>>());
+    assert_eq!(kept, all.map(|(row, _)| &*row.instance).collect::<Vec<_>>());
     limited["max_length"] = 3.into();
     assert!(run(folder.path(), "none", &limited).unwrap_err().to_string().contains("no row is left"));
 }
@@ -216,7 +216,7 @@ fn a_users_own_rows_become_tokens_without_a_task() {
     assert!(tokens.task.is_none());
     assert_eq!(tokens.ids, [1, 5, 6, 7, 2]);
     assert_eq!(tokens.mask, [0, 0, 1, 1, 1]);
-    assert_eq!((tokens.prompt_lengths[0], tokens.rows[0].data.clone()), (2, None));
+    assert_eq!((tokens.prompt_lengths[0], tokens.data(0).unwrap()), (2, None));
 }
 
 #[test]
@@ -306,8 +306,8 @@ fn rows_of_several_turns_learn_replies_and_read_observations() {
     let (task, format) = tokens.task.clone().unwrap();
     let task = open(&task, &format).unwrap();
     let mut longest = 0;
-    for (row, of) in tokens.rows.iter().enumerate() {
-        let start = Start { instance: of.data.as_ref().unwrap(), seed: 0 };
+    for row in 0..tokens.rows.len() {
+        let start = Start { instance: tokens.data(row).unwrap().unwrap(), seed: 0 };
         let replies: Vec<String> = targets(&tokens, row)
             .iter()
             .map(|run| {
@@ -345,8 +345,8 @@ fn a_chat_template_frames_the_episodes_of_a_task_unless_it_is_turned_off() {
         assert_eq!(targets(&plain, row), targets(&framed, row), "the same is learnt");
         // The template writes the beginning itself: there is one, not two.
         let decoded = encoder.decode(framed.prompt_ids(row));
-        assert_eq!(decoded, format!("<|bos|>{}: ", plain.rows[row].prompt));
-        assert_eq!(framed.rows[row].prompt, decoded);
+        assert_eq!(decoded, format!("<|bos|>{}: ", plain.prompt(row).unwrap()));
+        assert_eq!(framed.prompt(row).unwrap(), decoded);
         let begins =
             |tokens: &TokensFolder| tokens.row_ids(row).iter().filter(|&&id| Some(id) == encoder.begin).count();
         assert_eq!((begins(&plain), begins(&framed)), (1, targets(&framed, row).len()), "one a user's message");
@@ -377,7 +377,7 @@ fn conversations_are_written_by_the_template_and_every_reply_is_learnt_with_its_
     let learnt = |row: usize| targets(&tokens, row).iter().map(|run| encoder.decode(run)).collect::<Vec<_>>();
     assert_eq!(learnt(0), ["0<|eos|>", "3<|eos|>"]);
     assert_eq!(learnt(1), ["2<|eos|>"]);
-    assert_eq!((tokens.rows[0].prompt.as_str(), tokens.rows[0].data.clone()), ("<|bos|>Target: 1\n: ", None));
+    assert_eq!((tokens.prompt(0).unwrap(), tokens.data(0).unwrap()), ("<|bos|>Target: 1\n: ", None));
     own(folder.path(), &line(&json!([("user", "1"), ("assistant", "2"), ("user", "3")])));
     let error = format!("{:#}", run(folder.path(), "open", &json!({})).unwrap_err());
     assert!(error.contains("`train-000000`") && error.contains("the last message has the role `user`"), "{error}");
@@ -423,8 +423,8 @@ fn rows_without_a_demonstration_are_prompts_alone_and_counted() {
         let path = run(folder.path(), mask, &json!({"format": {"kind": "plain"}, "mask": mask})).unwrap();
         let tokens = TokensFolder::open(&path).unwrap();
         let mut alone = 0;
-        for (row, of) in tokens.rows.iter().enumerate() {
-            let data = of.data.as_ref().unwrap();
+        for row in 0..tokens.rows.len() {
+            let data = tokens.data(row).unwrap().unwrap();
             let odd = (data["a"].as_u64().unwrap() + data["b"].as_u64().unwrap()) % 2 == 1;
             assert_eq!(tokens.row_ids(row).len() > tokens.prompt_ids(row).len(), odd);
             assert_eq!(tokens.row_mask(row).contains(&1), odd);

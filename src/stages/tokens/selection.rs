@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use super::{COLUMNS, ROWS_FILE, Row, TASK_FILE, TOKENIZER_FOLDER, TaskFile, TokensFolder, save_tensors};
+use super::{COLUMNS, ROWS_FILE, TASK_FILE, TOKENIZER_FOLDER, TaskFile, TokensFolder, save_tensors};
 use crate::stages::table::{Column, TableWriter};
 use crate::stages::tokenize::{copy_files, write_json};
 
@@ -20,7 +20,8 @@ pub struct Selection<'a> {
     offsets: Vec<i64>,
     mask: Vec<u8>,
     prompt_lengths: Vec<i32>,
-    rows: Vec<&'a Row>,
+    /// The rows of `from`.
+    rows: Vec<usize>,
     longest: usize,
 }
 
@@ -56,21 +57,25 @@ impl<'a> Selection<'a> {
         self.longest = self.longest.max(self.ids.len() - begin);
         self.offsets.push(self.ids.len() as i64);
         self.prompt_lengths.push(self.from.prompt_lengths[row]);
-        self.rows.push(&self.from.rows[row]);
+        self.rows.push(row);
     }
 
     /// Writes the artifact into the empty folder `folder`; gives the counts of its `metrics.json`, which the caller writes.
     pub fn save(self, folder: &Path) -> anyhow::Result<BTreeMap<String, u64>> {
+        self.from.read_texts()?;
         let mut table = TableWriter::create(&folder.join(ROWS_FILE), COLUMNS)?;
         for (chunk, rows) in self.rows.chunks(CHUNK).enumerate() {
             let first = (chunk * CHUNK) as i64;
+            let about = || rows.iter().map(|row| &self.from.rows[*row]);
+            let prompts = rows.iter().map(|row| Ok(Some(self.from.prompt(*row)?.to_owned())));
+            let data = rows.iter().map(|row| Ok(self.from.data_text(*row)?.map(str::to_owned)));
             table.write(vec![
                 Column::integer(first..first + rows.len() as i64),
-                Column::text(rows.iter().map(|row| row.instance.clone())),
-                Column::text(rows.iter().map(|row| row.split.clone())),
-                Column::Text(rows.iter().map(|row| row.stratum.clone()).collect()),
-                Column::text(rows.iter().map(|row| row.prompt.clone())),
-                Column::Text(rows.iter().map(|row| row.data.as_ref().map(ToString::to_string)).collect()),
+                Column::text(about().map(|row| row.instance.to_string())),
+                Column::text(about().map(|row| row.split.to_string())),
+                Column::Text(about().map(|row| row.stratum.as_deref().map(str::to_owned)).collect()),
+                Column::Text(prompts.collect::<anyhow::Result<_>>()?),
+                Column::Text(data.collect::<anyhow::Result<_>>()?),
             ])?;
         }
         table.finish()?;
@@ -87,7 +92,7 @@ impl<'a> Selection<'a> {
             ("longest_row".to_owned(), self.longest as u64),
         ]);
         for row in &self.rows {
-            *counts.entry(format!("rows.{}", row.split)).or_default() += 1;
+            *counts.entry(format!("rows.{}", self.from.rows[*row].split)).or_default() += 1;
         }
         Ok(counts)
     }

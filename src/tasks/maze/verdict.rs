@@ -153,9 +153,49 @@ fn harness(maze: &Maze, form: Form, completion: &str) -> bool {
     let moves: Vec<Direction> = if form == Form::Words {
         answer.split(|letter: char| !letter.is_alphanumeric()).filter_map(named).collect()
     } else {
-        let tokens = answer.split("<|").skip(1);
-        tokens.filter_map(|token| named(token.split_once('|')?.0)).collect()
+        pulled(answer).filter_map(named).collect()
     };
     let end = moves.iter().try_fold(maze.origin, |cell, &direction| maze.step(cell, direction));
     end == Some(maze.target)
+}
+
+/// What the regular expression `<\|(.*?)\|>?` finds in a text, from left to right: it takes the first `|` behind a `<|`,
+/// whatever stands before it, and comes over no end of line.
+fn pulled(text: &str) -> impl Iterator<Item = &str> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        loop {
+            let (_, inner) = rest.split_once("<|")?;
+            rest = inner;
+            let end = inner.find(['|', '\n'])?;
+            if inner[end..].starts_with('|') {
+                rest = &inner[end + 1..];
+                return Some(&inner[..end]);
+            }
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::pulled;
+
+    #[test]
+    fn names_are_pulled_out_as_the_regular_expression_does() {
+        // Each what Python's `re.findall(r"<\|(.*?)\|>?", text)` gives.
+        let cases: [(&str, &[&str]); 9] = [
+            ("<|up|><|down|>", &["up", "down"]),
+            ("x<|up|y <|left|", &["up", "left"]),
+            ("<|a<|up|>", &["a<"]),
+            ("<|a <|up|><|left|>", &["a <", "left"]),
+            ("<|up\n|><|left|>", &["left"]),
+            ("<|up\n<|left|>", &["left"]),
+            ("<||><|up", &[""]),
+            ("<|<|up|>", &["<"]),
+            ("|>up|>", &[]),
+        ];
+        for (text, names) in cases {
+            assert_eq!(pulled(text).collect::<Vec<_>>(), names, "{text:?}");
+        }
+    }
 }

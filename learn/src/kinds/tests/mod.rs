@@ -208,7 +208,7 @@ fn dynamic_sampling_takes_groups_in_the_order_of_prompts_and_refills_what_it_dro
     let tokens = TokensFolder::open(FLOW.path("tokens")).unwrap();
     let mut order = Order::new("grpo.order", 5, tokens.split("rl").unwrap());
     for (group, instance) in instances.chunks(4).enumerate() {
-        assert_eq!(instance[0].as_deref(), Some(tokens.rows[order.at(group as u64)].instance.as_str()));
+        assert_eq!(instance[0].as_deref(), Some(&*tokens.rows[order.at(group as u64)].instance));
     }
     let mut refilled = 0;
     for at in 0..4u8 {
