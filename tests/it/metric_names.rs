@@ -31,7 +31,7 @@ const OTHERWISE: [(&str, &str, &str); 10] = [
 ];
 
 /// Names of an evaluation that no call with a literal makes.
-const OF_EVALUATIONS: [&str; 3] = ["NAME", "solved_low", "solved_high"];
+const OF_EVALUATIONS: [&str; 4] = ["NAME", "completion_length", "solved_low", "solved_high"];
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))

@@ -253,8 +253,8 @@ fn metrics(params: &Evaluate, episodes: &Episodes<'_>) -> BTreeMap<String, f64> 
         let classes: Vec<&str> = stratum.map(classes).unwrap_or_default();
         if place.is_multiple_of(samples) {
             metrics.total("n", 1.0);
-            for class in &classes {
-                metrics.total(&format!("n.{class}"), 1.0);
+            for stratum in &classes {
+                metrics.total(&format!("n.{stratum}"), 1.0);
             }
         }
         metrics.mean(COMPLETION_LENGTH, one.length() as f64, 1.0);
@@ -268,8 +268,8 @@ fn metrics(params: &Evaluate, episodes: &Episodes<'_>) -> BTreeMap<String, f64> 
             metrics.mean(name, value, 1.0);
         }
         for (name, value) in solved.into_iter().chain(pass) {
-            for class in &classes {
-                metrics.mean(&format!("{name}.{class}"), value, 1.0);
+            for stratum in &classes {
+                metrics.mean(&format!("{name}.{stratum}"), value, 1.0);
             }
         }
     }
