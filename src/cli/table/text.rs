@@ -190,9 +190,10 @@ pub(in crate::cli) fn meaning(comparison: &Comparison, is_corrected: bool) -> St
                 "\nDifferences are paired by instance and seed: Student's t interval, p from sign flips within instances"
             }
         });
-        text.push_str(match is_corrected {
-            true => ".\nEvery p is after Holm's correction over the tests of a block.",
-            false => ".\nHolm's correction is over the tests of a block.",
+        text.push_str(if is_corrected {
+            ".\nEvery p is after Holm's correction over the tests of a block."
+        } else {
+            ".\nHolm's correction is over the tests of a block."
         });
     }
     let mut shown = comparison.arms.iter().flat_map(|arm| arm.metrics.values().flatten());
