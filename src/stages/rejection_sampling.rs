@@ -81,6 +81,8 @@ impl RejectionSampling {
         known.extend([COMPLETION_LENGTH, TRUNCATED].map(str::to_owned));
         if self.rollouts.is_some() {
             known.extend([STEP, KEPT].map(str::to_owned));
+        } else {
+            known.extend(task.diagnoses().iter().map(|measure| measure.name.clone().into_owned()));
         }
         Some(known)
     }

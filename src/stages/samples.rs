@@ -42,7 +42,7 @@ pub struct Sample {
     pub finish: Finish,
     /// Whether the episode was cut off.
     pub truncated: bool,
-    /// The verdict.
+    /// The verdict; of an evaluation also what the task diagnoses beside it.
     pub measurements: Measurements,
     /// Each turn's measurements; the verdict's where the episode had one turn.
     pub turns: Vec<Measurements>,

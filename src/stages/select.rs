@@ -79,7 +79,8 @@ impl Select {
         let task = task_of(upstream, &self.tokens.reference)?;
         let mut known: BTreeSet<String> = numbers_of(&task)?.into_iter().collect();
         if self.evaluation.is_some() {
-            known.extend(task.measures().into_iter().map(|measure| measure.name.into_owned()));
+            let diagnoses = task.diagnoses().iter().cloned();
+            known.extend(task.measures().into_iter().chain(diagnoses).map(|measure| measure.name.into_owned()));
             known.extend([COMPLETION_LENGTH, TRUNCATED].map(str::to_owned));
         }
         Some(known)

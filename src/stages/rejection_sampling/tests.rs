@@ -174,6 +174,10 @@ fn mistakes_are_told_while_planning() {
     let good = json!({"rollouts": "grpo", "where": "solved and kept and steps <= shortest and length >= 9"});
     assert_eq!(problems(&good), Vec::<String>::new());
     assert_eq!(problems(&json!({"rollouts": "grpo", "where": "solvd"})), ["where: there is no number `solvd` here"]);
+    // Trainings have no diagnoses, and evaluations do.
+    let optimal = "where: there is no number `optimal` here";
+    assert_eq!(problems(&json!({"rollouts": "grpo", "where": "optimal"})), [optimal]);
+    assert!(!problems(&json!({"evaluation": "probe", "where": "optimal"})).contains(&optimal.to_owned()));
     let starts = |params: &Value, words: &str| {
         let found = problems(params);
         assert!(found.len() == 1 && found[0].starts_with(words), "{found:?}");

@@ -169,6 +169,9 @@ fn mistakes_are_told_while_planning() {
     assert_eq!(problems(&json!({"where": "length >= 9"})), Vec::<String>::new());
     assert_eq!(problems(&json!({"where": "solved > 0"})), ["where: there is no number `solved` here"]);
     assert_eq!(problems(&json!({"where": "solved > 0", "evaluation": "probe"})), Vec::<String>::new());
+    // What an evaluation diagnoses stands beside its measurements.
+    assert_eq!(problems(&json!({"where": "error_wall > 0", "evaluation": "probe"})), Vec::<String>::new());
+    assert_eq!(problems(&json!({"where": "error_wall > 0"})).len(), 1);
     let mix = json!({"mix": [{"where": "length >=", "share": 0.5}, {"where": "1", "share": 0.6}]});
     assert_eq!(
         problems(&mix),
