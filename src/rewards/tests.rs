@@ -259,12 +259,17 @@ fn the_reward_of_the_documentation_scores_abstains_and_errs() {
 fn documented() -> BTreeMap<String, RewardSpec> {
     #[derive(serde::Deserialize)]
     struct File {
+        stages: BTreeMap<String, Stage>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Stage {
         rewards: BTreeMap<String, RewardSpec>,
     }
     let text = include_str!("../../docs/learning.md");
     let begin = text.find("```toml\n# As AlphaMaze's text").unwrap() + "```toml\n".len();
     let code = &text[begin..];
-    toml::from_str::<File>(&code[..code.find("```").unwrap()]).unwrap().rewards
+    let mut file = toml::from_str::<File>(&code[..code.find("```").unwrap()]).unwrap();
+    file.stages.remove("grpo").unwrap().rewards
 }
 
 #[test]

@@ -66,15 +66,17 @@ pub struct Synthesize {
     pub lengths: Lengths,
     /// The share of the rows in which every length is equally often, where `lengths` is `mixed`.
     #[serde(default = "Synthesize::default_balanced_share", skip_serializing_if = "Synthesize::is_half")]
-    #[schemars(range(min = 0.0, max = 1.0))]
+    #[schemars(range(min = 0.0, max = 1.0), extend("default" = 0.5))]
     pub balanced_share: f64,
     /// What every split is made of, such as `[{ min = 1, max = 4, share = 0.5 }, { min = 5, max = 8, share = 0.5 }]`; the
     /// shares sum to 1.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("default" = []))]
     pub composition: Vec<Band>,
     /// The share of all layouts that each split may draw from, in place of one that follows from its rows. They sum to 1 and
     /// may name splits that are not drawn here. Data sets with the same `shares` keep their splits apart from each other.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("default" = json!({})))]
     pub shares: BTreeMap<String, f64>,
     /// Moves of the shortest path, at least.
     #[serde(default)]

@@ -21,14 +21,16 @@ pub struct MazeSpec {
     /// Sizes as `[rows, columns]`, drawn equally often, none beyond `rows` and `columns`; empty is that one size. The
     /// vocabulary is that of `rows` and `columns` whatever the sizes, so that data sets of other sizes can share a model.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("default" = []))]
     pub sizes: Vec<[u64; 2]>,
     /// The share of the walls between cells that are opened when every cell is reached: mazes with loops, in which
     /// several shortest paths may lead to the target.
     #[serde(default, skip_serializing_if = "is_default")]
-    #[schemars(range(min = 0.0, max = 1.0))]
+    #[schemars(range(min = 0.0, max = 1.0), extend("default" = 0.0))]
     pub loops: f64,
     /// The cell where drawing begins.
     #[serde(default, skip_serializing_if = "is_default")]
+    #[schemars(extend("default" = "any"))]
     pub start: StartLaw,
 }
 
