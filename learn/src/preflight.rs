@@ -118,7 +118,7 @@ pub fn rows(tokens: &TokensFolder, rows: &[usize], config: &ModelConfig, model: 
 pub fn turns_of(tokens: &TokensFolder, row: usize) -> Vec<Range<usize>> {
     let runs = runs(tokens.row_mask(row));
     match (&tokens.task, &runs[..]) {
-        (Some((TaskSpec::Maze(_), _)), [first, .., last]) => vec![first.start..last.end],
+        (Some((TaskSpec::Maze(_), _)), [first, .., last]) => std::iter::once(first.start..last.end).collect(),
         _ => runs,
     }
 }
@@ -307,7 +307,7 @@ mod tests {
             ..tokens(&[(ids, &[0, 1, 0, 0, 1, 1], 1)])
         };
         let good = mazes(&[1, 5, 6, 7, 8, 3]);
-        assert_eq!(turns_of(&good, 0), [1..6]);
+        assert_eq!(turns_of(&good, 0), vec![1..6; 1]);
         let note = rows(&good, &[0], &config(), Path::new("m")).unwrap();
         assert!(note.contains("3 targets among 6 tokens, one end of sequence a turn; "), "{note}");
         assert!(!note.contains("turns"), "{note}");

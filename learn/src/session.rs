@@ -22,6 +22,11 @@ pub struct Session {
     machine: Machine,
 }
 
+/// Parameters as they are shown beside curves.
+pub fn config_text(params: &impl Serialize) -> anyhow::Result<String> {
+    Ok(format!("```json\n{}\n```", serde_json::to_string_pretty(params)?))
+}
+
 impl Session {
     /// Opens the records of a stage of `steps` steps. `resumed_step` is the last step whose record is kept; `None` begins
     /// anew. The parameters are shown as text beside the curves.
@@ -32,8 +37,7 @@ impl Session {
         steps: u64,
         resumed_step: Option<u64>,
     ) -> anyhow::Result<Self> {
-        let config = format!("```json\n{}\n```", serde_json::to_string_pretty(params)?);
-        let (recorder, opened) = Recorder::open(&context.logs, resumed_step, &config);
+        let (recorder, opened) = Recorder::open(&context.logs, resumed_step, &config_text(params)?);
         tell_failure(context, "metrics are not recorded", &opened);
         if let Some(done) = resumed_step {
             context.tell(StageEvent::Resumed { done });

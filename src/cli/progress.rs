@@ -1,7 +1,7 @@
 //! A run as people watch it: one screen for all of its stages, or plain lines where there is no terminal.
 //!
 //! It turns events into lines and into the state that the screen and other terminals show, and knows nothing else of the
-//! run. [`board`] holds where every stage stands, [`screen`] draws it, [`publish`] lets other terminals see it.
+//! run. `board` holds where every stage stands, `screen` draws it, `publish` lets other terminals see it.
 
 mod board;
 mod left;

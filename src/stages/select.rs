@@ -273,8 +273,7 @@ impl Measured {
         let Some((prompt, means)) = self.instances.get(instance) else { return Ok(None) };
         ensure!(
             *prompt == asked,
-            "the evaluation is of other tokens: the prompt of its `{}` is another than that of the row",
-            instance
+            "the evaluation is of other tokens: the prompt of its `{instance}` is another than that of the row"
         );
         Ok(Some(means))
     }

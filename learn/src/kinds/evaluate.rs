@@ -23,7 +23,7 @@ use crate::model::Transformer;
 use crate::phases::Machine;
 use crate::prompts::{Prompts, Purpose};
 use crate::rollout::{distinct, finish_name, turns_column};
-use crate::session::{states, tell_failure};
+use crate::session::{config_text, states, tell_failure};
 use crate::trajectory::{Request, Trajectory, play};
 use crate::validate::{LOGGED, show};
 use crate::{device, exhibits, memory, preflight};
@@ -85,7 +85,7 @@ pub fn run(params: &Evaluate, context: &mut StageContext) -> anyhow::Result<()> 
 
     // Where the time goes is nobody's result: it stands in the logs alone.
     let recorded = (!played.is_empty()).then_some(played.len() as u64);
-    let (mut recorder, opened) = Recorder::open(&context.logs, recorded, "");
+    let (mut recorder, opened) = Recorder::open(&context.logs, recorded, &config_text(params)?);
     tell_failure(context, "metrics are not recorded", &opened);
     let mut machine = Machine::measure(device, model.kind());
 
