@@ -131,12 +131,15 @@ pub enum FormatSpec {
         trace: Trace,
         /// What the prompt holds.
         #[serde(default, skip_serializing_if = "is_default")]
+        #[schemars(extend("default" = "maze"))]
         prompt: MazePrompt,
         /// What prompt, thoughts and answer are written with.
         #[serde(default, skip_serializing_if = "is_default")]
+        #[schemars(extend("default" = "tokens"))]
         signs: Signs,
         /// Where the wrong attempts of demonstrations leave the right path.
         #[serde(default, skip_serializing_if = "is_default")]
+        #[schemars(extend("default" = "origin"))]
         retry: Retry,
         /// The share of demonstrations that begin with a wrong attempt, of the mazes that have one; 0 has the words for it
         /// and none is shown.
@@ -154,6 +157,7 @@ pub enum FormatSpec {
         order: SearchOrder,
         /// Where the wrong attempts of demonstrations leave the right path.
         #[serde(default, skip_serializing_if = "is_default")]
+        #[schemars(extend("default" = "origin"))]
         retry: Retry,
         /// The share of demonstrations that begin with a wrong attempt, of the mazes that have one; 0 has the words for it
         /// and none is shown.
@@ -172,6 +176,7 @@ pub enum FormatSpec {
         order: SearchOrder,
         /// Where the wrong attempts of demonstrations leave the right path.
         #[serde(default, skip_serializing_if = "is_default")]
+        #[schemars(extend("default" = "origin"))]
         retry: Retry,
         /// The share of demonstrations that begin with a wrong attempt, of the mazes that have one; 0 has the words for it
         /// and none is shown.

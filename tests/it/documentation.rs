@@ -109,9 +109,10 @@ fn furnished(sandbox: &Sandbox, text: &str) {
     }
     sandbox.write("models/qwen/config.json", "{}").write("models/qwen/tokenizer.json", "{}");
     for name in text.split('"').skip(1).step_by(2) {
-        let is_file = [".py", ".txt", ".jinja", ".jsonl", ".sh"].iter().any(|end| name.ends_with(end));
+        let is_file = [".py", ".txt", ".jinja", ".jsonl", ".parquet", ".sh"].iter().any(|end| name.ends_with(end));
         if is_file && !name.contains(' ') {
-            sandbox.write(&format!("experiments/{name}"), "x\n");
+            let beside = name.strip_prefix("../").map_or_else(|| format!("experiments/{name}"), str::to_owned);
+            sandbox.write(&beside, "x\n");
         }
     }
 }
