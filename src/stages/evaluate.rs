@@ -27,6 +27,7 @@ pub struct Evaluate {
     /// intervals rest on the instances, however many completions each has.
     #[serde(default = "Evaluate::default_samples_per_prompt", skip_serializing_if = "Evaluate::is_one")]
     #[schemars(range(min = 1))]
+    #[schemars(extend("default" = 1))]
     pub samples_per_prompt: u64,
     /// Tokens in a completion, at most; a completion that reaches it is a failure and counts.
     #[schemars(range(min = 1))]
@@ -40,6 +41,7 @@ pub struct Evaluate {
     pub filters: Filters,
     /// The floating-point format of the model's passes.
     #[serde(default, skip_serializing_if = "Precision::is_default")]
+    #[schemars(extend("default" = "fp32"))]
     pub precision: Precision,
     /// Prompts generated at once.
     #[serde(default = "Evaluate::default_generation_chunk")]

@@ -40,6 +40,7 @@ pub struct Select {
     /// The shares of kinds of rows, such as half of them with `length >= 9`; a row is of the first kind whose `where` holds,
     /// and what the shares leave goes to rows of no kind. As many rows as the scarcest kind allows are kept.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("default" = []))]
     pub mix: Vec<Share>,
     /// Rows to keep, at most, from the beginning of the split; 0 is no limit.
     #[serde(default)]

@@ -95,6 +95,7 @@ pub struct Tokenize {
     pub mask: Mask,
     /// Whether the mistakes of demonstrations are no targets: wrong attempts are read, and giving them up is learnt.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    #[schemars(extend("default" = false))]
     pub mask_mistakes: bool,
     /// Whether the tokenizer's chat template writes a task's episodes. Messages always need one; prompts and completions
     /// of your own never use it.

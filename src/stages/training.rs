@@ -87,6 +87,7 @@ pub struct Schedule {
     /// The share of all steps, at the end, over which the rate falls (warm-up, stable, decay); 1 is all steps after warm-up.
     #[serde(skip_serializing_if = "Schedule::is_all")]
     #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0.0))]
+    #[schemars(extend("default" = 1.0))]
     pub decay_ratio: f64,
 }
 

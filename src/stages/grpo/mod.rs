@@ -96,10 +96,12 @@ pub struct Grpo {
     pub lora: Option<Lora>,
     /// The floating-point format of the model's passes: of training, generation, validation and the reference.
     #[serde(default, skip_serializing_if = "Precision::is_default")]
+    #[schemars(extend("default" = "fp32"))]
     pub precision: Precision,
     /// Keep what each layer reads and compute the rest of its activations again in the backward pass: less memory, a third more
     /// operations, the same gradient.
     #[serde(default, skip_serializing_if = "is_off")]
+    #[schemars(extend("default" = false))]
     pub activation_checkpointing: bool,
     /// Validation on the way; without it `best` equals `last`.
     #[serde(default)]
