@@ -32,27 +32,40 @@ constexpr int64_t BYTES = 64;
 constexpr int64_t QUERIES = 16;   // queries of one tile of scores
 constexpr int64_t PARTIAL = 64;   // rows of one partial sum
 
+// Sums over a row and padding go by runs of W elements, whatever a register holds.
+template <class T> constexpr int64_t W = BYTES / (int64_t)sizeof(T);
+
+// What one register of this instruction set holds: a compiler takes vectors larger than that apart, element by element.
+#if defined(__AVX512F__)
+constexpr int64_t REGISTER = 64;
+#elif defined(__AVX2__)
+constexpr int64_t REGISTER = 32;
+#else
+constexpr int64_t REGISTER = 16;
+#endif
 template <class T> struct Lanes;
 template <> struct Lanes<float> {
-  typedef float V __attribute__((vector_size(64)));
-  typedef float U __attribute__((vector_size(64), aligned(4), may_alias));
-  typedef int32_t I __attribute__((vector_size(64)));
+  typedef float V __attribute__((vector_size(REGISTER)));
+  typedef float U __attribute__((vector_size(REGISTER), aligned(4), may_alias));
+  typedef int32_t I __attribute__((vector_size(REGISTER)));
 };
 template <> struct Lanes<double> {
-  typedef double V __attribute__((vector_size(64)));
-  typedef double U __attribute__((vector_size(64), aligned(8), may_alias));
-  typedef int64_t I __attribute__((vector_size(64)));
+  typedef double V __attribute__((vector_size(REGISTER)));
+  typedef double U __attribute__((vector_size(REGISTER), aligned(8), may_alias));
 };
-template <class T> constexpr int64_t W = BYTES / (int64_t)sizeof(T);
 template <class T> using V = typename Lanes<T>::V;
+template <class T> constexpr int64_t R = REGISTER / (int64_t)sizeof(T);
+constexpr int64_t PARTS = BYTES / REGISTER;
 
 template <class T> inline V<T> load(const T* p) { return *(const typename Lanes<T>::U*)p; }
 template <class T> inline void store(T* p, V<T> v) { *(typename Lanes<T>::U*)p = v; }
 template <class T> inline V<T> splat(T x) { return V<T>{} + x; }
 template <class T> inline int64_t padded(int64_t n) { return (n + W<T> - 1) / W<T> * W<T>; }
-template <class T> inline T sum(V<T> v) {
+// The sum of a run of W elements, one after the other.
+template <class T> inline T sum(const V<T> (&v)[PARTS]) {
   T s = 0;
-  for (int64_t i = 0; i < W<T>; i++) s += v[i];
+  for (int64_t i = 0; i < PARTS; i++)
+    for (int64_t j = 0; j < R<T>; j++) s += v[i][j];
   return s;
 }
 
@@ -81,26 +94,26 @@ inline V<float> exponential(V<float> x) {
 }
 inline V<double> exponential(V<double> x) {
   V<double> made;
-  for (int64_t i = 0; i < W<double>; i++) made[i] = std::exp(x[i]);
+  for (int64_t i = 0; i < R<double>; i++) made[i] = std::exp(x[i]);
   return made;
 }
 
-// c [m, n] (+)= a [m, k] b [k, n], one tile of M rows and N vectors; element (i, j) of a lies at i * ai + j * aj.
+// c [m, n] (+)= a [m, k] b [k, n], one tile of M rows and N registers; element (i, j) of a lies at i * ai + j * aj.
 template <class T, int M, int N>
 inline void tile(int64_t k, const T* a, int64_t ai, int64_t aj, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
   V<T> s[M][N];
   for (int i = 0; i < M; i++)
-    for (int j = 0; j < N; j++) s[i][j] = add ? load(c + i * ldc + j * W<T>) : V<T>{};
+    for (int j = 0; j < N; j++) s[i][j] = add ? load(c + i * ldc + j * R<T>) : V<T>{};
   for (int64_t l = 0; l < k; l++) {
     V<T> row[N];
-    for (int j = 0; j < N; j++) row[j] = load(b + l * ldb + j * W<T>);
+    for (int j = 0; j < N; j++) row[j] = load(b + l * ldb + j * R<T>);
     for (int i = 0; i < M; i++) {
       V<T> x = splat(a[i * ai + l * aj]);
       for (int j = 0; j < N; j++) s[i][j] += x * row[j];
     }
   }
   for (int i = 0; i < M; i++)
-    for (int j = 0; j < N; j++) store(c + i * ldc + j * W<T>, s[i][j]);
+    for (int j = 0; j < N; j++) store(c + i * ldc + j * R<T>, s[i][j]);
 }
 
 // The same of a single row: four runs of sums, because one would wait for itself.
@@ -108,14 +121,14 @@ template <class T, int N>
 inline void line(int64_t k, const T* a, int64_t aj, const T* b, int64_t ldb, T* c, bool add) {
   V<T> s[4][N];
   for (int r = 0; r < 4; r++)
-    for (int j = 0; j < N; j++) s[r][j] = add && r == 0 ? load(c + j * W<T>) : V<T>{};
+    for (int j = 0; j < N; j++) s[r][j] = add && r == 0 ? load(c + j * R<T>) : V<T>{};
   int64_t l = 0;
   for (; l + 4 <= k; l += 4)
     for (int r = 0; r < 4; r++)
-      for (int j = 0; j < N; j++) s[r][j] += splat(a[(l + r) * aj]) * load(b + (l + r) * ldb + j * W<T>);
+      for (int j = 0; j < N; j++) s[r][j] += splat(a[(l + r) * aj]) * load(b + (l + r) * ldb + j * R<T>);
   for (; l < k; l++)
-    for (int j = 0; j < N; j++) s[0][j] += splat(a[l * aj]) * load(b + l * ldb + j * W<T>);
-  for (int j = 0; j < N; j++) store(c + j * W<T>, (s[0][j] + s[1][j]) + (s[2][j] + s[3][j]));
+    for (int j = 0; j < N; j++) s[0][j] += splat(a[l * aj]) * load(b + l * ldb + j * R<T>);
+  for (int j = 0; j < N; j++) store(c + j * R<T>, (s[0][j] + s[1][j]) + (s[2][j] + s[3][j]));
 }
 
 template <class T, int M, int N>
@@ -129,25 +142,25 @@ inline void rows_of(int64_t m, int64_t k, const T* a, int64_t ai, int64_t aj, co
   for (; i < m; i++) line<T, N>(k, a + i * ai, aj, b, ldb, c + i * ldc, add);
 }
 
-// c [m, n] (+)= a [m, k] b [k, n]; n is a multiple of the vector.
+// c [m, n] (+)= a [m, k] b [k, n]; n is a multiple of W.
 template <class T>
 void multiply(int64_t m, int64_t n, int64_t k, const T* a, int64_t ai, int64_t aj, const T* b, int64_t ldb, T* c,
               int64_t ldc, bool add) {
   int64_t j = 0;
 #ifdef __AVX512F__
-  for (; j + 4 * W<T> <= n; j += 4 * W<T>) rows_of<T, 4, 4>(m, k, a, ai, aj, b + j, ldb, c + j, ldc, add);
-  for (; j + 2 * W<T> <= n; j += 2 * W<T>) rows_of<T, 8, 2>(m, k, a, ai, aj, b + j, ldb, c + j, ldc, add);
-  for (; j < n; j += W<T>) rows_of<T, 8, 1>(m, k, a, ai, aj, b + j, ldb, c + j, ldc, add);
+  for (; j + 4 * R<T> <= n; j += 4 * R<T>) rows_of<T, 4, 4>(m, k, a, ai, aj, b + j, ldb, c + j, ldc, add);
+  for (; j + 2 * R<T> <= n; j += 2 * R<T>) rows_of<T, 8, 2>(m, k, a, ai, aj, b + j, ldb, c + j, ldc, add);
+  for (; j < n; j += R<T>) rows_of<T, 8, 1>(m, k, a, ai, aj, b + j, ldb, c + j, ldc, add);
 #else
-  for (; j + 2 * W<T> <= n; j += 2 * W<T>) rows_of<T, 3, 2>(m, k, a, ai, aj, b + j, ldb, c + j, ldc, add);
-  for (; j < n; j += W<T>) rows_of<T, 4, 1>(m, k, a, ai, aj, b + j, ldb, c + j, ldc, add);
+  for (; j < n; j += 2 * R<T>) rows_of<T, 6, 2>(m, k, a, ai, aj, b + j, ldb, c + j, ldc, add);
 #endif
 }
 
 template <class T> inline T dot(const T* x, const T* y, int64_t n) {
-  V<T> s{};
+  V<T> s[PARTS]{};
   int64_t i = 0;
-  for (; i + W<T> <= n; i += W<T>) s += load(x + i) * load(y + i);
+  for (; i + W<T> <= n; i += W<T>)
+    for (int64_t p = 0; p < PARTS; p++) s[p] += load(x + i + p * R<T>) * load(y + i + p * R<T>);
   T rest = 0;
   for (; i < n; i++) rest += x[i] * y[i];
   return sum<T>(s) + rest;
@@ -216,7 +229,7 @@ template <class T> void swiglu(const T* gate_up, int64_t rows, int64_t width, T*
     const T *gate = gate_up + 2 * r * width, *up = gate + width;
     T* to = out + r * width;
     int64_t i = 0;
-    for (; i + W<T> <= width; i += W<T>) {
+    for (; i + R<T> <= width; i += R<T>) {
       V<T> g = load(gate + i);
       store(to + i, g / (exponential(-g) + (T)1) * load(up + i));
     }
@@ -231,7 +244,7 @@ void swiglu_backward(const T* gate_up, const T* dout, int64_t rows, int64_t widt
     const T *gate = gate_up + 2 * r * width, *up = gate + width, *d = dout + r * width;
     T *dg = dgate_up + 2 * r * width, *du = dg + width;
     int64_t i = 0;
-    for (; i + W<T> <= width; i += W<T>) {
+    for (; i + R<T> <= width; i += R<T>) {
       V<T> g = load(gate + i), s = (T)1 / (exponential(-g) + (T)1), o = load(d + i), gs = g * s;
       store(du + i, o * gs);
       store(dg + i, o * load(up + i) * (s + gs * ((T)1 - s)));
@@ -340,17 +353,19 @@ int64_t score(const T* q, int64_t d, int64_t dp, int64_t begin, int64_t count, c
 
 template <class T> inline T softmax(T* row, int64_t width, T* lse) {
   V<T> most = load(row);
-  for (int64_t j = W<T>; j < width; j += W<T>) {
+  for (int64_t j = R<T>; j < width; j += R<T>) {
     V<T> x = load(row + j);
     most = x > most ? x : most;
   }
   T top = most[0];
-  for (int64_t j = 1; j < W<T>; j++) top = std::max(top, most[j]);
-  V<T> total{};
+  for (int64_t j = 1; j < R<T>; j++) top = std::max(top, most[j]);
+  V<T> total[PARTS]{};
   for (int64_t j = 0; j < width; j += W<T>) {
-    V<T> e = exponential(load(row + j) - top);
-    total += e;
-    store(row + j, e);
+    for (int64_t p = 0; p < PARTS; p++) {
+      V<T> e = exponential(load(row + j + p * R<T>) - top);
+      total[p] += e;
+      store(row + j + p * R<T>, e);
+    }
   }
   T all = sum<T>(total);
   *lse = top + std::log(all);
@@ -418,7 +433,7 @@ void attend_backward(const Problem<T>& p, int64_t segment, int64_t head, Gathere
       int64_t token = p.first(segment) + begin + i;
       T norm = lse[token * p.heads.queries + head], away = s.delta[(size_t)(begin + i)];
       T *prob = s.scores.data() + i * width, *grad = s.dscores.data() + i * width;
-      for (int64_t j = 0; j < width; j += W<T>) {
+      for (int64_t j = 0; j < width; j += R<T>) {
         V<T> e = exponential(load(prob + j) - norm);
         store(prob + j, e);
         store(grad + j, e * (load(grad + j) - away));
@@ -586,7 +601,7 @@ void decode(const T* qkv, Heads heads, DecodeRows rows, const T* cosine, const T
         std::fill(row + length, row + base, none);
         std::fill(row + base + used + 1, row + width, none);
         T lse, by = softmax(row, width, &lse);
-        for (int64_t j = 0; j < width; j += W<T>) store(row + j, load(row + j) * by);
+        for (int64_t j = 0; j < width; j += R<T>) store(row + j, load(row + j) * by);
       }
       multiply(count, dp, length, scores.data(), width, (int64_t)1, v, dp, o.data(), dp, false);
       for (int64_t r = from; r < to; r++) {
