@@ -2,16 +2,17 @@
 
 usage: python3 benches/results.py [--pipe FILE] [--store DIR] [NAME...]
 
-For every experiment NAME (all that the page has marks for unless given), what stands on the page between `<!-- table NAME -->` and
-`<!-- end -->` becomes what `pipe table experiments/NAME.toml --format markdown` prints, and `docs/results/NAME.json` what it prints
-as JSON. `<!-- ledger NAME -->` becomes the time of every stage that trained or was evaluated: how many results, minutes of all and
-of one. `docs/results/NAME-*.svg` are curves of the validations, the mean over seeds with the band from the least to the greatest.
+For every experiment NAME (all that the page has marks for unless given), what stands on the page between `<!-- table NAME OPTIONS -->`
+and `<!-- end -->` becomes what `pipe table experiments/NAME.toml OPTIONS --format markdown` prints, and `docs/results/NAME.json` what
+it prints as JSON; OPTIONS may be `--set` and its values. `<!-- ledger NAME OPTIONS -->` becomes the time of every stage that trained or
+was evaluated: how many results, minutes of all and of one. `docs/results/NAME-*.svg` are curves of the validations, the mean over seeds with the band from the least to the greatest.
 Needs `matplotlib`.
 """
 
 import argparse
 import json
 import re
+import shlex
 import subprocess
 from collections import defaultdict
 from pathlib import Path
@@ -28,18 +29,13 @@ PAGE, FOLDER = ROOT / "docs/results.md", ROOT / "docs/results"
 FIGURES = {
     "alphamaze": [
         ("sft", ["sft", "sft_search", "sft_direct"], "validation/solved", "solved, validation, greedy"),
-        ("after", ["grpo", "sft_more", "sft_rejection"], "validation/solved", "solved, validation"),
+        ("more", ["sft_more", "sft_rejection"], "validation/solved", "solved, validation, greedy"),
+        ("grpo", ["grpo"], "validation/solved", "solved, validation, temperature 1"),
     ],
     "rewards": [("solved", ["grpo"], "validation/solved", "solved, validation, temperature 1")],
     "shorter_search": [
-        ("solved", ["grpo"], "validation/solved", "solved, validation, temperature 1"),
-        ("length", ["grpo"], "completion_length", "tokens of a completion, training"),
+        ("length", ["grpo"], "completions/mean_length", "tokens of a completion, training"),
     ],
-    "maze_size": [("solved", ["sft"], "validation/solved", "solved, validation, all sizes")],
-    "kl": [("solved", ["grpo"], "validation/solved", "solved, validation, temperature 1")],
-    "loss": [("solved", ["grpo"], "validation/solved", "solved, validation, temperature 1")],
-    "group_size": [("solved", ["grpo"], "validation/solved", "solved, validation, temperature 1")],
-    "sampling": [("solved", ["grpo"], "validation/solved", "solved, validation, temperature 1")],
 }
 TRAINED = {"sft", "grpo", "evaluate"}
 
@@ -55,9 +51,9 @@ class Store:
             raise SystemExit(f"{' '.join(map(str, command))}: {done.stderr}")
         return done.stdout
 
-    def stages(self, name):
+    def stages(self, name, sets):
         """What is done of an experiment: (trial, stage, kind, key)."""
-        plan = json.loads(self.pipe("plan", f"experiments/{name}.toml", "--json"))
+        plan = json.loads(self.pipe("plan", f"experiments/{name}.toml", *sets, "--json"))
         return [(one["trial"] or "", one["stage"], one["kind"], one["key"]) for one in plan if one["state"] == "cached"]
 
     def points(self, key, metric):
@@ -78,9 +74,9 @@ def without_seed(trial):
     return ",".join(part for part in trial.split(",") if not part.startswith("seed="))
 
 
-def figure(store, name, stages, metric, axis, path):
+def figure(store, name, sets, stages, metric, axis, path):
     curves = defaultdict(list)
-    for trial, stage, _, key in store.stages(name):
+    for trial, stage, _, key in store.stages(name, sets):
         points = store.points(key, metric) if stage in stages else {}
         if points:
             arm = ", ".join(part for part in (without_seed(trial), stage if len(stages) > 1 else "") if part)
@@ -103,12 +99,12 @@ def figure(store, name, stages, metric, axis, path):
     plt.close(plot)
 
 
-def ledger(store, name):
+def ledger(store, name, sets):
     seconds = defaultdict(dict)
-    for trial, stage, kind, key in store.stages(name):
+    for trial, stage, kind, key in store.stages(name, sets):
         if kind in TRAINED and key not in seconds[stage]:
             place = "/".join(part for part in (f"experiments/{name}.toml", trial, stage) if part)
-            seconds[stage][key] = json.loads(store.pipe("show", place, "--json"))["seconds"]
+            seconds[stage][key] = json.loads(store.pipe("show", place, *sets, "--json"))["seconds"]
     rows = ["| stage | results | minutes each | minutes in all |", "|---|---:|---:|---:|"]
     for stage, all in seconds.items():
         total = sum(all.values()) / 60
@@ -117,8 +113,7 @@ def ledger(store, name):
     return "\n".join([*rows, f"| all | {sum(map(len, seconds.values()))} | | {total:.0f} |"])
 
 
-def fill(page, what, name, text):
-    mark = f"<!-- {what} {name} -->"
+def fill(page, mark, text):
     pattern = re.compile(re.escape(mark) + r".*?<!-- end -->", re.S)
     return pattern.sub(lambda _: f"{mark}\n\n{text.strip()}\n\n<!-- end -->", page)
 
@@ -132,12 +127,18 @@ def main():
     store = Store(Path(given.pipe).resolve(), Path(given.store).resolve())
     page = PAGE.read_text()
     FOLDER.mkdir(exist_ok=True)
-    for name in given.names or re.findall(r"<!-- table (\S+) -->", page):
-        page = fill(page, "table", name, store.pipe("table", f"experiments/{name}.toml", "--format", "markdown"))
-        page = fill(page, "ledger", name, ledger(store, name))
-        (FOLDER / f"{name}.json").write_text(store.pipe("table", f"experiments/{name}.toml", "--format", "json"))
+    for mark, what, name, sets in re.findall(r"(<!-- (table|ledger) (\S+)(.*?) -->)", page):
+        if given.names and name not in given.names:
+            continue
+        sets = shlex.split(sets)
+        if what == "ledger":
+            page = fill(page, mark, ledger(store, name, sets))
+            continue
+        table = ["table", f"experiments/{name}.toml", *sets, "--format"]
+        page = fill(page, mark, re.sub(r"\A### .*\n+.*\n+", "", store.pipe(*table, "markdown")))
+        (FOLDER / f"{name}.json").write_text(store.pipe(*table, "json"))
         for part, stages, metric, axis in FIGURES.get(name, []):
-            figure(store, name, stages, metric, axis, FOLDER / f"{name}-{part}.svg")
+            figure(store, name, sets, stages, metric, axis, FOLDER / f"{name}-{part}.svg")
     PAGE.write_text(page)
 
 

@@ -1,4 +1,4 @@
-//! Tables for READMEs and papers: an arm a row, a metric a column.
+//! Tables for READMEs and papers: an arm a row, a metric a column; of one arm with many metrics, a metric a row.
 
 use std::fmt::Write as _;
 
@@ -13,8 +13,26 @@ pub(in crate::cli) struct Wide {
     pub(in crate::cli) title: String,
     /// As many as a row has.
     pub(in crate::cli) header: Vec<String>,
-    /// An arm each.
+    /// An arm each, or a metric.
     pub(in crate::cli) rows: Vec<Vec<String>>,
+}
+
+/// More columns than a page is wide.
+const MANY: usize = 4;
+
+impl Wide {
+    /// A single row of many columns as rows of two.
+    fn upright(self) -> Self {
+        match <[Vec<String>; 1]>::try_from(self.rows) {
+            Ok([row]) if row.len() > MANY => {
+                let mut rows = self.header.into_iter().zip(row).map(|(head, cell)| vec![head, cell]);
+                let header = rows.next().unwrap_or_default();
+                Self { title: self.title, header, rows: rows.collect() }
+            }
+            Ok(row) => Self { title: self.title, header: self.header, rows: row.into() },
+            Err(rows) => Self { title: self.title, header: self.header, rows },
+        }
+    }
 }
 
 /// `72.0 % [70.0, 74.0]`.
@@ -92,7 +110,7 @@ pub(in crate::cli) fn tables(comparison: &Comparison) -> Vec<Wide> {
             tables.push(Wide { title, header: header(&mut comparison.metrics.iter().cloned()), rows });
         }
     }
-    tables
+    tables.into_iter().map(Wide::upright).collect()
 }
 
 /// Tables with pipes, and what they claim below.
@@ -208,6 +226,19 @@ mod tests {
         Differences are paired by instance and seed: Student's t interval, p from sign flips within instances.
         Every p is after Holm's correction over the tests of a block.
         ");
+    }
+
+    #[test]
+    fn one_row_of_many_columns_stands_upright() {
+        let words = |words: &str| words.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        let wide = |row: &str| Wide { title: String::new(), header: words("arm a b c d"), rows: vec![words(row)] };
+        let upright = wide("all 1 2 3 4").upright();
+        assert_eq!(upright.header, ["arm", "all"]);
+        assert_eq!(upright.rows, [["a", "1"], ["b", "2"], ["c", "3"], ["d", "4"]]);
+        let two = Wide { rows: vec![words("x 1 2 3 4"), words("y 1 2 3 4")], ..wide("") };
+        assert_eq!(two.upright().rows.len(), 2);
+        let narrow = Wide { title: String::new(), header: words("arm a"), rows: vec![words("all 1")] };
+        assert_eq!(narrow.upright().header, ["arm", "a"]);
     }
 
     #[test]
