@@ -1,7 +1,7 @@
 // The CPU kernels, compiled once for each instruction set (PIPE_ISA names it).
 //
 // What an output is made of, and in which order, never depends on the number of threads: a thread computes whole outputs,
-// and sums over rows go through partial sums of fixed runs of rows. Gathered heads are padded with zeros to whole vectors.
+// and sums over rows go through partial sums of fixed runs of rows. Gathered heads are padded with zeros to runs of W elements.
 #include "kernels.h"
 
 #include <algorithm>
