@@ -5,7 +5,8 @@ usage: python3 benches/results.py [--pipe FILE] [--store DIR] [NAME...]
 For every experiment NAME (all that the page has marks for unless given), what stands on the page between `<!-- table NAME OPTIONS -->`
 and `<!-- end -->` becomes what `pipe table experiments/NAME.toml OPTIONS --format markdown` prints, and `docs/results/NAME.json` what
 it prints as JSON; OPTIONS may be `--set` and its values. `<!-- ledger NAME OPTIONS -->` becomes the time of every stage that trained or
-was evaluated: how many results, minutes of all and of one. `docs/results/NAME-*.svg` are curves of the validations, the mean over seeds with the band from the least to the greatest.
+was evaluated: how many results, minutes of all and of one. `docs/results/NAME-*.svg` are curves of the validations, the mean over seeds
+with the band from the least to the greatest.
 Needs `matplotlib`.
 """
 
