@@ -131,7 +131,7 @@ pub struct Machine {
 
 /// What is measured.
 struct Probe {
-    /// Rows and columns of a matrix.
+    /// Rows and columns of a matrix, at most.
     side: i64,
     /// Bytes that are copied.
     bytes: i64,
@@ -181,29 +181,45 @@ impl Machine {
 
 /// Operations a second of a product and bytes a second of a copy. Everything is made and done once before it is timed.
 fn rates(probe: &Probe, device: Device, kind: Kind) -> (f64, f64) {
-    let best = |run: &mut dyn FnMut()| {
+    let once = |run: &mut dyn FnMut()| {
+        let began = Instant::now();
         run();
         settle(device);
-        let once = |_| {
-            let began = Instant::now();
-            run();
-            settle(device);
-            began.elapsed().as_secs_f64()
-        };
+        began.elapsed().as_secs_f64()
+    };
+    let best = |run: &mut dyn FnMut()| {
+        once(run);
         // The best of many: what else the machine does in these moments must not make it look slow.
-        (0..16).map(once).fold(f64::INFINITY, f64::min)
+        (0..16).map(|_| once(run)).fold(f64::INFINITY, f64::min)
     };
-    let product = {
-        let square = Tensor::ones([probe.side, probe.side], (kind, device));
+    let product = |side: i64| {
+        let square = Tensor::ones([side, side], (kind, device));
         let out = square.empty_like();
-        best(&mut || drop(square.matmul_out(&out, &square)))
+        move || drop(square.matmul_out(&out, &square))
     };
+    let side = timed_in_passing(probe.side, |side| {
+        let mut run = product(side);
+        once(&mut run);
+        once(&mut run)
+    });
+    let seconds = best(&mut product(side));
     let copy = {
         let from = Tensor::ones([probe.bytes], (Kind::Uint8, device));
         let mut to = from.empty_like();
         best(&mut || to.copy_(&from))
     };
-    (2.0 * (probe.side as f64).powi(3) / product, 2.0 * probe.bytes as f64 / copy)
+    (2.0 * (side as f64).powi(3) / seconds, 2.0 * probe.bytes as f64 / copy)
+}
+
+/// The side of the largest square up to `most` rows whose product is timed in passing. From an eighth on it is doubled as long as
+/// a product, whose `seconds` are given, is over at once: libtorch multiplies bf16 number by number where a processor has no
+/// instructions for it, and one product of a thousand rows takes it seconds.
+fn timed_in_passing(most: i64, mut seconds: impl FnMut(i64) -> f64) -> i64 {
+    let mut side = most / 8;
+    while side < most && seconds(side) < 0.025 {
+        side *= 2;
+    }
+    side
 }
 
 /// Waits until `device` has done what it was given, so that a phase's seconds are its own.
@@ -234,6 +250,15 @@ mod tests {
         assert!(metrics["seconds/step"] >= metrics["seconds/evaluation"] + metrics["seconds/decode"]);
         assert!(metrics["peak_memory_bytes"] > 1e6 && !metrics.contains_key("mfu"));
         assert!(!machine.metrics().contains_key("seconds/decode"));
+    }
+
+    #[test]
+    fn a_slow_product_is_timed_at_a_size_that_takes_no_time() {
+        let at = |rate: f64| timed_in_passing(1024, |side| 2.0 * (side as f64).powi(3) / rate);
+        assert_eq!([at(1e12), at(5e10), at(2e9), at(5e8), at(1e6)], [1024, 1024, 512, 256, 128]);
+        let began = Instant::now();
+        let machine = Machine::measure(Device::Cpu, Kind::BFloat16);
+        assert!(began.elapsed() < Duration::from_secs(10) && machine.operations > 1e6, "{:?}", began.elapsed());
     }
 
     #[test]

@@ -132,7 +132,8 @@ fn plain(model: &Transformer, chunk: Chunk) -> u64 {
     let copying = read + element * (cached(rows, slots) + cached(rows, length)) + logits + ELEMENT * rows * vocabulary;
     let scores = 2 * rows * size(config.num_attention_heads) * slots;
     let attending = if half { element * 2 * rows * slots * queries } else { ELEMENT * scores };
-    let writing = element * (cached(rows, slots) + layer(rows)) + attending + logits + ELEMENT * 3 * rows * vocabulary;
+    // A token's logits stay until the next ones stand beside them.
+    let writing = element * (cached(rows, slots) + layer(rows)) + attending + logits + ELEMENT * 2 * rows * vocabulary;
     weights + reading.max(copying).max(writing)
 }
 

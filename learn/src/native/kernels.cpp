@@ -32,7 +32,7 @@ constexpr int64_t BYTES = 64;
 constexpr int64_t QUERIES = 16;   // queries of one tile of scores
 constexpr int64_t PARTIAL = 64;   // rows of one partial sum
 
-// Sums over a row and padding go by runs of W elements, whatever a register holds.
+// Rows and padding go by runs of W elements, whatever a register holds: what a sum's order is, and what stands behind the last run.
 template <class T> constexpr int64_t W = BYTES / (int64_t)sizeof(T);
 
 // What one register of this instruction set holds: a compiler takes vectors larger than that apart, element by element.
@@ -229,10 +229,11 @@ template <class T> void swiglu(const T* gate_up, int64_t rows, int64_t width, T*
     const T *gate = gate_up + 2 * r * width, *up = gate + width;
     T* to = out + r * width;
     int64_t i = 0;
-    for (; i + R<T> <= width; i += R<T>) {
-      V<T> g = load(gate + i);
-      store(to + i, g / (exponential(-g) + (T)1) * load(up + i));
-    }
+    for (; i + W<T> <= width; i += W<T>)
+      for (int64_t j = i; j < i + W<T>; j += R<T>) {
+        V<T> g = load(gate + j);
+        store(to + j, g / (exponential(-g) + (T)1) * load(up + j));
+      }
     for (; i < width; i++) to[i] = gate[i] * sigmoid(gate[i]) * up[i];
   }
 }
@@ -244,11 +245,12 @@ void swiglu_backward(const T* gate_up, const T* dout, int64_t rows, int64_t widt
     const T *gate = gate_up + 2 * r * width, *up = gate + width, *d = dout + r * width;
     T *dg = dgate_up + 2 * r * width, *du = dg + width;
     int64_t i = 0;
-    for (; i + R<T> <= width; i += R<T>) {
-      V<T> g = load(gate + i), s = (T)1 / (exponential(-g) + (T)1), o = load(d + i), gs = g * s;
-      store(du + i, o * gs);
-      store(dg + i, o * load(up + i) * (s + gs * ((T)1 - s)));
-    }
+    for (; i + W<T> <= width; i += W<T>)
+      for (int64_t j = i; j < i + W<T>; j += R<T>) {
+        V<T> g = load(gate + j), s = (T)1 / (exponential(-g) + (T)1), o = load(d + j), gs = g * s;
+        store(du + j, o * gs);
+        store(dg + j, o * load(up + j) * (s + gs * ((T)1 - s)));
+      }
     for (; i < width; i++) {
       T s = sigmoid(gate[i]), gs = gate[i] * s;
       du[i] = d[i] * gs;

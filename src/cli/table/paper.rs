@@ -21,17 +21,16 @@ pub(in crate::cli) struct Wide {
 const MANY: usize = 4;
 
 impl Wide {
-    /// A single row of many columns as rows of two.
+    /// A single row of many columns as rows of two: its name heads the second.
     fn upright(self) -> Self {
-        match <[Vec<String>; 1]>::try_from(self.rows) {
-            Ok([row]) if row.len() > MANY => {
-                let mut rows = self.header.into_iter().zip(row).map(|(head, cell)| vec![head, cell]);
-                let header = rows.next().unwrap_or_default();
-                Self { title: self.title, header, rows: rows.collect() }
-            }
-            Ok(row) => Self { title: self.title, header: self.header, rows: row.into() },
-            Err(rows) => Self { title: self.title, header: self.header, rows },
+        let [row] = self.rows.as_slice() else { return self };
+        if row.len() <= MANY {
+            return self;
         }
+        let header = vec!["metric".to_owned(), row[0].clone()];
+        let pairs = self.header.iter().zip(row).skip(1);
+        let rows = pairs.map(|(head, cell)| vec![head.clone(), cell.clone()]).collect();
+        Self { title: self.title, header, rows }
     }
 }
 
@@ -233,7 +232,7 @@ mod tests {
         let words = |words: &str| words.split(' ').map(str::to_owned).collect::<Vec<_>>();
         let wide = |row: &str| Wide { title: String::new(), header: words("arm a b c d"), rows: vec![words(row)] };
         let upright = wide("all 1 2 3 4").upright();
-        assert_eq!(upright.header, ["arm", "all"]);
+        assert_eq!(upright.header, ["metric", "all"]);
         assert_eq!(upright.rows, [["a", "1"], ["b", "2"], ["c", "3"], ["d", "4"]]);
         let two = Wide { rows: vec![words("x 1 2 3 4"), words("y 1 2 3 4")], ..wide("") };
         assert_eq!(two.upright().rows.len(), 2);

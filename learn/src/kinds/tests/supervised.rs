@@ -60,7 +60,8 @@ fn padding_with_the_end_of_sequence_takes_no_target_away_and_adds_none() {
     assert_eq!(targets, [5, end, 9, 4, end], "both ends are learnt");
     // Rows of unequal length have nothing between them that could be taken for an end.
     let apart = gradient(&rows[..1]).1 + gradient(&rows[1..]).1;
-    assert!(sandbox::relative(&both, &apart) < 1e-6);
+    let off = sandbox::relative(&both, &apart);
+    assert!(off < 1e-6, "{off}");
 }
 
 #[test]
