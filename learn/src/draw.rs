@@ -11,7 +11,7 @@ use std::collections::BinaryHeap;
 
 use serde::{Deserialize, Serialize};
 
-pub use rows::draw_rows;
+pub use rows::{draw_rows, table_bytes};
 
 /// A token that was chosen.
 #[derive(Clone, Debug, PartialEq)]

@@ -14,6 +14,12 @@ const BLOCK: i64 = 512;
 /// Elements in fp64 at a time: 256 MiB.
 const ELEMENTS: i64 = 1 << 25;
 
+/// Bytes of the widest table that [`draw_rows`] forms of `rows` rows of `vocabulary` logits.
+pub fn table_bytes(rows: u64, vocabulary: u64) -> u64 {
+    let width = vocabulary.next_multiple_of(BLOCK as u64);
+    8 * width * rows.min((ELEMENTS as u64 / vocabulary).max(1))
+}
+
 /// Chooses an id in each row of `logits` `[R, V]` f32 by the uniform number of that row; `None` where a logit is not finite.
 /// At temperature 0 the numbers do not matter.
 pub fn draw_rows(logits: &Tensor, temperature: f64, uniforms: &[f64]) -> Result<Vec<Option<Choice>>> {

@@ -6,8 +6,9 @@
 use tch::Kind;
 
 use super::ELEMENT;
+use crate::draw;
 use crate::model::{ModelConfig, Transformer};
-use crate::native;
+use crate::native::{self, gpu};
 use crate::prompts::Prompts;
 
 /// Completions that are made at once.
@@ -132,8 +133,11 @@ fn plain(model: &Transformer, chunk: Chunk) -> u64 {
     let copying = read + element * (cached(rows, slots) + cached(rows, length)) + logits + ELEMENT * rows * vocabulary;
     let scores = 2 * rows * size(config.num_attention_heads) * slots;
     let attending = if half { element * 2 * rows * slots * queries } else { ELEMENT * scores };
-    // A token's logits stay until the next ones stand beside them.
-    let writing = element * (cached(rows, slots) + layer(rows)) + attending + logits + ELEMENT * 2 * rows * vocabulary;
+    // A token's logits stay while the next is drawn, and until its logits stand beside them.
+    let table = ELEMENT * rows * vocabulary;
+    let drawing = if gpu::takes(model.device()) { draw::table_bytes(rows, vocabulary) } else { table };
+    let stepping = element * layer(rows) + attending + logits + table;
+    let writing = element * cached(rows, slots) + table + stepping.max(drawing);
     weights + reading.max(copying).max(writing)
 }
 
@@ -148,6 +152,7 @@ mod tests {
     use super::*;
     use crate::generate::{Group, Sampling, generate};
     use crate::memory::tests::{CASE, status};
+    use crate::native::AsOnGpu;
 
     fn cases() -> Vec<(ModelConfig, Chunk)> {
         let config = |hidden: i64, layers: i64, shared: i64, vocabulary: i64| {
@@ -194,7 +199,11 @@ mod tests {
             let (config, chunk) = cases().swap_remove(case.parse().unwrap());
             let kind = if engine == "half" { Kind::BFloat16 } else { Kind::Float };
             let measured = || measure(kind, config, chunk);
-            let (peak, forecast) = if engine == "plain" { native::without(measured) } else { measured() };
+            let (peak, forecast) = match engine {
+                "plain" => native::without(measured),
+                "gpu" => native::instead(AsOnGpu::Steps, measured),
+                _ => measured(),
+            };
             println!("peak of the case: {peak}, {forecast} forecast");
             let off = forecast as f64 / peak as f64;
             assert!(
@@ -205,7 +214,7 @@ mod tests {
         }
         // Each case in a process of its own, because the peak of a process never falls.
         for (case, engine) in
-            (0..cases().len()).flat_map(|case| ["kernels", "plain", "half"].map(|engine| (case, engine)))
+            (0..cases().len()).flat_map(|case| ["kernels", "plain", "gpu", "half"].map(|engine| (case, engine)))
         {
             let name = "memory::generation::tests::the_forecast_of_a_chunk_is_the_measured_peak_within_a_factor_of_one_and_a_half";
             let mut child = Command::new(std::env::current_exe().unwrap());

@@ -32,7 +32,8 @@ constexpr int64_t BYTES = 64;
 constexpr int64_t QUERIES = 16;   // queries of one tile of scores
 constexpr int64_t PARTIAL = 64;   // rows of one partial sum
 
-// Rows and padding go by runs of W elements, whatever a register holds: what a sum's order is, and what stands behind the last run.
+// Rows and padding go by runs of W elements, whatever a register holds: what stands behind the last run is alike on all sets, and so
+// is the order of a sum over a row (not that of a product).
 template <class T> constexpr int64_t W = BYTES / (int64_t)sizeof(T);
 
 // What one register of this instruction set holds: a compiler takes vectors larger than that apart, element by element.
