@@ -34,6 +34,10 @@ FIGURES = {
         ("grpo", ["grpo"], "validation/solved", "solved, validation, temperature 1"),
     ],
     "rewards": [("solved", ["grpo"], "validation/solved", "solved, validation, temperature 1")],
+    "loss": [("solved", ["grpo"], "validation/solved", "solved, validation, temperature 1")],
+    "group_size": [("solved", ["grpo"], "validation/solved", "solved, validation, temperature 1")],
+    "size": [("solved", ["sft"], "validation/solved", "solved, validation, greedy")],
+    "maze_size": [("solved", ["sft"], "validation/solved", "solved, validation (all sizes), greedy")],
     "shorter_search": [
         ("length", ["grpo"], "completions/mean_length", "tokens of a completion, training"),
     ],

@@ -57,7 +57,8 @@ pub fn import(
     let _lock = store.lock_telling(&bundle, &mut |_| waiting(Waits::Import))?;
     let aside = store.begin_import(&bundle)?;
     let imported = (|| {
-        let mut import = Import { into, store, aside: &aside, contents: &contents, done: 0, total, progress };
+        let mut import =
+            Import { into, store, bundle: &bundle, aside: &aside, contents: &contents, done: 0, total, progress };
         let mut long_name = None;
         for entry in entries {
             let mut entry = entry.map_err(|error| broken(ends_early(&error)))?;
@@ -160,6 +161,8 @@ fn contents(entry: &mut tar::Entry<'_, Box<dyn Read>>) -> Result<(Vec<u8>, Conte
 struct Import<'a> {
     into: &'a Path,
     store: &'a Store,
+    /// The digest of its list of contents.
+    bundle: &'a Digest,
     /// The folder in which everything is gathered.
     aside: &'a Path,
     contents: &'a Contents,
@@ -246,8 +249,9 @@ impl Import<'_> {
                 self.store.adopt_logs(&manifest.key, &logs)?;
             }
         }
-        for (from, to, entry) in files {
-            report.files += usize::from(place(&from, &to, &entry)?);
+        for (number, (from, to, entry)) in files.into_iter().enumerate() {
+            let begun = format!(".import-{}-{number}", self.bundle.short());
+            report.files += usize::from(place(&from, &to, &entry, &begun)?);
         }
         for record in &self.contents.records {
             self.record(record)?;
@@ -387,11 +391,16 @@ fn resolved(path: &Path) -> io::Result<PathBuf> {
     Ok(path.to_owned())
 }
 
-/// Puts a file in its place, whole and never over another; gives whether it was not there.
-fn place(from: &Path, to: &Path, entry: &Entry) -> Result<bool, BundleError> {
+/// Puts a file in its place, whole and never over another; gives whether it was not there. It is written beside its place as
+/// `begun`, which only this import uses: what a kill has left there goes, for it may lie in a folder that a stage reads.
+fn place(from: &Path, to: &Path, entry: &Entry, begun: &str) -> Result<bool, BundleError> {
     let folder = to.parent().unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder).at("create the folder", folder)?;
-    let mut new = tempfile::Builder::new().prefix(".import-").tempfile_in(folder).at("write", to)?;
+    match std::fs::remove_file(folder.join(begun)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error).at("write", &folder.join(begun)),
+        _ => {}
+    }
+    let mut new = tempfile::Builder::new().prefix(begun).rand_bytes(0).tempfile_in(folder).at("write", to)?;
     let mut content = File::open(from).at("read", from)?;
     io::copy(&mut content, new.as_file_mut()).at("write", to)?;
     let mode = if entry.executable { 0o755 } else { 0o644 };
@@ -493,6 +502,24 @@ mod tests {
         header.set_size(1 << 40);
         header.set_cksum();
         refused(forged.import(header.as_bytes(), "there"), "a name of 1099511627776 bytes");
+    }
+
+    #[test]
+    fn what_a_kill_left_beside_a_file_goes_with_the_next_import() {
+        let forged = Forged::new();
+        let bundle = Digest::from(blake3::hash(&store::seal(&serde_json::to_vec(&forged.contents).unwrap())));
+        let there = forged.sandbox.place.path().join("there");
+        std::fs::create_dir_all(&there).unwrap();
+        let names = || {
+            let names = std::fs::read_dir(&there).unwrap().map(|entry| entry.unwrap().file_name());
+            names.filter(|name| name != "artifacts").collect::<Vec<_>>()
+        };
+        for placed in [false, true] {
+            std::fs::write(there.join(format!(".import-{}-0", bundle.short())), "half").unwrap();
+            assert_eq!(names().len(), if placed { 2 } else { 1 });
+            forged.import(b"", "there").unwrap();
+            assert_eq!(names(), ["e.toml"]);
+        }
     }
 
     #[test]
