@@ -133,9 +133,9 @@ fn plain(model: &Transformer, chunk: Chunk) -> u64 {
     let copying = read + element * (cached(rows, slots) + cached(rows, length)) + logits + ELEMENT * rows * vocabulary;
     let scores = 2 * rows * size(config.num_attention_heads) * slots;
     let attending = if half { element * 2 * rows * slots * queries } else { ELEMENT * scores };
-    // A token's logits stay while the next is drawn, and until its logits stand beside them.
+    // A token's logits stay while it is drawn, and until the next ones stand beside them; on a GPU a step keeps its own as well.
     let table = ELEMENT * rows * vocabulary;
-    let drawing = if gpu::takes(model.device()) { draw::table_bytes(rows, vocabulary) } else { table };
+    let drawing = if gpu::takes(model.device()) { table + draw::table_bytes(rows, vocabulary) } else { table };
     let stepping = element * layer(rows) + attending + logits + table;
     let writing = element * cached(rows, slots) + table + stepping.max(drawing);
     weights + reading.max(copying).max(writing)
