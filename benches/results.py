@@ -37,6 +37,8 @@ FIGURES = {
     "loss": [("solved", ["grpo"], "validation/solved", "solved, validation, temperature 1")],
     "group_size": [("solved", ["grpo"], "validation/solved", "solved, validation, temperature 1")],
     "size": [("solved", ["sft"], "validation/solved", "solved, validation, greedy")],
+    "encoding": [("solved", ["sft"], "validation/solved", "solved, validation, greedy")],
+    "data": [("solved", ["sft"], "validation/solved", "solved, validation, greedy")],
     "maze_size": [("solved", ["sft"], "validation/solved", "solved, validation (all sizes), greedy")],
     "shorter_search": [
         ("length", ["grpo"], "completions/mean_length", "tokens of a completion, training"),
@@ -91,7 +93,11 @@ def figure(store, name, sets, stages, metric, axis, path):
     plot, area = plt.subplots(figsize=(7, 3.6))
     for place, (arm, runs) in enumerate(sorted(curves.items())):
         steps = sorted(set.intersection(*(set(run) for run in runs)))
-        values = [[run[step] for run in runs] for step in steps]
+        # At most some hundred points: the mean of as many steps as that takes.
+        width = -(-len(steps) // 100)
+        groups = [steps[at : at + width] for at in range(0, len(steps), width)]
+        values = [[sum(run[step] for step in group) / len(group) for run in runs] for group in groups]
+        steps = [sum(group) / len(group) for group in groups]
         line = ["-", "--", ":"][place // 10 % 3]
         (drawn,) = area.plot(steps, [sum(v) / len(v) for v in values], line, marker="." if len(steps) < 30 else "", label=arm)
         if len(runs) > 1:
