@@ -94,7 +94,7 @@ def figure(store, name, sets, stages, metric, axis, path):
     for place, (arm, runs) in enumerate(sorted(curves.items())):
         steps = sorted(set.intersection(*(set(run) for run in runs)))
         # At most some hundred points: the mean of as many steps as that takes.
-        width = -(-len(steps) // 100)
+        width = max(1, -(-len(steps) // 100))
         groups = [steps[at : at + width] for at in range(0, len(steps), width)]
         values = [[sum(run[step] for step in group) / len(group) for run in runs] for group in groups]
         steps = [sum(group) / len(group) for group in groups]
