@@ -55,7 +55,7 @@ pub struct Forecast {
     what: &'static str,
     /// Weights, gradients, moments, the best weights and the reference.
     pub fixed: u64,
-    /// Activations and logits of the widest micro-batch, or what an optimizer step computes.
+    /// Activations and logits of the widest micro-batch; what the optimizer computes when these are gone is less than a save.
     pub step: u64,
     /// What is laid out while a training state is saved.
     pub saving: u64,
@@ -78,8 +78,7 @@ impl Forecast {
         let (copy, best) = (ELEMENT * trained, u64::from(best));
         // A state has weights and moments, and at the end the frozen weights, in fp32, laid out one by one and then in one piece.
         let saving = 2 * (3 + best) * copy + 2 * ELEMENT * base;
-        // The optimizer's two copies come when the activations are gone.
-        let (fixed, step) = ((4 + best) * copy + frozen + rotations(model), bytes(&widest).max(2 * copy));
+        let (fixed, step) = ((4 + best) * copy + frozen + rotations(model), bytes(&widest));
         Self { what: "training", fixed, step, saving, widest, generations: Vec::new() }
     }
 

@@ -78,7 +78,7 @@ impl Evaluate {
 
 impl Stage for Evaluate {
     const KIND: &'static str = "evaluate";
-    const VERSION: u32 = 2;
+    const VERSION: u32 = 3;
     const PLACE: Place = Place::Worker;
 
     fn outputs(&self) -> Vec<Output> {
@@ -113,17 +113,15 @@ impl Stage for Evaluate {
         let strata = task.strata().unwrap_or_else(|| vec!["*".to_owned()]);
         let solved = measures.iter().any(|name| name == "solved");
         let pass: Vec<String> = self.pass_at().filter(|_| solved).map(|k| format!("pass@{k}")).collect();
-        let mut means: Vec<&str> = measures.iter().map(String::as_str).chain(["truncated"]).collect();
-        means.extend(pass.iter().map(String::as_str));
-        let mut names: Vec<String> = means.iter().copied().chain([COMPLETION_LENGTH, "n"]).map(str::to_owned).collect();
+        let means = measures.iter().map(String::as_str).chain(["truncated"]).chain(pass.iter().map(String::as_str));
+        // A task's own measurement of the name goes before.
+        let length = Some(COMPLETION_LENGTH).filter(|name| !measures.iter().any(|own| own == name));
+        let counted: Vec<&str> = means.chain(length).chain(["n"]).collect();
+        let mut names: Vec<String> = counted.iter().map(|name| (*name).to_owned()).collect();
         if solved {
             names.extend(["solved_low", "solved_high"].map(str::to_owned));
         }
-        if self.samples_per_prompt > 1 {
-            means.push(COMPLETION_LENGTH);
-        }
-        let stratified = means.iter().copied().chain(["n"]);
-        names.extend(stratified.flat_map(|name| strata.iter().map(move |stratum| format!("{name}.{stratum}"))));
+        names.extend(counted.iter().flat_map(|name| strata.iter().map(move |stratum| format!("{name}.{stratum}"))));
         Some(names)
     }
 
@@ -156,6 +154,7 @@ mod tests {
         );
         assert!(!has("solved.long"), "no path in 3 x 3 cells has nine moves");
         assert!(["harness", "error_wall", "first_attempt.short"].map(has) == [true; 3], "diagnoses are metrics, too");
+        assert!(["completion_length", "completion_length.short"].map(has) == [true; 2], "so is what the model wrote");
         let several = json!({"kind": "maze", "rows": 5, "columns": 5, "sizes": [[4, 4], [5, 5]]});
         let several = of(several).unwrap();
         for name in ["solved.5x5", "solved.4x4.long", "solved.very_long"] {
@@ -167,18 +166,16 @@ mod tests {
             program.iter().any(|name| name == "score.*") && !program.iter().any(|name| name == "solved_low"),
             "{program:?}"
         );
-        assert!(!has("pass@1") && !has("completion_length.short"), "one completion an instance has no pass@k");
+        assert!(!has("pass@1"), "one completion an instance has no pass@k");
         let several = Evaluate { samples_per_prompt: 9, temperature: 1.0, ..evaluate.clone() };
         let stages =
             BTreeMap::from([("tokens".to_owned(), json!({"task": {"kind": "maze", "rows": 3, "columns": 3}}))]);
         let several = Stage::metrics(&several, &Upstream { stages: &stages }).unwrap();
         let pass: Vec<&String> = several.iter().filter(|name| name.starts_with("pass@")).collect();
         assert_eq!(pass.len(), 3 * 3, "k = 1, 2, 4, in all and of two strata: {pass:?}");
-        assert!(
-            ["pass@4", "pass@1.medium", "completion_length.short"]
-                .iter()
-                .all(|name| several.iter().any(|one| one == name))
-        );
+        assert!(["pass@4", "pass@1.medium"].iter().all(|name| several.iter().any(|one| one == name)));
+        let own = of(json!({"kind": "program", "command": ["x"], "measures": ["completion_length"]})).unwrap();
+        assert_eq!(own.iter().filter(|name| *name == "completion_length").count(), 1, "the task's own goes before");
         assert_eq!(of(json!(null)), None, "the task is not known");
         assert_eq!(Stage::split(&evaluate), Some("test"));
     }

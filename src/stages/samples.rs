@@ -8,7 +8,7 @@ use anyhow::{Context as _, bail, ensure};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::rewards::ScoreInput;
+use crate::rewards::{COMPLETION_LENGTH, ScoreInput};
 use crate::stages::table::{Column, column_names, read};
 use crate::tasks::{Finish, Measurements};
 
@@ -114,6 +114,10 @@ impl Samples {
         let kept = if is_training { flags(path, "kept")? } else { vec![true; count] };
         let measured = numbers(path, &measures.iter().map(String::as_str).collect::<Vec<_>>())?;
         let rewarded = numbers(path, &rewards)?;
+        // An evaluation tells the length of a reply without its ids; a task's own measurement of the name stands behind `last`.
+        let lengths =
+            place(COMPLETION_LENGTH).filter(|place| *place < last).map(|_| numbers(path, &[COMPLETION_LENGTH]));
+        let lengths = lengths.transpose()?.map_or_else(|| vec![None; count], |mut columns| columns.remove(0));
         let totals = if is_training { numbers(path, &["total"])?.remove(0) } else { vec![None; count] };
         let mut samples = Self { measures, ..Self::default() };
         for row in 0..count {
@@ -156,7 +160,10 @@ impl Samples {
                 truncated: truncated[row],
                 measurements,
                 turns,
-                lengths: replies.iter().map(|reply| reply.len() as u64).collect(),
+                lengths: match lengths[row] {
+                    Some(length) if replies.is_empty() => vec![length as u64],
+                    _ => replies.iter().map(|reply| reply.len() as u64).collect(),
+                },
                 ids,
                 replies,
                 kept: kept[row],

@@ -109,7 +109,7 @@ pub(crate) struct Said {
     pub(crate) kept: bool,
 }
 
-/// Writes `rollouts.parquet`, or an evaluation's `examples.parquet` of several completions an instance.
+/// Writes `rollouts.parquet`, or an evaluation's `examples.parquet` of one or several completions an instance.
 pub(crate) fn store_completions(folder: &Path, is_training: bool, said: &[Said]) {
     use ColumnType::{Flag, Integer, Integers, Number, Numbers, Text};
     let text = |value: &dyn Fn(&Said) -> String| Column::text(said.iter().map(value));
@@ -126,6 +126,13 @@ pub(crate) fn store_completions(folder: &Path, is_training: bool, said: &[Said])
         ("finish", Text, text(&|one| if one.unended { "length".to_owned() } else { "stop".to_owned() })),
         ("truncated", Flag, flag(&|one| one.truncated)),
     ];
+    if !is_training {
+        let length = number(&|one| one.ids.len() as f64);
+        columns.insert(columns.len() - 1, ("completion_length", Number, length));
+        if said.iter().all(|one| one.sample == 0) {
+            columns.retain(|(name, ..)| !["sample", "ids"].contains(name));
+        }
+    }
     if is_training {
         columns.insert(0, ("step", Integer, integer(&|one| one.step)));
         columns.push(("reward_correct", Number, number(&|one| one.solved)));

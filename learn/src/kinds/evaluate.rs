@@ -158,6 +158,14 @@ struct Episodes<'a> {
     diagnoses: &'a Named,
 }
 
+impl Episodes<'_> {
+    /// Whether `completion_length` is the tokens that were written: a task's own measurement of the name goes before.
+    fn tells_length(&self) -> bool {
+        let diagnoses = self.diagnoses.iter().map(|(name, _)| name);
+        !self.prompts.measures().iter().chain(diagnoses).any(|name| name == COMPLETION_LENGTH)
+    }
+}
+
 /// Every `pass@k` that there are completions for; none where the task measures no `solved`.
 fn pass(params: &Evaluate, prompts: &Prompts, played: &[Trajectory]) -> Named {
     let Ok(solved) = prompts.measure("solved") else { return Named::new() };
@@ -190,15 +198,15 @@ fn diagnose(prompts: &Prompts, rows: &[usize], played: &[Trajectory]) -> anyhow:
     Ok(diagnoses)
 }
 
-/// Writes a row each completion. Of several an instance each has its number, its ids and its length.
+/// Writes a row each completion. Of several an instance each has its number and its ids.
 fn write_examples(params: &Evaluate, episodes: &Episodes<'_>, path: &Path) -> anyhow::Result<()> {
     use ColumnType::{Flag, Integer, Integers, Number, Text};
     let Episodes { prompts, rows, played, pass, diagnoses } = *episodes;
     let several = params.samples_per_prompt > 1;
     let mut columns = vec![("instance", Text), ("stratum", Text), ("data", Text)];
     columns.extend([("prompt", Text), ("completion", Text), ("turns", Text), ("finish", Text)]);
-    columns
-        .extend([("sample", Integer), ("ids", Integers), (COMPLETION_LENGTH, Number)].into_iter().filter(|_| several));
+    columns.extend([("sample", Integer), ("ids", Integers)].into_iter().filter(|_| several));
+    columns.extend(episodes.tells_length().then_some((COMPLETION_LENGTH, Number)));
     columns.extend(pass.iter().map(|(name, _)| (name.as_str(), Number)));
     columns.push(("truncated", Flag));
     columns.extend(prompts.measures().iter().map(|name| (name.as_str(), Number)));
@@ -223,8 +231,10 @@ fn write_examples(params: &Evaluate, episodes: &Episodes<'_>, path: &Path) -> an
         values.extend([
             Column::integer((0..played.len() as u64).map(|at| (at % params.samples_per_prompt) as i64)),
             Column::Integers(played.iter().map(ids).collect()),
-            Column::Number(played.iter().map(|one| Some(one.length() as f64)).collect()),
         ]);
+    }
+    if episodes.tells_length() {
+        values.push(Column::Number(played.iter().map(|one| Some(one.length() as f64)).collect()));
     }
     values.extend(pass.iter().map(|(_, values)| Column::Number(values.iter().copied().map(Some).collect())));
     values.push(Column::Flag(played.iter().map(|one| one.truncated).collect()));
@@ -257,7 +267,9 @@ fn metrics(params: &Evaluate, episodes: &Episodes<'_>) -> BTreeMap<String, f64> 
                 metrics.total(&format!("n.{stratum}"), 1.0);
             }
         }
-        metrics.mean(COMPLETION_LENGTH, one.length() as f64, 1.0);
+        if episodes.tells_length() {
+            metrics.mean(COMPLETION_LENGTH, one.length() as f64, 1.0);
+        }
         metrics.mean("truncated", f64::from(u8::from(one.truncated)), 1.0);
         for (name, value) in prompts.measures().iter().zip(&one.measurements) {
             metrics.mean(name, *value, 1.0);

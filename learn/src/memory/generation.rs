@@ -76,7 +76,20 @@ pub fn turns(
 
 /// Bytes at the widest instant.
 fn bytes(model: &Transformer, chunk: Chunk) -> u64 {
-    if model.by_kernels() { ELEMENT * kernels(model, chunk) } else { plain(model, chunk) }
+    if model.by_kernels() {
+        ELEMENT * kernels(model, chunk) + drawing(model, chunk)
+    } else if gpu::takes(model.device()) {
+        steps(model, chunk)
+    } else {
+        plain(model, chunk)
+    }
+}
+
+/// Bytes that drawing a token on a processor takes beside the logits: they are read into one place, and of each row that is drawn
+/// at the moment there is a sum up to every id, in fp64.
+fn drawing(model: &Transformer, chunk: Chunk) -> u64 {
+    let vocabulary = model.config().vocab_size as u64;
+    ELEMENT * chunk.rows * vocabulary + 8 * vocabulary * chunk.rows.min(rayon::current_num_threads() as u64)
 }
 
 /// Elements that the kernels' engine needs: the keys and values of the texts and of the completions, which are laid out at the
@@ -97,9 +110,74 @@ fn kernels(model: &Transformer, chunk: Chunk) -> u64 {
     let adapted = if model.has_adapters() { layers * matrices } else { 0 };
     let layer = |tokens: u64| tokens * (5 * hidden + 2 * (queries + shared) * width + 3 * inner);
     let own = slot * rows * padded(new.saturating_sub(1).max(1));
-    // A token's logits stay while it is drawn, and until the next ones stand beside them.
-    let writing = layer(rows) + 2 * rows * size(config.vocab_size);
+    // A token's logits stay until the next ones are there.
+    let writing = layer(rows) + rows * size(config.vocab_size);
     adapted + slot * prompts * padded(length) + own + layer(prompts * length).max(writing)
+}
+
+/// What libtorch's operations compute with.
+struct Operations {
+    /// Bytes of an element.
+    element: u64,
+    /// Whether matrices are rounded or get adapters, and so are copied.
+    copies: bool,
+    hidden: u64,
+    inner: u64,
+    layers: u64,
+    heads: u64,
+    queries: u64,
+    keys: u64,
+    vocabulary: u64,
+}
+
+impl Operations {
+    fn of(model: &Transformer) -> Self {
+        let config = model.config();
+        let size = |value: i64| value as u64;
+        let half = model.kind() == Kind::BFloat16;
+        Self {
+            element: if half { 2 } else { ELEMENT },
+            copies: model.has_adapters() || (half && model.weights().gradient().numel() > 0),
+            hidden: size(config.hidden_size),
+            inner: size(config.intermediate_size),
+            layers: size(config.num_hidden_layers),
+            heads: size(config.num_attention_heads),
+            queries: size(config.num_attention_heads * config.head_dim),
+            keys: size(config.num_key_value_heads * config.head_dim),
+            vocabulary: size(config.vocab_size),
+        }
+    }
+
+    /// Bytes of the keys and values of all layers.
+    fn cached(&self, rows: u64, slots: u64) -> u64 {
+        self.element * 2 * self.layers * rows * slots * self.keys
+    }
+
+    /// Bytes of a layer's values, which all live to its end: residuals and norms, projections before and after rotation, the
+    /// feed-forward.
+    fn layer(&self, tokens: u64) -> u64 {
+        self.element * tokens * (4 * self.hidden + 3 * self.queries + 3 * self.keys + 4 * self.inner)
+    }
+
+    /// Bytes of a table of logits.
+    fn table(&self, rows: u64) -> u64 {
+        ELEMENT * rows * self.vocabulary
+    }
+}
+
+/// Bytes that steps of unchanging shapes need on a GPU: matrices that are copied; then the whole cache, which grows by a layer as
+/// the texts are read, with a layer over them and the keys that go to every completion; or one token of every completion.
+fn steps(model: &Transformer, chunk: Chunk) -> u64 {
+    let Chunk { prompts, rows, length, new } = chunk;
+    let of = Operations::of(model);
+    let matrices = of.hidden * (2 * of.queries + 2 * of.keys + 3 * of.inner);
+    let copied = if of.copies { of.element * of.layers * matrices } else { 0 };
+    let reading = of.layer(prompts * length) + of.element * rows * length * of.keys;
+    let attending = 2 * ELEMENT * rows * of.heads * (length + new);
+    let stepping = of.layer(rows) + attending + of.table(rows);
+    // The graph of a step keeps its logits while a token is drawn from theirs.
+    let writing = of.table(rows) + stepping.max(of.table(rows) + draw::table_bytes(rows, of.vocabulary));
+    copied + of.cached(rows, length + new) + reading.max(writing)
 }
 
 /// Bytes that libtorch's operations need: the weights as generation multiplies, rounds and stacks them; then the layers over the
@@ -107,39 +185,25 @@ fn kernels(model: &Transformer, chunk: Chunk) -> u64 {
 /// In half precision the fused attention has a key head for every query head.
 fn plain(model: &Transformer, chunk: Chunk) -> u64 {
     let Chunk { prompts, rows, length, new } = chunk;
-    let config = model.config();
-    let size = |value: i64| value as u64;
-    let (hidden, inner, layers) =
-        (size(config.hidden_size), size(config.intermediate_size), size(config.num_hidden_layers));
-    let queries = size(config.num_attention_heads * config.head_dim);
-    let keys = size(config.num_key_value_heads * config.head_dim);
-    let vocabulary = size(config.vocab_size);
-    let half = model.kind() == Kind::BFloat16;
-    let element = if half { 2 } else { ELEMENT };
+    let of = Operations::of(model);
+    let half = of.element != ELEMENT;
     // What is kept in bf16 acts where it lies.
-    let fed = if half && model.weights().gradient().numel() == 0 { 0 } else { hidden * 2 * inner };
-    let stacked = hidden * (queries + 2 * keys) + fed;
-    // What adapters change is copied, and so is what is rounded.
-    let copies = model.has_adapters() || (half && model.weights().gradient().numel() > 0);
-    let copied = if copies { hidden * (queries + inner) } else { 0 };
-    let weights = element * layers * (stacked + copied) + ELEMENT * vocabulary * hidden;
-    let cached = |rows: u64, slots: u64| 2 * layers * rows * slots * keys;
-    // A layer's values all live to its end: residuals and norms, projections before and after rotation, the feed-forward.
-    let layer = |tokens: u64| tokens * (4 * hidden + 3 * queries + 3 * keys + 4 * inner);
-    let (read, logits) = (element * cached(prompts, length), ELEMENT * prompts * vocabulary);
-    let reading = read + element * layer(prompts * length);
-    let slots = length + new;
-    // On a GPU a layer's keys and values are copied as soon as they are there, else all at the end.
-    let on_gpu = gpu::takes(model.device());
-    let moved = cached(rows, length) / if on_gpu { layers } else { 1 };
-    let copying = read + element * (cached(rows, slots) + moved) + logits + ELEMENT * rows * vocabulary;
-    let scores = 2 * rows * size(config.num_attention_heads) * slots;
-    let attending = if half { element * 2 * rows * slots * queries } else { ELEMENT * scores };
-    // A token's logits stay while it is drawn, and until the next ones stand beside them; on a GPU a step keeps its own as well.
-    let table = ELEMENT * rows * vocabulary;
-    let drawing = if on_gpu { table + draw::table_bytes(rows, vocabulary) } else { table };
-    let stepping = element * layer(rows) + attending + logits + table;
-    let writing = element * cached(rows, slots) + table + stepping.max(drawing);
+    let fed = if half && !of.copies { 0 } else { of.hidden * 2 * of.inner };
+    let stacked = of.hidden * (of.queries + 2 * of.keys) + fed;
+    let copied = if of.copies { of.hidden * (of.queries + of.inner) } else { 0 };
+    let weights = of.element * of.layers * (stacked + copied) + ELEMENT * of.vocabulary * of.hidden;
+    let read = of.cached(prompts, length);
+    let reading = read + of.layer(prompts * length);
+    let full = of.cached(rows, length + new);
+    let copying = read + full + of.cached(rows, length) + of.table(prompts) + of.table(rows);
+    let attending = if half {
+        of.element * 2 * rows * (length + new) * of.queries
+    } else {
+        2 * ELEMENT * rows * of.heads * (length + new)
+    };
+    // A token's logits stay while it is drawn, and until the next ones stand beside them.
+    let stepping = of.layer(rows) + attending + of.table(rows);
+    let writing = full + of.table(rows) + stepping.max(drawing(model, chunk));
     weights + reading.max(copying).max(writing)
 }
 
@@ -169,6 +233,7 @@ mod tests {
             (config(64, 4, 4, 200), chunk(32, 8, 64, 16)),
             (config(64, 2, 1, 16_000), chunk(16, 16, 16, 8)),
             (config(128, 4, 2, 500), chunk(256, 1, 128, 4)),
+            (config(64, 4, 4, 200), chunk(64, 4, 128, 4)),
         ]
     }
 

@@ -100,6 +100,10 @@ fn pass_rates_are_means_over_the_completions_of_an_instance() {
     assert_eq!(kept, wanted);
     let counts = counts(&out);
     assert_eq!((counts["dropped.unmeasured"], counts["dropped.where"], counts["kept"]), (10, 8, 12));
+    let alone = tempfile::tempdir().unwrap();
+    store_completions(alone.path(), false, &said.iter().filter(|one| one.sample == 0).cloned().collect::<Vec<_>>());
+    let (_place, out) = run(&path, Some(alone.path()), &json!({"where": "solved and completion_length == 3"})).unwrap();
+    assert_eq!(self::counts(&out)["kept"], 16, "of one completion the length is known without its ids");
     let error = |params: &Value| format!("{:#}", run(&path, Some(folder.path()), params).unwrap_err());
     assert!(error(&json!({"split": "train"})).contains("no row of the split `train` was evaluated"));
     let other = tempfile::tempdir().unwrap();

@@ -40,18 +40,18 @@ fn several_completions_give_the_same_bytes_wherever_evaluation_is_stopped() {
 }
 
 #[test]
-fn one_completion_is_stored_as_before_and_is_the_first_of_several() {
+fn one_completion_is_the_default_and_the_first_of_several() {
     let (one, many) = (Job::new(&FLOW, "evaluate", several(1)), Job::new(&FLOW, "evaluate", several(4)));
     let (digest, again) = (one.run(&[]).unwrap(), Job::new(&FLOW, "evaluate", evaluate()).run(&[]).unwrap());
     assert_eq!(digest, again, "one completion is the default");
     many.run(&[]).unwrap();
     let names = |job: &Job<'_>| table::column_names(&job.out().join("evaluation/examples.parquet")).unwrap();
-    let mut before = vec!["instance", "stratum", "data", "prompt", "completion", "turns", "finish", "truncated"];
-    let measures = names(&one)[before.len()..].to_vec();
-    before.extend(measures.iter().map(String::as_str));
-    assert_eq!(names(&one), before);
-    let added: Vec<String> = names(&many).into_iter().filter(|name| !before.contains(&name.as_str())).collect();
-    assert_eq!(added, ["sample", "ids", "completion_length", "pass@1", "pass@2"]);
+    let columns = names(&one);
+    let told =
+        ["instance", "stratum", "data", "prompt", "completion", "turns", "finish", "completion_length", "truncated"];
+    assert_eq!(columns[..told.len()], told, "and then the measurements");
+    let added: Vec<String> = names(&many).into_iter().filter(|name| !columns.contains(name)).collect();
+    assert_eq!(added, ["sample", "ids", "pass@1", "pass@2"]);
     let Column::Text(all) = column(&many, "completion") else { panic!("no text") };
     let Column::Text(alone) = column(&one, "completion") else { panic!("no text") };
     assert_eq!(alone, all.iter().step_by(4).cloned().collect::<Vec<_>>());
