@@ -204,7 +204,8 @@ impl Passes {
 ///
 /// libtorch's operations keep more: every norm also what it is before its weight (6 hidden), the activation of the gate (4
 /// inner), the rotations of every token; and the attention its own queries, keys, values and output, in padded rows and with
-/// a key head for every query head. In half precision norms and rotations are fp32 inside.
+/// a key head for every query head. In half precision norms and rotations are fp32 inside: of a norm
+/// what it reads is kept in fp32, what it gives in half precision.
 ///
 /// With activation checkpointing that is kept of one layer alone, and of all what they read.
 ///
@@ -223,12 +224,12 @@ fn activations(config: &ModelConfig, shape: Shape, tables: u64, passes: &Passes)
         let layer = 4 * hidden + queries + projected + 3 * inner + heads;
         (ELEMENT * tokens * layer, ELEMENT * tokens * (3 * inner + 3 * hidden))
     } else {
-        let norms = if passes.half() { 24 * hidden } else { ELEMENT * 6 * hidden };
+        let norms = if passes.half() { 16 * hidden } else { ELEMENT * 6 * hidden };
         let own = norms + element * (queries + projected + 4 * inner) + ELEMENT * size(config.head_dim);
         let kept = tokens * own + places * (element * 4 * queries + ELEMENT * heads);
-        // As many bytes in either precision, and more around norms that are fp32 inside: the measured peaks say so.
+        // More stands around norms that are fp32 inside.
         let around = if passes.half() { 8 * hidden } else { 2 * hidden };
-        let feeding = tokens * ELEMENT * (4 * inner + around);
+        let feeding = tokens * (element * 4 * inner + ELEMENT * around);
         let attending = tokens * (ELEMENT * 3 * projected + element * 2 * hidden) + places * element * 3 * queries;
         (kept, feeding.max(attending))
     };
